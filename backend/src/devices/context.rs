@@ -1,0 +1,70 @@
+use crate::dma::{DmaError, DmaTable, Iova};
+use crate::irq::Interrupts;
+use crate::pci::{Function, MsiOutcome};
+
+/// The world as a device reaches it during one access.
+///
+/// Every way out passes the function's own enables: Bus Master Enable gates memory and MSI,
+/// Interrupt Disable gates the pin, and MSI silences it (PCI 6.2.2 and 6.8.2).
+#[derive(Debug)]
+pub struct Context<'a> {
+    function: &'a mut Function,
+    interrupts: &'a mut Interrupts,
+    dma: &'a DmaTable,
+}
+
+impl<'a> Context<'a> {
+    /// The world of `function`.
+    pub fn new(
+        function: &'a mut Function,
+        interrupts: &'a mut Interrupts,
+        dma: &'a DmaTable,
+    ) -> Self {
+        Self { function, interrupts, dma }
+    }
+
+    /// Reads guest memory.
+    ///
+    /// # Errors
+    /// [`DmaError`] when bus mastering is off or the address can't be read. `data` may then be
+    /// partly filled.
+    pub fn dma_read(&self, address: Iova, data: &mut [u8]) -> Result<(), DmaError> {
+        self.bus_master()?;
+        self.dma.read(address, data)
+    }
+
+    /// Writes guest memory.
+    ///
+    /// # Errors
+    /// [`DmaError`] when bus mastering is off or the address can't be written.
+    pub fn dma_write(&self, address: Iova, data: &[u8]) -> Result<(), DmaError> {
+        self.bus_master()?;
+        self.dma.write(address, data)
+    }
+
+    /// Drives the INTx pin. The level is kept while the pin is disabled, and shows in the Status
+    /// register.
+    pub fn set_intx(&mut self, asserted: bool) {
+        if let Some(level) = self.function.set_intx(asserted) {
+            self.interrupts.intx.set_level(level);
+        }
+    }
+
+    /// Whether the driver enabled MSI: the choice of signalling is the driver's.
+    #[must_use]
+    pub fn msi_enabled(&self) -> bool {
+        self.function.msi_enabled()
+    }
+
+    /// Sends an MSI message. A masked vector stays pending; with MSI or bus mastering off, nothing
+    /// happens.
+    pub fn raise_msi(&mut self, vector: u8) {
+        if self.function.raise_msi(vector) == MsiOutcome::Deliver {
+            self.interrupts.msi.signal(usize::from(vector));
+        }
+    }
+
+    fn bus_master(&self) -> Result<(), DmaError> {
+        if self.function.bus_master() { Ok(()) } else { Err(DmaError::BusMasterDisabled) }
+    }
+}

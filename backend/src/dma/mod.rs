@@ -1,0 +1,90 @@
+//! Guest memory as a function sees it: the windows that the client announced with DMA_MAP.
+//!
+//! A window's file belongs to the client, who may shrink it at any time; touching a mapping behind
+//! the end of its file raises SIGBUS. Files that are sealed against shrinking are accessed directly,
+//! all others through the kernel, which reports the hole as an error (see `window.rs`).
+
+mod table;
+mod window;
+
+#[cfg(test)]
+mod tests;
+
+pub use table::DmaTable;
+
+use bitflags::bitflags;
+use rustix::io::Errno;
+use thiserror::Error;
+
+/// An address on the function's side of the IOMMU: what a driver writes into DMA registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Iova(pub u64);
+
+bitflags! {
+    /// What a function may do with a window.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct DmaAccess: u8 {
+        /// Read from it.
+        const READ = 1 << 0;
+        /// Write to it.
+        const WRITE = 1 << 1;
+    }
+}
+
+/// Why a window can't be mapped or unmapped, or a transfer can't be done.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DmaError {
+    /// Address, size or file offset is not a multiple of the page size, or the size is 0.
+    #[error("window is not page aligned")]
+    Unaligned,
+    /// The window wraps around the address space.
+    #[error("window exceeds the address space")]
+    Overflow,
+    /// The window overlaps one that exists.
+    #[error("window overlaps another one")]
+    Overlap,
+    /// As many windows as announced in `max_dma_maps` exist.
+    #[error("too many windows")]
+    TooMany,
+    /// The file is shorter than the window, or it can't be mapped.
+    #[error("file can't back the window: {0}")]
+    Backing(Errno),
+    /// No window has exactly this address and size.
+    #[error("no such window")]
+    NoSuchWindow,
+    /// A transfer to an address that no window covers.
+    #[error("address {0:#x} is not mapped")]
+    Unmapped(u64),
+    /// A transfer to a window that does not allow it.
+    #[error("address {0:#x} does not allow this access")]
+    Denied(u64),
+    /// A transfer to a window that came without a file descriptor.
+    #[error("address {0:#x} has no shared memory")]
+    NotShared(u64),
+    /// The memory behind the window is gone.
+    #[error("memory behind address {0:#x} is gone")]
+    Vanished(u64),
+    /// `PCI_COMMAND.BME` is clear or the function is not in D0: it may not issue requests.
+    #[error("bus mastering is disabled")]
+    BusMasterDisabled,
+}
+
+impl DmaError {
+    /// The errno of the reply to DMA_MAP or DMA_UNMAP.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Overlap => Errno::EXIST,
+            Self::TooMany => Errno::NOSPC,
+            Self::NoSuchWindow => Errno::NOENT,
+            Self::Backing(errno) => *errno,
+            Self::Unaligned
+            | Self::Overflow
+            | Self::Unmapped(_)
+            | Self::Denied(_)
+            | Self::NotShared(_)
+            | Self::Vanished(_)
+            | Self::BusMasterDisabled => Errno::INVAL,
+        }
+    }
+}

@@ -1,0 +1,115 @@
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use super::window::Window;
+use super::{DmaAccess, DmaError, Iova};
+
+/// The windows of one function, none overlapping another.
+#[derive(Debug)]
+pub struct DmaTable {
+    windows: BTreeMap<Iova, Window>,
+    max_windows: usize,
+}
+
+impl DmaTable {
+    /// An empty table that takes at most `max_windows` windows.
+    #[must_use]
+    pub fn new(max_windows: usize) -> Self {
+        Self { windows: BTreeMap::new(), max_windows }
+    }
+
+    /// Adds a window of `size` bytes at `iova`, backed by a file from an offset on; without a file,
+    /// it is known but can't be accessed.
+    ///
+    /// # Errors
+    /// [`DmaError`] when the window is malformed, overlaps another or its file is too short.
+    pub fn map(
+        &mut self,
+        iova: Iova,
+        size: u64,
+        access: DmaAccess,
+        file: Option<(OwnedFd, u64)>,
+    ) -> Result<(), DmaError> {
+        if size == 0 || !page_aligned(size) || !page_aligned(iova.0) {
+            return Err(DmaError::Unaligned);
+        }
+        // The last byte must be addressable; a window that ends exactly at 2^64 is legal.
+        let last = iova.0.checked_add(size - 1).ok_or(DmaError::Overflow)?;
+        let below = self.windows.range(..=Iova(last)).next_back();
+        if below.is_some_and(|(start, window)| start.0 + (window.size() - 1) >= iova.0) {
+            return Err(DmaError::Overlap);
+        }
+        if self.windows.len() >= self.max_windows {
+            return Err(DmaError::TooMany);
+        }
+        self.windows.insert(iova, Window::new(size, access, file)?);
+        Ok(())
+    }
+
+    /// Removes the window with exactly this address and size. When it returns, nothing of the
+    /// window's memory is mapped any more.
+    ///
+    /// # Errors
+    /// [`DmaError::NoSuchWindow`] when there is none.
+    pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
+        match self.windows.get(&iova) {
+            Some(window) if window.size() == size => {
+                self.windows.remove(&iova);
+                Ok(())
+            }
+            _ => Err(DmaError::NoSuchWindow),
+        }
+    }
+
+    /// Removes every window.
+    pub fn unmap_all(&mut self) {
+        self.windows.clear();
+    }
+
+    /// Reads guest memory into `data`. The range may span adjacent windows.
+    ///
+    /// # Errors
+    /// [`DmaError`]; `data` may then be partly filled.
+    pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaError> {
+        let mut done = 0;
+        while done < data.len() {
+            let address = iova.0.checked_add(done as u64).ok_or(DmaError::Overflow)?;
+            let (window, offset, length) = self.locate(address, data.len() - done)?;
+            window.read(address, offset, &mut data[done..done + length])?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` to guest memory. The range may span adjacent windows.
+    ///
+    /// # Errors
+    /// [`DmaError`]; the start of the range may then have been written, as on a bus.
+    pub fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaError> {
+        let mut done = 0;
+        while done < data.len() {
+            let address = iova.0.checked_add(done as u64).ok_or(DmaError::Overflow)?;
+            let (window, offset, length) = self.locate(address, data.len() - done)?;
+            window.write(address, offset, &data[done..done + length])?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// The window that covers `address`, the offset in it, and how much of `length` lies in it.
+    fn locate(&self, address: u64, length: usize) -> Result<(&Window, u64, usize), DmaError> {
+        let (start, window) = self
+            .windows
+            .range(..=Iova(address))
+            .next_back()
+            .filter(|(start, window)| address - start.0 < window.size())
+            .ok_or(DmaError::Unmapped(address))?;
+        let offset = address - start.0;
+        let room = usize::try_from(window.size() - offset).unwrap_or(usize::MAX);
+        Ok((window, offset, length.min(room)))
+    }
+}
+
+fn page_aligned(value: u64) -> bool {
+    value.is_multiple_of(4096)
+}

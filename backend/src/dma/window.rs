@@ -1,0 +1,149 @@
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::OwnedFd;
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+use vm_memory::mmap::{MmapRegion, MmapRegionError};
+use vm_memory::{Bytes, FileOffset, VolatileMemory};
+
+use super::{DmaAccess, DmaError};
+
+/// One window of client memory.
+#[derive(Debug)]
+pub(super) struct Window {
+    size: u64,
+    access: DmaAccess,
+    memory: Option<Memory>,
+}
+
+#[derive(Debug)]
+struct Memory {
+    region: MmapRegion,
+    trust: Trust,
+}
+
+/// Whether touching the mapping can raise SIGBUS.
+#[derive(Debug)]
+enum Trust {
+    /// The file is sealed against shrinking: every page of the window exists for ever.
+    Sealed,
+    /// The client may truncate the file. Transfers go through `process_vm_readv`/`writev` on this
+    /// process itself, where the kernel answers EFAULT for a page that is gone.
+    Shrinkable,
+}
+
+impl Window {
+    pub(super) fn new(
+        size: u64,
+        access: DmaAccess,
+        file: Option<(OwnedFd, u64)>,
+    ) -> Result<Self, DmaError> {
+        let memory = file.map(|(fd, offset)| Memory::map(fd, offset, size, access)).transpose()?;
+        Ok(Self { size, access, memory })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Reads from `offset` in the window; `address` names the place in errors.
+    pub(super) fn read(&self, address: u64, offset: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        let memory = self.memory_for(DmaAccess::READ, address)?;
+        memory.read(offset, data).ok_or(DmaError::Vanished(address))
+    }
+
+    pub(super) fn write(&self, address: u64, offset: u64, data: &[u8]) -> Result<(), DmaError> {
+        let memory = self.memory_for(DmaAccess::WRITE, address)?;
+        memory.write(offset, data).ok_or(DmaError::Vanished(address))
+    }
+
+    fn memory_for(&self, access: DmaAccess, address: u64) -> Result<&Memory, DmaError> {
+        if !self.access.contains(access) {
+            return Err(DmaError::Denied(address));
+        }
+        self.memory.as_ref().ok_or(DmaError::NotShared(address))
+    }
+}
+
+impl Memory {
+    fn map(fd: OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Self, DmaError> {
+        if !offset.is_multiple_of(4096) {
+            return Err(DmaError::Unaligned);
+        }
+        let end = offset.checked_add(size).ok_or(DmaError::Overflow)?;
+        let length = fstat(&fd).map_err(DmaError::Backing)?.st_size;
+        if u64::try_from(length).unwrap_or(0) < end {
+            return Err(DmaError::Backing(Errno::INVAL));
+        }
+        let trust = match fcntl_get_seals(&fd) {
+            Ok(seals) if seals.contains(SealFlags::SHRINK) => Trust::Sealed,
+            _ => Trust::Shrinkable,
+        };
+        let size = usize::try_from(size).map_err(|_| DmaError::Overflow)?;
+        let mut protection = ProtFlags::empty();
+        protection.set(ProtFlags::READ, access.contains(DmaAccess::READ));
+        protection.set(ProtFlags::WRITE, access.contains(DmaAccess::WRITE));
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let file = FileOffset::new(File::from(fd), offset);
+        MmapRegion::build(
+            Some(file),
+            size,
+            protection.bits().cast_signed(),
+            flags.bits().cast_signed(),
+        )
+        .map(|region| Self { region, trust })
+        .map_err(|error| DmaError::Backing(map_errno(&error)))
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) -> Option<()> {
+        let start = usize::try_from(offset).ok()?;
+        match self.trust {
+            Trust::Sealed => {
+                let slice = self.region.get_slice(start, data.len()).ok()?;
+                slice.read_slice(data, 0).ok()
+            }
+            Trust::Shrinkable => {
+                let remote = self.remote(start, data.len())?;
+                let length = data.len();
+                let copied =
+                    process_vm_readv(Pid::this(), &mut [IoSliceMut::new(data)], &[remote]).ok()?;
+                (copied == length).then_some(())
+            }
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Option<()> {
+        let start = usize::try_from(offset).ok()?;
+        match self.trust {
+            Trust::Sealed => {
+                let slice = self.region.get_slice(start, data.len()).ok()?;
+                slice.write_slice(data, 0).ok()
+            }
+            Trust::Shrinkable => {
+                let remote = self.remote(start, data.len())?;
+                let copied =
+                    process_vm_writev(Pid::this(), &[IoSlice::new(data)], &[remote]).ok()?;
+                (copied == data.len()).then_some(())
+            }
+        }
+    }
+
+    /// The place in our own address space; `None` if the range leaves the mapping.
+    fn remote(&self, start: usize, len: usize) -> Option<RemoteIoVec> {
+        let end = start.checked_add(len)?;
+        (end <= self.region.size())
+            .then(|| RemoteIoVec { base: self.region.as_ptr().addr() + start, len })
+    }
+}
+
+/// Only mmap itself can still fail here; its errno tells the client what its file lacks.
+fn map_errno(error: &MmapRegionError) -> Errno {
+    match error {
+        MmapRegionError::Mmap(error) => Errno::from_io_error(error).unwrap_or(Errno::INVAL),
+        _ => Errno::INVAL,
+    }
+}

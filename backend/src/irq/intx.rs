@@ -1,0 +1,61 @@
+use super::EventFd;
+
+/// The INTx pin: a level that is signalled by edges of an eventfd.
+///
+/// VFIO bridges the two with auto-masking (`VFIO_IRQ_INFO_AUTOMASKED`): a signal masks the pin, the
+/// client unmasks it when the guest has serviced the interrupt, and a level that is still asserted
+/// then is signalled again.
+#[derive(Debug, Default)]
+pub struct Intx {
+    eventfd: Option<EventFd>,
+    asserted: bool,
+    masked: bool,
+}
+
+impl Intx {
+    /// The level of the pin, as the function drives it.
+    pub fn set_level(&mut self, asserted: bool) {
+        self.asserted = asserted;
+        self.deliver();
+    }
+
+    /// Sets or takes away the eventfd. A new one starts unmasked and learns a pending level.
+    pub fn set_eventfd(&mut self, eventfd: Option<EventFd>) {
+        self.eventfd = eventfd;
+        self.masked = false;
+        self.deliver();
+    }
+
+    /// Keeps the pin silent until it is unmasked.
+    pub fn mask(&mut self) {
+        self.masked = true;
+    }
+
+    /// Lets the pin speak again; a level that is still asserted is signalled at once.
+    pub fn unmask(&mut self) {
+        self.masked = false;
+        self.deliver();
+    }
+
+    /// Signals once whatever the level is: the client's own trigger.
+    pub fn trigger(&mut self) {
+        if let Some(eventfd) = &self.eventfd
+            && !self.masked
+        {
+            eventfd.signal();
+            self.masked = true;
+        }
+    }
+
+    /// Forgets what the client set. The level belongs to the function and stays.
+    pub fn disconnect(&mut self) {
+        self.eventfd = None;
+        self.masked = false;
+    }
+
+    fn deliver(&mut self) {
+        if self.asserted {
+            self.trigger();
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What a change of a function means for the world outside.
+
+use super::bar::BarSet;
+use super::capabilities::msi::MsiVectorSet;
+use super::capabilities::power::PowerState;
+
+/// What a configuration write or a reset changed, for the owner of the function to act on.
+///
+/// Each field compares the function before and after the whole operation, so one write that does
+/// several things yields one consistent answer. `None` and empty sets mean no change; the default
+/// is no change at all.
+#[must_use = "the world outside does not follow the function by itself"]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// What the function claims now.
+    pub decode: Option<Decode>,
+    /// Whether the function may access memory now.
+    pub bus_master: Option<bool>,
+    /// BARs whose address changed, decoding or not.
+    pub bars_moved: BarSet,
+    /// The level of the INTx line now: `true` is asserted.
+    pub intx: Option<bool>,
+    /// What happened to MSI.
+    pub msi: MsiEffects,
+    /// The power state now.
+    pub power: Option<PowerState>,
+    /// The function was reset, and with it everything behind its registers must be.
+    pub reset: Option<ResetKind>,
+}
+
+impl Effects {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What a function claims: its Command register, as far as its power state lets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Decode {
+    /// The function claims its memory BARs.
+    pub memory: bool,
+    /// The function claims its I/O BARs.
+    pub io: bool,
+}
+
+/// The part of [`Effects`] that concerns MSI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsiEffects {
+    /// Whether MSI is enabled now.
+    pub enabled: Option<bool>,
+    /// Vectors that were pending and are to be delivered now. Their pending bits are already
+    /// clear.
+    pub deliver: MsiVectorSet,
+}
+
+/// What reset a function, from the weakest to the strongest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ResetKind {
+    /// The function left D3hot and does not keep its context (PM 3.2.4, No_Soft_Reset clear).
+    Soft,
+    /// Software set Initiate Function Level Reset (PCIe 6.6.2).
+    FunctionLevel,
+    /// The whole device: power-on, a reset of the bus, or of the machine (PCIe 6.6.1).
+    Device,
+}

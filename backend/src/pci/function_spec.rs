@@ -1,0 +1,130 @@
+//! What a function's author says about it.
+
+use super::bar::{BarIndex, BarSet, BarSpec};
+use super::capabilities::express::ExpressSpec;
+use super::capabilities::msi::MsiSpec;
+use super::capabilities::power::PowerSpec;
+use super::spec;
+
+/// What a function is, for as long as it lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FunctionSpec {
+    /// Who made it and what it is.
+    pub ids: Ids,
+    /// Its BARs, in any order.
+    pub bars: Vec<BarSpec>,
+    /// The INTx pin, if it has one.
+    pub interrupt_pin: Option<InterruptPin>,
+    /// The MSI capability, if it has one.
+    pub msi: Option<MsiSpec>,
+    /// The power management capability, if it has one.
+    pub power: Option<PowerSpec>,
+    /// The PCI Express capability; without one the function is a conventional one.
+    pub express: Option<ExpressSpec>,
+}
+
+impl FunctionSpec {
+    /// A conventional function with no BARs, interrupts or capabilities, to start from.
+    pub const fn new(ids: Ids) -> Self {
+        Self { ids, bars: Vec::new(), interrupt_pin: None, msi: None, power: None, express: None }
+    }
+
+    /// Whether a function can be like this.
+    pub(super) fn validate(&self) -> Result<(), SpecError> {
+        if self.ids.vendor == spec::VENDOR_ABSENT {
+            return Err(SpecError::VendorAbsent);
+        }
+        let mut taken = BarSet::EMPTY;
+        for bar in &self.bars {
+            for slot in bar.slots()?.iter() {
+                if taken.contains(slot) {
+                    return Err(SpecError::BarsOverlap { slot });
+                }
+                taken.insert(slot);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why no function can be like its specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// The Vendor ID is the one that says that there is no function.
+    #[error("vendor ID 0xffff means that there is no function")]
+    VendorAbsent,
+    /// A BAR's size is no power of two.
+    #[error("{index} is {size:#x} bytes, which is no power of two")]
+    BarSizeNotPowerOfTwo {
+        /// The BAR.
+        index: BarIndex,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A BAR is too small or too large for its kind.
+    #[error("{index} is {size:#x} bytes; its kind can have {min:#x} to {max:#x}")]
+    BarSizeOutOfRange {
+        /// The BAR.
+        index: BarIndex,
+        /// Its size in bytes.
+        size: u64,
+        /// The smallest size of its kind.
+        min: u64,
+        /// The largest size of its kind.
+        max: u64,
+    },
+    /// A 64-bit BAR in the last register.
+    #[error("{index} is 64 bits wide, and no register follows it")]
+    NoUpperHalf {
+        /// The BAR.
+        index: BarIndex,
+    },
+    /// Two BARs want the same register.
+    #[error("two BARs use the register of {slot}")]
+    BarsOverlap {
+        /// The register.
+        slot: BarIndex,
+    },
+}
+
+/// Who made a function and what it is (PCI 6.2.1 and 6.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ids {
+    /// Vendor ID. 0xffff is no vendor's.
+    pub vendor: u16,
+    /// Device ID.
+    pub device: u16,
+    /// Subsystem Vendor ID.
+    pub subsystem_vendor: u16,
+    /// Subsystem ID.
+    pub subsystem: u16,
+    /// Revision ID.
+    pub revision: u8,
+    /// Class Code.
+    pub class: ClassCode,
+}
+
+/// What kind of function it is (PCI 6.2.1 and appendix D).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassCode {
+    /// Base class.
+    pub base: u8,
+    /// Sub-class.
+    pub sub: u8,
+    /// Programming interface.
+    pub interface: u8,
+}
+
+/// An INTx pin, as the Interrupt Pin register encodes it (PCI 6.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum InterruptPin {
+    /// INTA#.
+    A = 1,
+    /// INTB#.
+    B = 2,
+    /// INTC#.
+    C = 3,
+    /// INTD#.
+    D = 4,
+}

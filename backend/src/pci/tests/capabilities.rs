@@ -1,0 +1,70 @@
+//! The capability list.
+
+use super::*;
+
+fn walk(function: &Function) -> Vec<(usize, u8)> {
+    let mut list = Vec::new();
+    let mut at = usize::from(read8(function, spec::header::CAPABILITIES_POINTER));
+    while at != 0 {
+        assert_eq!(at % 4, 0, "capabilities are doubleword aligned");
+        assert!(list.len() < 48, "the list ends");
+        list.push((at, read8(function, at)));
+        at = usize::from(read8(function, at + spec::capability::NEXT));
+    }
+    list
+}
+
+#[test]
+fn the_list_holds_what_the_function_has_in_order() {
+    let power = Some(PowerSpec { no_soft_reset: true });
+    let masking = Some(MsiSpec { vectors: MsiVectors::Four, per_vector_masking: true });
+    let plain = Some(MsiSpec { vectors: MsiVectors::One, per_vector_masking: false });
+    let express = Some(ExpressSpec { function_level_reset: true });
+    type Case = (Option<PowerSpec>, Option<MsiSpec>, Option<ExpressSpec>, &'static [(usize, u8)]);
+    let cases: [Case; 8] = [
+        (None, None, None, &[]),
+        (power, None, None, &[(0x40, 0x01)]),
+        (None, plain, None, &[(0x40, 0x05)]),
+        (None, None, express, &[(0x40, 0x10)]),
+        (None, plain, express, &[(0x40, 0x05), (0x50, 0x10)]),
+        (None, masking, express, &[(0x40, 0x05), (0x58, 0x10)]),
+        (power, plain, express, &[(0x40, 0x01), (0x48, 0x05), (0x58, 0x10)]),
+        (power, masking, express, &[(PM, 0x01), (MSI, 0x05), (EXPRESS, 0x10)]),
+    ];
+    for (power, msi, express, expected) in cases {
+        let spec = FunctionSpec { power, msi, express, ..FunctionSpec::new(IDS) };
+        let function = Function::new(spec).unwrap();
+        assert_eq!(walk(&function), expected);
+        let listed = read16(&function, spec::header::STATUS) & Status::CAPABILITIES_LIST.bits();
+        assert_eq!(listed != 0, !expected.is_empty());
+    }
+}
+
+#[test]
+fn message_control_says_what_the_function_asks_for() {
+    for (vectors, per_vector_masking, control) in [
+        (MsiVectors::One, false, 0x0080),
+        (MsiVectors::Two, false, 0x0082),
+        (MsiVectors::Sixteen, true, 0x0188),
+        (MsiVectors::ThirtyTwo, true, 0x018a),
+    ] {
+        let msi = Some(MsiSpec { vectors, per_vector_masking });
+        let function = Function::new(FunctionSpec { msi, ..FunctionSpec::new(IDS) }).unwrap();
+        assert_eq!(read16(&function, 0x42), control);
+    }
+}
+
+#[test]
+fn no_soft_reset_and_flr_show_in_their_capabilities() {
+    for yes in [false, true] {
+        let function = Function::new(FunctionSpec {
+            power: Some(PowerSpec { no_soft_reset: yes }),
+            express: Some(ExpressSpec { function_level_reset: yes }),
+            ..full_spec()
+        })
+        .unwrap();
+        assert_eq!(read16(&function, PM + spec::power::PMCSR) & 0x8 != 0, yes);
+        let capabilities = read32(&function, EXPRESS + spec::express::DEVICE_CAPABILITIES);
+        assert_eq!(capabilities & 1 << 28 != 0, yes);
+    }
+}

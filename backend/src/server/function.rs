@@ -1,0 +1,332 @@
+use std::os::fd::OwnedFd;
+
+use barkeep_protocol::wire::limits::MAX_DMA_MAPS;
+use barkeep_protocol::wire::{
+    self, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict,
+    InfoQuery, PciIrq, PciRegion, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
+    RegionStateQuery,
+};
+use tracing::info;
+
+use super::rate_limit::RateLimit;
+use super::request_error::RequestError;
+use crate::devices::{Context, Device};
+use crate::dma::{DmaAccess, DmaTable, Iova};
+use crate::irq::Interrupts;
+use crate::pci::{BarIndex, BarKind, Effects, Function, RequestKind, ResetKind, SpecError};
+
+mod interrupts;
+
+/// A function with everything it needs to be served: the model, the device behind it, its windows
+/// into guest memory and its interrupts.
+///
+/// Every access to a BAR passes [`Function::claims`] first. What no decoding function claims
+/// completes as an Unsupported Request: reads return all ones, writes are dropped (PCIe 2.3.1).
+pub struct HostedFunction {
+    name: String,
+    function: Function,
+    device: Box<dyn Device>,
+    interrupts: Interrupts,
+    dma: DmaTable,
+    regions: [RegionState; PciRegion::COUNT as usize],
+    log: RateLimit,
+}
+
+/// A successful answer.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    pub(super) body: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+impl Reply {
+    pub(super) fn body(body: Vec<u8>) -> Self {
+        Self { body, fds: Vec::new() }
+    }
+}
+
+impl std::fmt::Debug for HostedFunction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostedFunction").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A region that exists, by what serves it.
+#[derive(Clone, Copy)]
+enum Target {
+    Bar(BarIndex),
+    Config,
+}
+
+impl HostedFunction {
+    /// Puts a device behind a function. `name` is what logs call it.
+    ///
+    /// # Errors
+    /// [`SpecError`] when the device describes a function that can't exist: a bug of the device.
+    pub fn new(name: impl Into<String>, device: Box<dyn Device>) -> Result<Self, SpecError> {
+        let function = Function::new(device.spec())?;
+        let vectors = function.spec().msi.map_or(0, |msi| msi.vectors.count());
+        Ok(Self {
+            name: name.into(),
+            function,
+            device,
+            interrupts: Interrupts::new(vectors.into()),
+            dma: DmaTable::new(MAX_DMA_MAPS),
+            regions: Default::default(),
+            log: RateLimit::default(),
+        })
+    }
+
+    /// The client has gone: its memory and eventfds are given back and the function is as at
+    /// power-on for the next one.
+    pub fn client_left(&mut self) {
+        self.device.quiesce();
+        self.dma.unmap_all();
+        self.interrupts.disconnect();
+        self.reset_function();
+        self.regions = Default::default();
+    }
+
+    pub(super) fn device_info(&self) -> Reply {
+        let info = DeviceInfo {
+            flags: DeviceFlags::RESET | DeviceFlags::PCI,
+            num_regions: PciRegion::COUNT,
+            num_irqs: PciIrq::COUNT,
+        };
+        Reply::body(info.to_bytes())
+    }
+
+    pub(super) fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+        let region =
+            PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
+        let mut info = RegionInfo {
+            flags: RegionFlags::empty(),
+            index: query.index,
+            size: 0,
+            file_offset: 0,
+            sparse: Vec::new(),
+        };
+        let mut fds = Vec::new();
+        if let Some((target, size)) = self.target(region) {
+            info.flags = RegionFlags::READ | RegionFlags::WRITE;
+            info.size = size;
+            if let Target::Bar(bar) = target
+                && let Some(mapping) = self.device.mapping(bar)
+            {
+                let file = mapping.file.try_clone_to_owned();
+                fds.push(file.map_err(|error| {
+                    RequestError::Descriptor(
+                        wire::Errno::from_io_error(&error).unwrap_or(wire::Errno::IO),
+                    )
+                })?);
+                info.flags |= RegionFlags::MMAP;
+                info.file_offset = mapping.offset;
+            }
+        }
+        Ok(Reply { body: info.to_bytes(query.argsz), fds })
+    }
+
+    pub(super) fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError> {
+        let target = self.checked(access)?;
+        let mut body = access.reply_buffer();
+        let data = &mut body[RegionAccess::SIZE..];
+        match target {
+            Target::Config => {
+                self.function.config_read(offset_in_config(access.offset), data);
+            }
+            // A bus has no access of no bytes.
+            Target::Bar(_) if data.is_empty() => {}
+            Target::Bar(bar) => {
+                data.fill(0xff);
+                if self.function.claims(bar) {
+                    let (device, mut context) = self.split();
+                    device.bar_read(bar, access.offset, data, &mut context);
+                    self.counters(access.region).reads += 1;
+                } else {
+                    self.unsupported(access, RequestKind::NonPosted);
+                }
+            }
+        }
+        Ok(Reply::body(body))
+    }
+
+    pub(super) fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError> {
+        let access = &write.access;
+        match self.checked(access)? {
+            Target::Config => {
+                let offset = offset_in_config(access.offset);
+                let effects = self.function.config_write(offset, write.data);
+                self.apply(&effects);
+            }
+            Target::Bar(_) if write.data.is_empty() => {}
+            Target::Bar(bar) if self.function.claims(bar) => {
+                let (device, mut context) = self.split();
+                device.bar_write(bar, access.offset, write.data, &mut context);
+                self.counters(access.region).writes += 1;
+            }
+            Target::Bar(bar) => {
+                let io = self.function.bar(bar).is_some_and(|bar| bar.kind == BarKind::Io);
+                let kind = if io { RequestKind::NonPosted } else { RequestKind::Posted };
+                self.counters(access.region).writes_dropped += 1;
+                self.record_unsupported(access, kind, "write");
+            }
+        }
+        Ok(Reply::body(access.to_bytes()))
+    }
+
+    pub(super) fn device_reset(&mut self) -> Reply {
+        self.device.quiesce();
+        self.reset_function();
+        Reply::default()
+    }
+
+    pub(super) fn dma_map(
+        &mut self,
+        map: &DmaMap,
+        file: Option<OwnedFd>,
+    ) -> Result<Reply, RequestError> {
+        let mut access = DmaAccess::empty();
+        access.set(DmaAccess::READ, map.access.contains(wire::DmaAccess::READ));
+        access.set(DmaAccess::WRITE, map.access.contains(wire::DmaAccess::WRITE));
+        let file = file.map(|file| (file, map.file_offset));
+        self.dma.map(Iova(map.address), map.size, access, file)?;
+        Ok(Reply::default())
+    }
+
+    pub(super) fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError> {
+        let flags = unmap.flags;
+        if flags.contains(wire::DmaUnmapFlags::DIRTY_BITMAP) {
+            return Err(wire::WireError::Flags(flags.bits()).into());
+        }
+        self.device.quiesce();
+        if !flags.contains(wire::DmaUnmapFlags::ALL) {
+            self.dma.unmap(Iova(unmap.address), unmap.size)?;
+        } else if (unmap.address, unmap.size) == (0, 0) {
+            self.dma.unmap_all();
+        } else {
+            return Err(wire::WireError::Flags(flags.bits()).into());
+        }
+        Ok(Reply::body(unmap.to_bytes()))
+    }
+
+    /// A guest access that the VMM's hypervisor could not complete on a mapped BAR.
+    pub(super) fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError> {
+        let access = RegionAccess { offset: report.offset, region: report.region, count: 1 };
+        let Target::Bar(bar) = self.checked(&access)? else {
+            return Err(RequestError::NoRegion(report.region));
+        };
+        self.counters(report.region).memory_faults += 1;
+        let epoch = self.function.epoch();
+        let verdict = if !self.function.claims(bar) {
+            FaultVerdict::UnsupportedRequest { epoch }
+        } else if self.device.mapping(bar).is_some() {
+            FaultVerdict::Map { epoch }
+        } else {
+            FaultVerdict::Trap { epoch }
+        };
+        Ok(Reply::body(verdict.to_bytes()))
+    }
+
+    pub(super) fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError> {
+        let region = PciRegion::from_index(query.region)
+            .filter(|region| self.target(*region).is_some())
+            .ok_or(RequestError::NoRegion(query.region))?;
+        let claimed = match region {
+            PciRegion::Bar(index) => {
+                BarIndex::new(index).is_some_and(|bar| self.function.claims(bar))
+            }
+            PciRegion::Rom | PciRegion::Config | PciRegion::Vga => true,
+        };
+        let mut decode = DecodeFlags::empty();
+        decode.set(DecodeFlags::CLAIMED, claimed);
+        let epoch = self.function.epoch();
+        let counters = *self.counters(query.region);
+        let state = RegionState { decode: decode.bits(), epoch, ..counters };
+        Ok(Reply::body(state.to_bytes()))
+    }
+
+    /// Does outside of the function what a configuration write or reset changed in it.
+    fn apply(&mut self, effects: &Effects) {
+        if effects.is_empty() {
+            return;
+        }
+        if effects.reset.is_some() {
+            self.device.quiesce();
+            self.device.reset();
+        }
+        for vector in effects.msi.deliver.iter() {
+            self.interrupts.msi.signal(vector.into());
+        }
+        if let Some(level) = effects.intx {
+            self.interrupts.intx.set_level(level);
+        }
+        if effects.reset.is_none() {
+            let (device, mut context) = self.split();
+            device.effects_applied(effects, &mut context);
+        }
+    }
+
+    fn reset_function(&mut self) {
+        // The device may hold more than its registers show, so it is reset whatever they say.
+        let effects = self.function.reset(ResetKind::Device);
+        self.apply(&effects);
+        if effects.reset.is_none() {
+            self.device.reset();
+        }
+    }
+
+    fn split(&mut self) -> (&mut dyn Device, Context<'_>) {
+        let context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        (self.device.as_mut(), context)
+    }
+
+    /// What serves a region, and its size in bytes; `None` when the function does not have it.
+    fn target(&self, region: PciRegion) -> Option<(Target, u64)> {
+        match region {
+            PciRegion::Bar(index) => {
+                let bar = self.function.bar(BarIndex::new(index)?)?;
+                Some((Target::Bar(bar.index), bar.size))
+            }
+            PciRegion::Config => Some((Target::Config, self.function.config_size() as u64)),
+            PciRegion::Rom | PciRegion::Vga => None,
+        }
+    }
+
+    fn checked(&self, access: &RegionAccess) -> Result<Target, RequestError> {
+        let region = access.region;
+        let (target, size) = PciRegion::from_index(region)
+            .and_then(|region| self.target(region))
+            .ok_or(RequestError::NoRegion(region))?;
+        let count = u64::from(access.count);
+        match access.offset.checked_add(count) {
+            Some(end) if end <= size => Ok(target),
+            _ => Err(RequestError::OutOfRegion { region, offset: access.offset, count }),
+        }
+    }
+
+    fn unsupported(&mut self, access: &RegionAccess, kind: RequestKind) {
+        self.counters(access.region).reads_ur += 1;
+        self.record_unsupported(access, kind, "read");
+    }
+
+    fn record_unsupported(&mut self, access: &RegionAccess, kind: RequestKind, what: &str) {
+        self.function.record_unsupported_request(kind);
+        if let Some(suppressed) = self.log.admit() {
+            let RegionAccess { offset, region, count } = *access;
+            info!(
+                function = self.name,
+                suppressed,
+                "Unsupported Request: {what} of {count} bytes at BAR{region}+{offset:#x}, which does not decode"
+            );
+        }
+    }
+
+    fn counters(&mut self, region: u32) -> &mut RegionState {
+        &mut self.regions[region as usize]
+    }
+}
+
+/// Configuration space is at most 4096 bytes, and the access was checked against it.
+fn offset_in_config(offset: u64) -> usize {
+    usize::try_from(offset).expect("checked against the size of configuration space")
+}

@@ -1,0 +1,195 @@
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender, TransportError};
+use barkeep_protocol::wire::{
+    BarkeepExtensions, Errno, Header, MessageKind, Request, Version, WireError,
+};
+use thiserror::Error;
+use tracing::debug;
+
+use super::event_loop::Interest;
+use super::function::{HostedFunction, Reply};
+use super::rate_limit::RateLimit;
+use super::request_error::RequestError;
+
+/// Requests served before other functions of the process get their turn.
+const BATCH: usize = 64;
+/// Replies that may wait for a client that does not read; beyond, its requests are not read either.
+const MAX_QUEUED: usize = 4 << 20;
+
+/// One client's connection.
+#[derive(Debug)]
+pub(super) struct Session {
+    socket: OwnedFd,
+    receiver: Receiver,
+    sender: Sender,
+    state: State,
+    log: RateLimit,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// VERSION is due by then.
+    Greeting(Instant),
+    Ready(BarkeepExtensions),
+}
+
+/// Why a session ended.
+#[derive(Debug, Error)]
+pub(super) enum SessionEnd {
+    #[error("it closed the connection")]
+    Left,
+    #[error("it did not negotiate a version in time")]
+    Silent,
+    #[error("no common protocol version: {0}")]
+    Refused(RequestError),
+    #[error("it sent a reply to nothing")]
+    UnsolicitedReply,
+    #[error("{0}")]
+    Transport(#[from] TransportError),
+}
+
+impl Session {
+    pub(super) fn new(socket: OwnedFd, handshake_deadline: Instant) -> Self {
+        Self {
+            socket,
+            receiver: Receiver::default(),
+            sender: Sender::default(),
+            state: State::Greeting(handshake_deadline),
+            log: RateLimit::default(),
+        }
+    }
+
+    /// When the client's patience with VERSION ends; `None` once it is negotiated.
+    pub(super) fn handshake_deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Greeting(deadline) => Some(deadline),
+            State::Ready(_) => None,
+        }
+    }
+
+    /// Reads and answers requests as long as the socket has some, up to a batch. Returns what to
+    /// wait for next.
+    pub(super) fn serve(&mut self, function: &mut HostedFunction) -> Result<Interest, SessionEnd> {
+        for _ in 0..BATCH {
+            if self.sender.flush(&self.socket)? == Flush::Blocked
+                && self.sender.queued_bytes() > MAX_QUEUED
+            {
+                return Ok(Interest::Write);
+            }
+            let outcome = match self.receiver.receive(&self.socket) {
+                Ok(Received::Frame(frame)) => self.handle(frame, function),
+                Ok(Received::Refused(header, error)) => self.answer(&header, Err(error.into())),
+                Ok(Received::Pending) => break,
+                Ok(Received::Closed) => return Err(SessionEnd::Left),
+                Err(error) => return Err(self.farewell(error)),
+            };
+            if let Err(end) = outcome {
+                // The last reply says why; it is lost if the client does not read.
+                let _ = self.sender.flush(&self.socket);
+                return Err(end);
+            }
+        }
+        Ok(match self.sender.flush(&self.socket)? {
+            Flush::Done => Interest::Read,
+            Flush::Blocked => Interest::ReadWrite,
+        })
+    }
+
+    fn handle(&mut self, frame: Frame, function: &mut HostedFunction) -> Result<(), SessionEnd> {
+        let Frame { header, body, fds } = frame;
+        let request = Request::parse(header.command, &body).map_err(RequestError::from);
+        let result = match (self.state, request) {
+            (State::Greeting(_), Ok(Request::Version(version))) => self.negotiate(&version),
+            (State::Greeting(_), Ok(_)) | (State::Ready(_), Ok(Request::Version(_))) => {
+                Err(RequestError::OutOfOrder)
+            }
+            (State::Ready(extensions), Ok(request)) => {
+                serve_request(function, extensions, request, fds)
+            }
+            (_, Err(error)) => Err(error),
+        };
+        self.answer(&header, result)
+    }
+
+    fn negotiate(&mut self, theirs: &Version) -> Result<Reply, RequestError> {
+        let answer = theirs.answer()?;
+        self.state = State::Ready(answer.capabilities.barkeep.unwrap_or_default());
+        Ok(Reply::body(answer.to_bytes()))
+    }
+
+    /// Queues the reply. A message that no client of ours would send ends the session after it: a
+    /// refused handshake has nothing to go on with, and an error reply to a reply could be answered
+    /// in turn for ever.
+    fn answer(
+        &mut self,
+        header: &Header,
+        result: Result<Reply, RequestError>,
+    ) -> Result<(), SessionEnd> {
+        let MessageKind::Command { no_reply } = header.kind else {
+            self.sender.queue(Frame::error(header.id, header.command, Errno::INVAL));
+            return Err(SessionEnd::UnsolicitedReply);
+        };
+        let error = match result {
+            Ok(reply) => {
+                if !no_reply {
+                    self.sender.queue(Frame::reply(header, reply.body).with_fds(reply.fds));
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        if let Some(suppressed) = self.log.admit() {
+            debug!(command = header.command, suppressed, "request refused: {error}");
+        }
+        if !no_reply {
+            self.sender.queue(Frame::error(header.id, header.command, error.errno()));
+        }
+        match self.state {
+            State::Greeting(_) => Err(SessionEnd::Refused(error)),
+            State::Ready(_) => Ok(()),
+        }
+    }
+
+    /// Tells a client whose stream can't be followed any more, if that is the reason.
+    fn farewell(&mut self, error: TransportError) -> SessionEnd {
+        if let TransportError::Framing { id, command, .. } = error {
+            self.sender.queue(Frame::error(id, command, Errno::INVAL));
+            let _ = self.sender.flush(&self.socket);
+        }
+        error.into()
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn serve_request(
+    function: &mut HostedFunction,
+    extensions: BarkeepExtensions,
+    request: Request<'_>,
+    fds: Vec<OwnedFd>,
+) -> Result<Reply, RequestError> {
+    if fds.len() > request.max_fds() {
+        return Err(WireError::TooManyFds.into());
+    }
+    match request {
+        Request::Version(_) => Err(RequestError::OutOfOrder),
+        Request::DmaMap(map) => function.dma_map(&map, fds.into_iter().next()),
+        Request::DmaUnmap(unmap) => function.dma_unmap(&unmap),
+        Request::GetInfo => Ok(function.device_info()),
+        Request::GetRegionInfo(query) => function.region_info(query),
+        Request::GetIrqInfo(query) => function.irq_info(query),
+        Request::SetIrqs(set) => function.set_irqs(&set, fds),
+        Request::RegionRead(access) => function.region_read(&access),
+        Request::RegionWrite(write) => function.region_write(&write),
+        Request::Reset => Ok(function.device_reset()),
+        Request::MemoryFault(report) if extensions.memory_fault => function.memory_fault(&report),
+        Request::RegionState(query) if extensions.region_state => function.region_state(query),
+        Request::MemoryFault(_) | Request::RegionState(_) => Err(RequestError::NotNegotiated),
+    }
+}

@@ -1,0 +1,110 @@
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, flock, open, statat};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use thiserror::Error;
+
+/// Clients that wait while another one is served; further ones get EAGAIN or wait in connect.
+const BACKLOG: i32 = 16;
+
+/// A listening socket and its place in the file system, which is removed when this is dropped.
+#[derive(Debug)]
+pub struct SocketPath {
+    path: PathBuf,
+    listener: OwnedFd,
+    identity: (u64, u64),
+}
+
+/// Why a path can't be listened on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum SocketError {
+    /// A process listens there.
+    #[error("in use by another process")]
+    InUse,
+    /// Something that is not a socket has this name; it is not ours to remove.
+    #[error("exists and is not a socket")]
+    NotASocket,
+    /// The kernel refused.
+    #[error("{0}")]
+    System(#[from] Errno),
+}
+
+impl SocketPath {
+    /// Listens on `path`. A socket that nobody listens on any more is replaced, a live one is not.
+    ///
+    /// # Errors
+    /// [`SocketError`] with the reason.
+    pub fn claim(path: &Path) -> Result<Self, SocketError> {
+        // Two starters could both find a stale socket and remove each other's fresh one: they take
+        // turns, by a lock on the directory that leaves no file behind.
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+        flock(&directory, FlockOperation::LockExclusive)?;
+
+        let address = SocketAddrUnix::new(path)?;
+        remove_stale(path, &address)?;
+        let listener = unix_socket()?;
+        bind(&listener, &address)?;
+        listen(&listener, BACKLOG)?;
+        let identity = identity(path)?.ok_or(Errno::NOENT)?;
+        Ok(Self { path: path.to_owned(), listener, identity })
+    }
+
+    /// The listening socket, non-blocking.
+    #[must_use]
+    pub fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl fmt::Display for SocketPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Somebody may have replaced it since; then it is theirs.
+        if identity(&self.path) == Ok(Some(self.identity)) {
+            let _ = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
+fn unix_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), SocketError> {
+    let status = match statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(status) => status,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
+    if FileType::from_raw_mode(status.st_mode) != FileType::Socket {
+        return Err(SocketError::NotASocket);
+    }
+    match connect(&unix_socket()?, address) {
+        Err(Errno::CONNREFUSED) => Ok(rustix::fs::unlink(path)?),
+        // Connected, or a backlog so full that we would have to wait.
+        Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS) => Err(SocketError::InUse),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Device and inode of what is at `path`, if anything is.
+fn identity(path: &Path) -> Result<Option<(u64, u64)>, Errno> {
+    match statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(status) => Ok(Some((status.st_dev, status.st_ino))),
+        Err(Errno::NOENT) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}

@@ -1,0 +1,202 @@
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
+use rustix::io::{FdFlags, fcntl_getfd};
+
+use super::*;
+use crate::wire::limits::{MAX_MESSAGE_FDS, MAX_MESSAGE_SIZE};
+use crate::wire::{Command, Header, MessageKind, WireError};
+
+fn pair() -> (UnixStream, UnixStream) {
+    let (a, b) = UnixStream::pair().unwrap();
+    a.set_nonblocking(true).unwrap();
+    b.set_nonblocking(true).unwrap();
+    (a, b)
+}
+
+fn command(id: u16, body: &[u8]) -> Frame {
+    Frame::command(MessageId(id), Command::RegionWrite, body.to_vec())
+}
+
+fn memfd() -> OwnedFd {
+    memfd_create("test", MemfdFlags::empty()).unwrap()
+}
+
+fn expect_frame(receiver: &mut Receiver, socket: &UnixStream) -> Frame {
+    match receiver.receive(socket).unwrap() {
+        Received::Frame(frame) => frame,
+        other => panic!("expected a frame, got {other:?}"),
+    }
+}
+
+#[test]
+fn several_messages_in_one_write_come_out_one_by_one() {
+    let (mut a, b) = pair();
+    let mut bytes = Vec::new();
+    for id in 0..3 {
+        let frame = command(id, &[id as u8; 5]);
+        bytes.extend_from_slice(&frame.header.to_bytes());
+        bytes.extend_from_slice(&frame.body);
+    }
+    a.write_all(&bytes).unwrap();
+    let mut receiver = Receiver::default();
+    for id in 0..3 {
+        let frame = expect_frame(&mut receiver, &b);
+        assert_eq!((frame.header.id, frame.body), (MessageId(id), vec![id as u8; 5]));
+    }
+    assert!(matches!(receiver.receive(&b).unwrap(), Received::Pending));
+}
+
+#[test]
+fn descriptors_stay_with_their_message_when_messages_are_pipelined() {
+    let (a, b) = pair();
+    let fd = memfd();
+    let inode = fstat(&fd).unwrap().st_ino;
+    let mut sender = Sender::default();
+    sender.queue(command(1, b"without"));
+    sender.queue(command(2, b"with").with_fds(vec![fd]));
+    sender.queue(command(3, b"without"));
+    assert_eq!(sender.flush(&a).unwrap(), Flush::Done);
+
+    let mut receiver = Receiver::default();
+    let fds: Vec<_> = (0..3).map(|_| expect_frame(&mut receiver, &b).fds).collect();
+    assert_eq!(fds.iter().map(Vec::len).collect::<Vec<_>>(), [0, 1, 0]);
+    assert_eq!(fstat(&fds[1][0]).unwrap().st_ino, inode);
+    assert!(fcntl_getfd(&fds[1][0]).unwrap().contains(FdFlags::CLOEXEC));
+}
+
+#[test]
+fn too_many_descriptors_refuse_the_message_and_keep_the_stream() {
+    let (a, b) = pair();
+    let frame = command(7, b"x");
+    let bytes = [&frame.header.to_bytes()[..], &frame.body].concat();
+    let fd = memfd();
+    let fds = [std::os::fd::AsFd::as_fd(&fd); MAX_MESSAGE_FDS + 1];
+    let mut space =
+        [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS + 1))];
+    let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+    let iov = [std::io::IoSlice::new(&bytes)];
+    rustix::net::sendmsg(&a, &iov, &mut ancillary, rustix::net::SendFlags::empty()).unwrap();
+
+    let mut receiver = Receiver::default();
+    match receiver.receive(&b).unwrap() {
+        Received::Refused(header, WireError::TooManyFds) => assert_eq!(header.id, MessageId(7)),
+        other => panic!("{other:?}"),
+    }
+    let mut sender = Sender::default();
+    sender.queue(command(8, b"next"));
+    sender.flush(&a).unwrap();
+    assert_eq!(expect_frame(&mut receiver, &b).body, b"next");
+}
+
+#[test]
+fn an_oversized_message_is_drained_and_the_next_one_is_read() {
+    let (mut a, b) = pair();
+    let size = MAX_MESSAGE_SIZE as usize;
+    let header = Header {
+        id: MessageId(1),
+        command: 10,
+        body_size: size as u32,
+        kind: MessageKind::Command { no_reply: false },
+    };
+    let writer = std::thread::spawn(move || {
+        a.set_nonblocking(false).unwrap();
+        a.write_all(&header.to_bytes()).unwrap();
+        a.write_all(&vec![0xaa; size]).unwrap();
+        let next = command(2, b"after");
+        a.write_all(&next.header.to_bytes()).unwrap();
+        a.write_all(&next.body).unwrap();
+    });
+    b.set_nonblocking(false).unwrap();
+    let mut receiver = Receiver::default();
+    let refused = receiver.receive(&b).unwrap();
+    assert!(matches!(refused, Received::Refused(h, WireError::TooLong(_)) if h == header));
+    assert_eq!(expect_frame(&mut receiver, &b).body, b"after");
+    writer.join().unwrap();
+}
+
+#[test]
+fn a_size_below_the_header_loses_the_framing() {
+    let (mut a, b) = pair();
+    let mut bytes = command(5, b"").header.to_bytes();
+    bytes[4..8].copy_from_slice(&15u32.to_ne_bytes());
+    a.write_all(&bytes).unwrap();
+    match Receiver::default().receive(&b) {
+        Err(TransportError::Framing { id, .. }) => assert_eq!(id, MessageId(5)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn end_of_stream_is_clean_only_between_messages() {
+    let (a, b) = pair();
+    drop(a);
+    assert!(matches!(Receiver::default().receive(&b).unwrap(), Received::Closed));
+
+    let (mut a, b) = pair();
+    a.write_all(&command(1, b"body").header.to_bytes()).unwrap();
+    drop(a);
+    assert!(matches!(Receiver::default().receive(&b), Err(TransportError::Truncated)));
+}
+
+#[test]
+fn a_sender_stops_where_the_socket_does_and_goes_on_there() {
+    let (a, b) = pair();
+    let mut sender = Sender::default();
+    let body = vec![0x5a; 1 << 20];
+    sender.queue(command(1, &body).with_fds(vec![memfd()]));
+    sender.queue(command(2, b"tail"));
+    assert_eq!(sender.flush(&a).unwrap(), Flush::Blocked);
+    let waiting = sender.queued_bytes();
+    assert!(waiting > 0 && waiting < (1 << 20) + 16 + 20, "{waiting}");
+
+    let mut receiver = Receiver::default();
+    let mut frames = Vec::new();
+    while frames.len() < 2 {
+        match receiver.receive(&b).unwrap() {
+            Received::Frame(frame) => frames.push(frame),
+            Received::Pending => {
+                sender.flush(&a).unwrap();
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(frames[0].body, body);
+    assert_eq!(frames[0].fds.len(), 1);
+    assert_eq!(frames[1].body, b"tail");
+    assert_eq!(sender.queued_bytes(), 0);
+}
+
+proptest! {
+    /// However a stream is cut into writes, the same frames come out.
+    #[test]
+    fn framing_does_not_depend_on_how_the_stream_is_cut(
+        bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..8),
+        cuts in prop::collection::vec(1usize..30, 1..40),
+    ) {
+        let (mut a, b) = pair();
+        let mut bytes = Vec::new();
+        for (id, body) in bodies.iter().enumerate() {
+            let frame = command(id as u16, body);
+            bytes.extend_from_slice(&frame.header.to_bytes());
+            bytes.extend_from_slice(&frame.body);
+        }
+        let mut receiver = Receiver::default();
+        let mut received = Vec::new();
+        let mut rest = &bytes[..];
+        for cut in cuts.iter().cycle() {
+            let (now, later) = rest.split_at((*cut).min(rest.len()));
+            a.write_all(now).unwrap();
+            rest = later;
+            while let Received::Frame(frame) = receiver.receive(&b).unwrap() {
+                received.push(frame.body);
+            }
+            if rest.is_empty() { break; }
+        }
+        prop_assert_eq!(received, bodies);
+    }
+}
