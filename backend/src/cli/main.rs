@@ -4,9 +4,11 @@
 mod demo;
 mod serve;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use tracing_subscriber::EnvFilter;
 
 /// PCI devices in sidecar processes that cannot take the VM down.
@@ -16,6 +18,10 @@ struct Arguments {
     /// How much to log to standard error: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, global = true, env = "BARKEEP_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
+
+    /// Stop when the process that started this one ends
+    #[arg(long, hide = true)]
+    die_with_parent: bool,
 
     #[command(subcommand)]
     command: Command,
@@ -43,7 +49,16 @@ fn main() -> ExitCode {
         Ok(filter) => filter,
         Err(error) => return usage_error(&format!("--log: {error}")),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    if arguments.die_with_parent
+        && let Err(errno) = set_parent_process_death_signal(Some(Signal::TERM))
+    {
+        tracing::warn!("will not stop with the parent process: {errno}");
+    }
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments),
         #[cfg(feature = "demo")]

@@ -1,0 +1,195 @@
+//! What the shim has to understand of configuration space (PCI Local Bus 3.0, 6.1 and 6.7).
+
+use barkeep_protocol::wire::PciRegion;
+
+use super::BarInfo;
+use crate::bar::AddressSpace;
+use crate::client::{Client, ClientError};
+
+const COMMAND: u16 = 0x04;
+const STATUS: u16 = 0x06;
+const BAR0: u16 = 0x10;
+const AFTER_BARS: u16 = 0x28;
+const CAPABILITIES_POINTER: u16 = 0x34;
+
+const COMMAND_IO: u16 = 1 << 0;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+
+const CAP_POWER: u8 = 0x01;
+const CAP_EXPRESS: u8 = 0x10;
+/// PMCSR in the power management capability (PCI PM 1.2, 3.2.4).
+const PMCSR: u16 = 4;
+const PMCSR_STATE: u8 = 0b11;
+/// Device Control in the PCI Express capability (PCIe 7.5.3.4): Initiate FLR is in its high byte.
+const DEVICE_CONTROL: u16 = 8;
+
+/// Command and BARs, as last read from or written to the function.
+#[derive(Clone, Debug)]
+pub(super) struct Registers {
+    command: u16,
+    bars: [u32; 6],
+}
+
+impl Registers {
+    /// Reads them from the function, in one request.
+    pub(super) fn read(client: &Client) -> Result<Self, ClientError> {
+        let mut bytes = [0; (AFTER_BARS - COMMAND) as usize];
+        client.region_read(PciRegion::Config.index(), COMMAND.into(), &mut bytes)?;
+        let mut bars = [0; 6];
+        let words = bytes[usize::from(BAR0 - COMMAND)..].chunks_exact(4);
+        for (bar, word) in bars.iter_mut().zip(words) {
+            *bar = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+        }
+        Ok(Self { command: u16::from_le_bytes([bytes[0], bytes[1]]), bars })
+    }
+
+    pub(super) fn memory(&self) -> bool {
+        self.command & COMMAND_MEMORY != 0
+    }
+
+    pub(super) fn io(&self) -> bool {
+        self.command & COMMAND_IO != 0
+    }
+
+    pub(super) fn set_command(&mut self, memory: bool, io: bool) {
+        self.command &= !(COMMAND_MEMORY | COMMAND_IO);
+        self.command |= if memory { COMMAND_MEMORY } else { 0 } | if io { COMMAND_IO } else { 0 };
+    }
+
+    /// The kind of a BAR, from its read-only low bits (PCI 6.2.5.1).
+    pub(super) fn describe(&self, bar: u8, size: u64) -> BarInfo {
+        let register = self.bars[usize::from(bar)];
+        let io = register & 1 != 0;
+        BarInfo {
+            bar,
+            space: if io { AddressSpace::Io } else { AddressSpace::Memory },
+            wide: !io && register & 0b110 == 0b100,
+            prefetchable: !io && register & 0b1000 != 0,
+            size,
+            mapped: false,
+        }
+    }
+
+    /// The address a BAR holds, whether or not it decodes.
+    pub(super) fn bar_address(&self, info: &BarInfo) -> u64 {
+        let bar = usize::from(info.bar);
+        let low = self.bars[bar];
+        let low = match info.space {
+            AddressSpace::Io => low & !0b11,
+            AddressSpace::Memory => low & !0b1111,
+        };
+        let high = if info.wide { self.bars[bar + 1] } else { 0 };
+        u64::from(high) << 32 | u64::from(low)
+    }
+}
+
+/// Where the capabilities are that can stop decode.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Capabilities {
+    power: Option<u16>,
+    express: Option<u16>,
+}
+
+/// What a configuration write may do to the BARs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ConfigChange {
+    /// Nothing.
+    Unrelated,
+    /// It sets the enables in the Command register, and touches nothing else that matters.
+    Command { memory: bool, io: bool },
+    /// It moves a BAR, changes the power state or resets the function: afterwards, look.
+    Reconfigures,
+}
+
+impl Capabilities {
+    /// Walks the capability list. A backend may send one that loops: 48 are all that fit.
+    pub(super) fn find(client: &Client) -> Result<Self, ClientError> {
+        let config = PciRegion::Config.index();
+        let byte = |offset: u16| {
+            let mut data = [0];
+            client.region_read(config, offset.into(), &mut data).map(|()| data[0])
+        };
+        let mut found = Self::default();
+        if u16::from(byte(STATUS)?) & STATUS_CAPABILITIES == 0 {
+            return Ok(found);
+        }
+        let mut at = u16::from(byte(CAPABILITIES_POINTER)? & !0b11);
+        for _ in 0..48 {
+            if at < 0x40 {
+                break;
+            }
+            match byte(at)? {
+                CAP_POWER => found.power = Some(at),
+                CAP_EXPRESS => found.express = Some(at),
+                _ => {}
+            }
+            at = u16::from(byte(at + 1)? & !0b11);
+        }
+        Ok(found)
+    }
+
+    /// Classifies a write of `data` at `offset`.
+    pub(super) fn change(&self, offset: u16, data: &[u8]) -> ConfigChange {
+        let len = u16::try_from(data.len()).unwrap_or(u16::MAX);
+        let end = offset.saturating_add(len);
+        let touches = |start: u16, stop: u16| offset < stop && start < end;
+        let power = self.power.is_some_and(|at| touches(at + PMCSR, at + PMCSR + 1));
+        let reset =
+            self.express.is_some_and(|at| touches(at + DEVICE_CONTROL + 1, at + DEVICE_CONTROL + 2));
+        if touches(BAR0, AFTER_BARS) || power || reset {
+            return ConfigChange::Reconfigures;
+        }
+        if !touches(COMMAND, COMMAND + 1) {
+            return ConfigChange::Unrelated;
+        }
+        let command = u16::from(data[usize::from(COMMAND - offset.min(COMMAND))]);
+        ConfigChange::Command {
+            memory: command & COMMAND_MEMORY != 0,
+            io: command & COMMAND_IO != 0,
+        }
+    }
+
+    /// Whether the function is in D0; one without power management always is.
+    pub(super) fn in_d0(&self, client: &Client) -> Result<bool, ClientError> {
+        let Some(at) = self.power else { return Ok(true) };
+        let mut data = [0];
+        client.region_read(PciRegion::Config.index(), (at + PMCSR).into(), &mut data)?;
+        Ok(data[0] & PMCSR_STATE == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_are_classified_by_the_bytes_they_touch() {
+        use ConfigChange::{Command, Reconfigures, Unrelated};
+        let capabilities = Capabilities { power: Some(0x40), express: Some(0x60) };
+        let on = Command { memory: true, io: false };
+        let off = Command { memory: false, io: false };
+        let rows: &[(u16, &[u8], ConfigChange)] = &[
+            (0x04, &[2], on),
+            (0x04, &[4, 0], off),
+            (0x04, &[7, 4, 0, 0], Command { memory: true, io: true }),
+            (0x05, &[4], Unrelated),
+            (0x06, &[0xff, 0xff], Unrelated),
+            (0x02, &[0, 0, 2, 0], on),
+            (0x0c, &[0; 4], Unrelated),
+            (0x0c, &[0; 8], Reconfigures),
+            (0x10, &[0xff; 4], Reconfigures),
+            (0x27, &[0], Reconfigures),
+            (0x28, &[0; 4], Unrelated),
+            (0x3c, &[0], Unrelated),
+            (0x44, &[3], Reconfigures),
+            (0x45, &[0], Unrelated),
+            (0x68, &[0; 2], Reconfigures),
+            (0x68, &[0], Unrelated),
+            (0x00, &[0; 64], Reconfigures),
+        ];
+        for (offset, data, change) in rows {
+            assert_eq!(capabilities.change(*offset, data), *change, "{offset:#x} {data:x?}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+use std::io;
+use std::sync::Arc;
+
+use barkeep_protocol::wire::RegionInfo;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use std::os::fd::OwnedFd;
+
+use crate::hypervisor::{GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId};
+
+/// A BAR whose memory the backend shares: the host mapping and its slot.
+#[derive(Debug)]
+pub(super) struct BarMapping {
+    memory: Arc<HostMapping>,
+    slot: SlotId,
+    mapped_at: Option<GuestAddress>,
+}
+
+impl BarMapping {
+    /// Maps the file that a backend sent for a region.
+    ///
+    /// The file must be as long as the region; that it stays so is certain only for one sealed
+    /// against shrinking. Others are taken too, with a warning: a shared file can't be sealed.
+    pub(super) fn new(region: &RegionInfo, file: &OwnedFd, slot: SlotId) -> io::Result<Self> {
+        let end = region.file_offset.checked_add(region.size);
+        let length = u64::try_from(fstat(file)?.st_size).unwrap_or(0);
+        if end.is_none_or(|end| end > length) {
+            return Err(io::Error::other(format!("file of {length} bytes is shorter than it")));
+        }
+        if !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+            tracing::warn!(
+                region = region.index,
+                "the backend's memory is not sealed: if its file is truncated, this VM dies"
+            );
+        }
+        let memory = HostMapping::from_fd(file, region.file_offset, region.size, true)?;
+        Ok(Self { memory: Arc::new(memory), slot, mapped_at: None })
+    }
+
+    pub(super) fn is_mapped(&self) -> bool {
+        self.mapped_at.is_some()
+    }
+
+    /// Makes the memory visible to the guest at `address`. Idempotent.
+    pub(super) fn map(
+        &mut self,
+        hypervisor: &dyn Hypervisor,
+        address: GuestAddress,
+    ) -> Result<(), HypervisorError> {
+        if self.mapped_at == Some(address) {
+            return Ok(());
+        }
+        self.suspend(hypervisor)?;
+        let memory = &self.memory;
+        hypervisor.map_slot(self.slot, address, memory, 0, memory.len(), SlotAccess::ReadWrite)?;
+        self.mapped_at = Some(address);
+        Ok(())
+    }
+
+    /// Takes the memory away from the guest: when it returns, every access exits as MMIO. Idempotent.
+    pub(super) fn suspend(&mut self, hypervisor: &dyn Hypervisor) -> Result<(), HypervisorError> {
+        if self.mapped_at.is_some() {
+            hypervisor.unmap_slot(self.slot)?;
+            self.mapped_at = None;
+        }
+        Ok(())
+    }
+
+    /// Refuses or allows access to the memory behind the slot, as vfio-pci does when a device stops
+    /// or starts to decode.
+    pub(super) fn set_backing(&self, accessible: bool) -> io::Result<()> {
+        self.memory.set_accessible(accessible)
+    }
+}

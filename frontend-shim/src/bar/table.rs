@@ -1,0 +1,148 @@
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+
+/// Which addresses a window lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AddressSpace {
+    /// Guest-physical memory.
+    Memory,
+    /// I/O ports.
+    Io,
+}
+
+/// The addresses of one BAR, decoding or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarWindow {
+    /// Which addresses.
+    pub space: AddressSpace,
+    /// The first address.
+    pub start: u64,
+    /// Length in bytes, not 0.
+    pub len: u64,
+    /// Which function, by the order of attachment.
+    pub function: usize,
+    /// Region index of the BAR.
+    pub bar: u8,
+    /// Whether the function claimed it when the window was published.
+    pub decodes: bool,
+}
+
+/// A part of an access: all in one window, or all in none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The window and the offset in it, if there is one.
+    pub target: Option<(BarWindow, u64)>,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+/// All windows of a VM. Lookups are lock-free on a snapshot; whoever changes a function's windows
+/// publishes a new snapshot.
+///
+/// Overlaps are a guest's mistake with a defined result, as in a host bridge: RAM is claimed before
+/// any BAR, a BAR that decodes before one that does not, and the function attached first before the
+/// others.
+#[derive(Debug)]
+pub struct WindowTable {
+    snapshot: ArcSwap<Vec<BarWindow>>,
+    by_function: Mutex<Vec<Vec<BarWindow>>>,
+    ram: Vec<(u64, u64)>,
+}
+
+impl WindowTable {
+    /// A table for a VM with RAM at these `(start, length)` ranges.
+    #[must_use]
+    pub fn new(ram: Vec<(u64, u64)>) -> Self {
+        Self { snapshot: ArcSwap::default(), by_function: Mutex::default(), ram }
+    }
+
+    /// Replaces the windows of one function.
+    pub fn publish(&self, function: usize, windows: Vec<BarWindow>) {
+        let mut all = self.by_function.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() <= function {
+            all.resize(function + 1, Vec::new());
+        }
+        all[function] = windows;
+        self.snapshot.store(Arc::new(self.merge(&all)));
+    }
+
+    /// The window that claims `address`, and the offset in it.
+    #[must_use]
+    pub fn find(&self, space: AddressSpace, address: u64) -> Option<(BarWindow, u64)> {
+        find_in(&self.snapshot.load(), space, address)
+    }
+
+    /// Cuts the access of `len` bytes at `address` into pieces that each have one target: an access
+    /// may straddle the end of a BAR.
+    pub fn pieces(
+        &self,
+        space: AddressSpace,
+        address: u64,
+        len: usize,
+    ) -> impl Iterator<Item = Piece> {
+        let snapshot = self.snapshot.load_full();
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            if done == len {
+                return None;
+            }
+            let at = address.wrapping_add(done as u64);
+            let target = find_in(&snapshot, space, at);
+            let room = match target {
+                Some((window, offset)) => window.len - offset,
+                None => distance_to_next(&snapshot, space, at),
+            };
+            let piece = (len - done).min(usize::try_from(room).unwrap_or(usize::MAX));
+            done += piece;
+            Some(Piece { target, len: piece })
+        })
+    }
+
+    fn merge(&self, all: &[Vec<BarWindow>]) -> Vec<BarWindow> {
+        let mut candidates: Vec<BarWindow> =
+            all.iter().flatten().filter(|window| !self.in_ram(window)).copied().collect();
+        // Stable: within a rank, the order of attachment stays.
+        candidates.sort_by_key(|window| !window.decodes);
+        let mut merged: Vec<BarWindow> = Vec::with_capacity(candidates.len());
+        for window in candidates {
+            if !merged.iter().any(|other| overlap(other, &window)) {
+                merged.push(window);
+            }
+        }
+        merged.sort_by_key(|window| (window.space, window.start));
+        merged
+    }
+
+    fn in_ram(&self, window: &BarWindow) -> bool {
+        window.space == AddressSpace::Memory
+            && self.ram.iter().any(|(start, len)| {
+                ranges_overlap((window.start, window.len), (*start, *len))
+            })
+    }
+}
+
+fn find_in(windows: &[BarWindow], space: AddressSpace, address: u64) -> Option<(BarWindow, u64)> {
+    let after = windows.partition_point(|window| (window.space, window.start) <= (space, address));
+    let window = *windows.get(after.checked_sub(1)?)?;
+    let offset = address.checked_sub(window.start)?;
+    (window.space == space && offset < window.len).then_some((window, offset))
+}
+
+fn distance_to_next(windows: &[BarWindow], space: AddressSpace, address: u64) -> u64 {
+    let after = windows.partition_point(|window| (window.space, window.start) <= (space, address));
+    windows
+        .get(after)
+        .filter(|window| window.space == space)
+        .map_or(u64::MAX, |window| window.start - address)
+}
+
+fn overlap(a: &BarWindow, b: &BarWindow) -> bool {
+    a.space == b.space && ranges_overlap((a.start, a.len), (b.start, b.len))
+}
+
+/// Ends are compared as last addresses, so a window up to the very top does not wrap.
+fn ranges_overlap(a: (u64, u64), b: (u64, u64)) -> bool {
+    let last = |(start, len): (u64, u64)| start.saturating_add(len - 1);
+    a.0 <= last(b) && b.0 <= last(a)
+}

@@ -1,0 +1,99 @@
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
+use barkeep_protocol::wire::{Command, Errno, MessageId, MessageKind};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::ClientError;
+
+/// A blocking stream with a deadline for each request: send, then wait for the answer.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: OwnedFd,
+    receiver: Receiver,
+    sender: Sender,
+    next_id: u16,
+    deadline: Duration,
+}
+
+impl Connection {
+    pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(ClientError::Connect)?;
+        // The kernel bounds each wait; the loops below bound their sum.
+        for timeout in [Timeout::Send, Timeout::Recv] {
+            set_socket_timeout(&socket, timeout, Some(deadline)).map_err(ClientError::Connect)?;
+        }
+        let address = SocketAddrUnix::new(path).map_err(ClientError::Connect)?;
+        connect(&socket, &address).map_err(ClientError::Connect)?;
+        Ok(Self {
+            socket,
+            receiver: Receiver::default(),
+            sender: Sender::default(),
+            next_id: 0,
+            deadline,
+        })
+    }
+
+    /// Sends a command and returns its successful reply.
+    pub(super) fn call(
+        &mut self,
+        command: Command,
+        body: Vec<u8>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Frame, ClientError> {
+        let expires = Instant::now() + self.deadline;
+        let id = MessageId(self.next_id);
+        self.next_id = self.next_id.wrapping_add(1);
+        self.sender.queue(Frame::command(id, command, body).with_fds(fds));
+        self.flush(expires)?;
+        loop {
+            match self.receiver.receive(&self.socket)? {
+                Received::Frame(frame) => match frame.header.kind {
+                    MessageKind::Reply { error: None } => {
+                        return if (frame.header.id, frame.header.command) == (id, command.code()) {
+                            Ok(frame)
+                        } else {
+                            Err(ClientError::Protocol("reply to another request"))
+                        };
+                    }
+                    MessageKind::Reply { error: Some(errno) } if frame.header.id == id => {
+                        return Err(ClientError::Refused(errno));
+                    }
+                    MessageKind::Reply { .. } => {
+                        return Err(ClientError::Protocol("reply to another request"));
+                    }
+                    // The server's own commands, which are not served here, may come in between.
+                    MessageKind::Command { no_reply } => {
+                        if !no_reply {
+                            let header = frame.header;
+                            self.sender.queue(Frame::error(
+                                header.id,
+                                header.command,
+                                Errno::NOTSUP,
+                            ));
+                            self.flush(expires)?;
+                        }
+                    }
+                },
+                Received::Refused(..) => return Err(ClientError::Protocol("oversized message")),
+                Received::Pending if Instant::now() < expires => {}
+                Received::Pending => return Err(ClientError::Deadline(self.deadline)),
+                Received::Closed => return Err(ClientError::Gone),
+            }
+        }
+    }
+
+    fn flush(&mut self, expires: Instant) -> Result<(), ClientError> {
+        while self.sender.flush(&self.socket)? == Flush::Blocked {
+            if Instant::now() >= expires {
+                return Err(ClientError::Deadline(self.deadline));
+            }
+        }
+        Ok(())
+    }
+}

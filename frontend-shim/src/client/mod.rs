@@ -1,0 +1,250 @@
+//! The vfio-user client: one connection to the process that owns a function.
+
+mod connection;
+mod error;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::ClientError;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use barkeep_protocol::wire::{
+    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
+    IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs, Version,
+};
+
+use self::connection::Connection;
+
+/// How long a backend may take for one answer. A vCPU is waiting: longer than any device needs, and
+/// short enough that a guest survives it.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A connected client. All methods may be called from any thread; requests are sent one at a time.
+///
+/// Once the backend has gone, or has not answered in time, every call fails at once: an answer that
+/// comes too late can't be told from the answer to a later question.
+pub struct Client {
+    path: PathBuf,
+    connection: Mutex<Connection>,
+    /// Kept beside the connection so that a dead one is noticed without waiting for its lock.
+    dead: AtomicBool,
+    extensions: BarkeepExtensions,
+    transfer_size: u32,
+}
+
+impl Client {
+    /// Connects to `path` and negotiates the protocol version.
+    ///
+    /// # Errors
+    /// [`ClientError`] when nobody listens, no common version exists or `deadline` passes.
+    pub fn connect(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
+        let mut connection = Connection::open(path, deadline)?;
+        let proposal = Version::proposal();
+        let reply = connection.call(Command::Version, proposal.to_bytes(), Vec::new())?;
+        let answer = Version::parse(&reply.body)?;
+        if answer.major != proposal.major || answer.minor > proposal.minor {
+            return Err(ClientError::Version { major: answer.major, minor: answer.minor });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            connection: Mutex::new(connection),
+            dead: AtomicBool::new(false),
+            extensions: answer.capabilities.barkeep.unwrap_or_default(),
+            transfer_size: answer.capabilities.data_xfer_size(),
+        })
+    }
+
+    /// The socket it is connected to.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The barkeep extensions that the server offered.
+    #[must_use]
+    pub fn extensions(&self) -> BarkeepExtensions {
+        self.extensions
+    }
+
+    /// Whether the backend is gone for this session.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// What the device is ("VFIO_USER_DEVICE_GET_INFO").
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
+        let query = InfoQuery { index: 0, argsz: 16 }.to_irq_bytes();
+        Ok(DeviceInfo::parse(&self.call(Command::GetInfo, query)?)?)
+    }
+
+    /// What a region is, with the file to map if it can be mapped.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn region_info(&self, index: u32) -> Result<(RegionInfo, Option<OwnedFd>), ClientError> {
+        let mut argsz = RegionInfo::FIXED_SIZE;
+        // The first answer may tell that a complete one is larger; the second one is complete.
+        for _ in 0..2 {
+            let query = InfoQuery { index, argsz }.to_region_bytes();
+            let reply = self.call_with_fds(Command::GetRegionInfo, query, Vec::new())?;
+            let (info, needed) = RegionInfo::parse(&reply.body)?;
+            if needed <= argsz {
+                return Ok((info, reply.fds.into_iter().next()));
+            }
+            argsz = needed.min(MAX_REGION_INFO);
+        }
+        Err(ClientError::Protocol("region info does not settle"))
+    }
+
+    /// What an interrupt index is.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
+        let query = InfoQuery { index, argsz: 16 }.to_irq_bytes();
+        Ok(IrqInfo::parse(&self.call(Command::GetIrqInfo, query)?)?)
+    }
+
+    /// Configures interrupts.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn set_irqs(&self, set: &SetIrqs<'_>, eventfds: Vec<OwnedFd>) -> Result<(), ClientError> {
+        self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds)?;
+        Ok(())
+    }
+
+    /// Announces a window of guest memory.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn dma_map(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
+        self.call_with_fds(Command::DmaMap, map.to_bytes(), file.into_iter().collect())?;
+        Ok(())
+    }
+
+    /// Withdraws a window of guest memory. When it returns, the backend does not use it any more.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
+        self.call(Command::DmaUnmap, unmap.to_bytes())?;
+        Ok(())
+    }
+
+    /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn region_read(
+        &self,
+        region: u32,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), ClientError> {
+        let access = self.access(region, offset, data.len())?;
+        let body = self.call(Command::RegionRead, access.to_bytes())?;
+        let reply = RegionData::parse(&body)?;
+        if reply.data.len() != data.len() {
+            return Err(self.fail(ClientError::Protocol("read reply of another length")));
+        }
+        data.copy_from_slice(reply.data);
+        Ok(())
+    }
+
+    /// Writes to a region. When it returns, the backend has done it.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+        let access = self.access(region, offset, data.len())?;
+        self.call(Command::RegionWrite, RegionData { access, data }.to_bytes())?;
+        Ok(())
+    }
+
+    /// Resets the function.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    pub fn reset(&self) -> Result<(), ClientError> {
+        self.call(Command::Reset, Vec::new())?;
+        Ok(())
+    }
+
+    /// Forwards a memory fault (extension `memory_fault`).
+    ///
+    /// # Errors
+    /// [`ClientError::NotOffered`] when the server lacks the extension, and as for every request.
+    pub fn memory_fault(&self, report: &FaultReport) -> Result<FaultVerdict, ClientError> {
+        if !self.extensions.memory_fault {
+            return Err(ClientError::NotOffered("memory_fault"));
+        }
+        Ok(FaultVerdict::parse(&self.call(Command::MemoryFault, report.to_bytes())?)?)
+    }
+
+    /// Decode, epoch and counters of a region (extension `region_state`).
+    ///
+    /// # Errors
+    /// [`ClientError::NotOffered`] when the server lacks the extension, and as for every request.
+    pub fn region_state(&self, region: u32) -> Result<RegionState, ClientError> {
+        if !self.extensions.region_state {
+            return Err(ClientError::NotOffered("region_state"));
+        }
+        let query = RegionStateQuery { region }.to_bytes();
+        Ok(RegionState::parse(&self.call(Command::RegionState, query)?)?)
+    }
+
+    fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {
+        let count = u32::try_from(length).unwrap_or(u32::MAX);
+        if count > self.transfer_size {
+            return Err(ClientError::TooLarge(length));
+        }
+        Ok(RegionAccess { offset, region, count })
+    }
+
+    fn call(&self, command: Command, body: Vec<u8>) -> Result<Vec<u8>, ClientError> {
+        Ok(self.call_with_fds(command, body, Vec::new())?.body)
+    }
+
+    fn call_with_fds(
+        &self,
+        command: Command,
+        body: Vec<u8>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<barkeep_protocol::transport::Frame, ClientError> {
+        // A thread that panicked in a call left the stream in an unknown state, like a lost answer.
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_dead() {
+            return Err(ClientError::Gone);
+        }
+        connection.call(command, body, fds).map_err(|error| self.fail(error))
+    }
+
+    /// Marks the session dead unless the backend just said no.
+    fn fail(&self, error: ClientError) -> ClientError {
+        if error.ends_session() {
+            self.dead.store(true, Ordering::Release);
+        }
+        error
+    }
+}
+
+/// Room for 256 sparse areas: no BAR needs more, and a server can't ask for more memory.
+const MAX_REGION_INFO: u32 = RegionInfo::FIXED_SIZE + 16 + 256 * 16;
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("path", &self.path).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,15 @@
+//! What to do about a memory fault: pure decisions, without a hypervisor or a socket.
+//!
+//! A memory fault is a guest access that the hypervisor could not complete. It carries no width,
+//! register or data, so it is never answered; it is resolved by changing what is mapped, and the
+//! instruction is executed again (docs/fault-semantics.md).
+#![forbid(unsafe_code)]
+
+mod progress;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+pub use progress::{NoProgress, ProgressGuard};
+pub use verdict::{SlotState, Verdict, decide};

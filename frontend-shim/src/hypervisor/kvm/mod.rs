@@ -1,0 +1,222 @@
+//! Linux KVM.
+//!
+//! The slots of a [`Kvm`] are `KVM_SET_USER_MEMORY_REGION` slots; their numbers go to the kernel as
+//! they are. Deleting one is synchronous in the kernel: the ioctl returns after every virtual CPU has
+//! left the old memory.
+#![expect(unsafe_code, reason = "gives the kernel addresses of host memory to map into a guest")]
+
+mod probe;
+mod vcpu;
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VmFd};
+
+use self::vcpu::KvmVcpu;
+use super::slots::{Slot, SlotTable};
+use super::{
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId,
+    Vcpu, VcpuEntry, Vm,
+};
+
+/// Where Intel processors without unrestricted guest mode keep three pages of their own; out of the
+/// way of RAM and of every PCI window.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// A virtual machine of Linux KVM.
+#[derive(Debug)]
+pub struct Kvm {
+    machine: Arc<Machine>,
+    cpuid: CpuId,
+    slot_limit: u32,
+}
+
+/// The machine and the host memory that it maps. Virtual CPUs share it: each keeps the machine in the
+/// kernel alive, which goes on using the host addresses of its slots.
+#[derive(Debug)]
+struct Machine {
+    // Declared before `slots`, so that the machine goes before the memory.
+    vm: VmFd,
+    /// Locked across the ioctl, so that this table and the kernel's change together.
+    slots: Mutex<SlotTable>,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and creates a virtual machine.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Unavailable`] says why KVM can't be used on this machine,
+    /// [`HypervisorError::Call`] which call failed unexpectedly.
+    pub fn open() -> Result<Kvm, HypervisorError> {
+        let kvm = kvm_ioctls::Kvm::new().map_err(|error| unavailable(error.errno()))?;
+        let version = kvm.get_api_version();
+        if i64::from(version) != i64::from(KVM_API_VERSION) {
+            return Err(HypervisorError::Unavailable {
+                reason: format!("/dev/kvm speaks API version {version}, not {KVM_API_VERSION}"),
+            });
+        }
+        for (cap, what) in [
+            (Cap::UserMemory, "user memory slots"),
+            (Cap::ReadonlyMem, "read-only memory slots"),
+            (Cap::ExtCpuid, "KVM_SET_CPUID2"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(HypervisorError::Unavailable {
+                    reason: format!("this kernel's KVM has no {what}"),
+                });
+            }
+        }
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let slot_limit = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
+        let vm = create_vm(&kvm)?;
+        if vm.check_extension(Cap::SetTssAddr) {
+            vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        }
+        let machine = Arc::new(Machine { vm, slots: Mutex::default() });
+        Ok(Kvm { machine, cpuid, slot_limit })
+    }
+
+    /// Proves that this machine's KVM executes guest code, by running five bytes of it.
+    ///
+    /// # Errors
+    /// What [`open`](Self::open) says, and [`HypervisorError::Unavailable`] with what the guest did
+    /// instead.
+    pub fn probe() -> Result<(), HypervisorError> {
+        probe::run()
+    }
+
+    /// A virtual CPU as the kernel resets it.
+    fn reset_vcpu(&self, id: u32) -> Result<KvmVcpu, HypervisorError> {
+        let fd = self.machine.vm.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(&self.cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        Ok(KvmVcpu::new(fd, Arc::clone(&self.machine)))
+    }
+}
+
+impl Machine {
+    fn set_region(&self, slot: &Slot, len: u64) -> Result<(), HypervisorError> {
+        let flags = match slot.access {
+            SlotAccess::ReadWrite => 0,
+            SlotAccess::ReadOnly => KVM_MEM_READONLY,
+        };
+        let region = kvm_userspace_memory_region {
+            slot: slot.id.0,
+            flags,
+            guest_phys_addr: slot.guest,
+            memory_size: len,
+            userspace_addr: slot.memory.host_address() + slot.offset,
+        };
+        // SAFETY: the range lies within a mapping that the slot table keeps alive until the kernel has
+        // deleted the slot, and that nobody borrows: `HostMapping` copies atomically.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .map_err(failed("KVM_SET_USER_MEMORY_REGION"))
+    }
+}
+
+impl Hypervisor for Kvm {
+    fn kind(&self) -> HypervisorKind {
+        HypervisorKind::Kvm
+    }
+
+    fn map_slot(
+        &self,
+        slot: SlotId,
+        guest: GuestAddress,
+        memory: &Arc<HostMapping>,
+        offset: u64,
+        len: u64,
+        access: SlotAccess,
+    ) -> Result<(), HypervisorError> {
+        if slot.0 >= self.slot_limit {
+            return Err(HypervisorError::TooManySlots { slot, limit: self.slot_limit });
+        }
+        let slot = Slot::new(slot, guest, memory, offset, len, access)?;
+        let mut slots = self.machine.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.admits(&slot)?;
+        self.machine.set_region(&slot, slot.len)?;
+        slots.insert(slot)
+    }
+
+    fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError> {
+        let mut slots = self.machine.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        self.machine.set_region(slots.get(slot)?, 0)?;
+        slots.remove(slot).map(|_| ())
+    }
+}
+
+impl Vm for Kvm {
+    fn create_vcpu(&self, id: u32, entry: &VcpuEntry) -> Result<Box<dyn Vcpu>, HypervisorError> {
+        let vcpu = self.reset_vcpu(id)?;
+        vcpu.enter_long_mode(entry)?;
+        Ok(Box::new(vcpu))
+    }
+}
+
+fn create_vm(kvm: &kvm_ioctls::Kvm) -> Result<VmFd, HypervisorError> {
+    loop {
+        match kvm.create_vm() {
+            Ok(vm) => return Ok(vm),
+            // The kernel allocates here and gives up on any signal.
+            Err(error) if error.errno() == rustix::io::Errno::INTR.raw_os_error() => {}
+            Err(error) if error.errno() == rustix::io::Errno::BUSY.raw_os_error() => {
+                return Err(HypervisorError::Unavailable {
+                    reason:
+                        "KVM is there, but another hypervisor owns the processor's virtualization"
+                            .to_owned(),
+                });
+            }
+            Err(error) => return Err(failed("KVM_CREATE_VM")(error)),
+        }
+    }
+}
+
+/// One line for the operator about a `/dev/kvm` that can't be opened.
+fn unavailable(errno: i32) -> HypervisorError {
+    use rustix::io::Errno;
+    let reason = match Errno::from_raw_os_error(errno) {
+        Errno::NOENT => {
+            "there is no /dev/kvm: the kvm module is not loaded, or the device is not passed into this container"
+                .to_owned()
+        }
+        Errno::ACCESS | Errno::PERM => {
+            "no permission to open /dev/kvm: add the user to the kvm group, or allow the device in this container"
+                .to_owned()
+        }
+        Errno::NODEV | Errno::NXIO => {
+            "/dev/kvm has no driver behind it: the processor has no VMX or SVM, or firmware disables it"
+                .to_owned()
+        }
+        _ => format!("/dev/kvm can't be opened: {}", io::Error::from_raw_os_error(errno)),
+    };
+    HypervisorError::Unavailable { reason }
+}
+
+fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
+    move |error| HypervisorError::Call { call, source: io::Error::from_raw_os_error(error.errno()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_for_a_missing_kvm_is_one_line_that_says_what_to_do() {
+        use rustix::io::Errno;
+        for (errno, expected) in [
+            (Errno::NOENT, "not loaded"),
+            (Errno::ACCESS, "kvm group"),
+            (Errno::NODEV, "VMX or SVM"),
+            (Errno::NOTTY, "can't be opened"),
+        ] {
+            let line = unavailable(errno.raw_os_error()).to_string();
+            assert!(line.contains("/dev/kvm") && line.contains(expected), "{line}");
+            assert!(!line.contains('\n'), "{line}");
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! Hypervisors as this crate needs them: guest-physical slots that come and go, and, for the reference
+//! VMM, virtual CPUs.
+//!
+//! [`Hypervisor`] is the small half that a foreign VMM implements to embed this crate: it maps and
+//! unmaps memory slots. [`Vm`] adds the virtual CPUs, which a foreign VMM keeps to itself.
+//! Two adapters are here: [`kvm`] for Linux KVM, and [`model`], a software hypervisor that executes the
+//! same guest code on machines without KVM.
+
+pub mod kvm;
+pub mod memory;
+pub mod model;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+pub use memory::{AccessError, HostMapping};
+
+/// Size and alignment of everything a memory slot is made of.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Memory slots of one virtual machine.
+///
+/// All methods may be called from any thread, also while virtual CPUs run.
+pub trait Hypervisor: Send + Sync {
+    /// Which hypervisor this is.
+    fn kind(&self) -> HypervisorKind;
+
+    /// Maps `len` bytes of `memory`, from `offset` on, at guest-physical address `guest`.
+    ///
+    /// The hypervisor keeps `memory` alive for as long as the slot exists. `guest`, `offset` and `len`
+    /// are multiples of [`PAGE_SIZE`].
+    ///
+    /// # Errors
+    /// [`HypervisorError::Misaligned`], [`HypervisorError::BadRange`], [`HypervisorError::SlotInUse`]
+    /// and [`HypervisorError::SlotOverlap`] for a request that can't be right whatever the hypervisor;
+    /// [`HypervisorError::TooManySlots`] and [`HypervisorError::Call`] where the hypervisor refuses.
+    fn map_slot(
+        &self,
+        slot: SlotId,
+        guest: GuestAddress,
+        memory: &Arc<HostMapping>,
+        offset: u64,
+        len: u64,
+        access: SlotAccess,
+    ) -> Result<(), HypervisorError>;
+
+    /// Removes a slot. When this returns, no guest access reaches its memory any more: later ones
+    /// exit as MMIO, and none that began earlier is still under way.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NoSuchSlot`] for a slot that is not mapped, [`HypervisorError::Call`] where
+    /// the hypervisor refuses; the slot is then still mapped.
+    fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError>;
+}
+
+/// A virtual machine whose virtual CPUs are ours to run.
+pub trait Vm: Hypervisor {
+    /// Creates virtual CPU `id`, in 64-bit mode and about to execute `entry`.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Call`] where the hypervisor refuses.
+    fn create_vcpu(&self, id: u32, entry: &VcpuEntry) -> Result<Box<dyn Vcpu>, HypervisorError>;
+}
+
+/// One virtual CPU. It belongs to the thread that runs it.
+pub trait Vcpu: Send {
+    /// Runs guest code until the guest needs something.
+    ///
+    /// After [`VcpuExit::MmioRead`] or [`VcpuExit::PioRead`] the caller stores the answer in `data`
+    /// before it calls `run` again. After [`VcpuExit::MemoryFault`] the instruction has not retired:
+    /// `run` executes it again.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Call`] where the hypervisor fails, and
+    /// [`HypervisorError::UnsupportedInstruction`] where [`model`] meets code it can't execute. The
+    /// virtual CPU can't go on after either.
+    fn run(&mut self) -> Result<VcpuExit<'_>, HypervisorError>;
+}
+
+/// Where a virtual CPU starts: 64-bit long mode, flat segments, interrupts off, no IDT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VcpuEntry {
+    /// Address of the first instruction.
+    pub rip: u64,
+    /// Initial stack pointer.
+    pub rsp: u64,
+    /// First argument, as the System V ABI passes it.
+    pub rdi: u64,
+    /// Guest-physical address of the top level page table (CR3).
+    pub page_table_root: GuestAddress,
+}
+
+/// Why a virtual CPU stopped.
+#[derive(Debug)]
+pub enum VcpuExit<'a> {
+    /// The guest reads `data.len()` bytes where no slot is mapped.
+    MmioRead {
+        /// Address of the first byte.
+        address: GuestAddress,
+        /// To be filled in by the caller; little endian.
+        data: &'a mut [u8],
+    },
+    /// The guest writes where no slot is mapped, or where a slot is read-only.
+    MmioWrite {
+        /// Address of the first byte.
+        address: GuestAddress,
+        /// What the guest writes; little endian.
+        data: &'a [u8],
+    },
+    /// The guest executes IN.
+    PioRead {
+        /// I/O port.
+        port: u16,
+        /// To be filled in by the caller; little endian.
+        data: &'a mut [u8],
+    },
+    /// The guest executes OUT.
+    PioWrite {
+        /// I/O port.
+        port: u16,
+        /// What the guest writes; little endian.
+        data: &'a [u8],
+    },
+    /// A slot is mapped there, but its memory can't be accessed.
+    MemoryFault(MemoryFault),
+    /// HLT. Nothing here delivers interrupts, so a halted virtual CPU has finished.
+    Halted,
+    /// Triple fault: a guest without an IDT took an exception.
+    Shutdown,
+    /// A signal or a transient condition of the host. Run again.
+    Interrupted,
+    /// The processor refused to enter the guest (VMX, SVM); the guest's state is invalid.
+    FailEntry {
+        /// The processor's own code (VM-entry failure or VMEXIT reason).
+        reason: u64,
+        /// Physical CPU it happened on.
+        cpu: u32,
+    },
+    /// The hypervisor gave up; for KVM this includes an instruction its emulator does not know.
+    InternalError {
+        /// KVM's suberror; 1 is a failed emulation.
+        suberror: u32,
+        /// Where the guest was, if it could be read.
+        rip: Option<u64>,
+    },
+    /// An exit of a kind that none of our guests can cause.
+    Unexpected {
+        /// KVM's exit reason, or 0.
+        reason: u32,
+    },
+}
+
+impl fmt::Display for VcpuExit<'_> {
+    /// One line for the operator.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VcpuExit::MmioRead { address, data } => {
+                write!(f, "read of {} bytes at {address}", data.len())
+            }
+            VcpuExit::MmioWrite { address, data } => {
+                write!(f, "write of {} bytes at {address}", data.len())
+            }
+            VcpuExit::PioRead { port, data } => {
+                write!(f, "read of {} bytes from port {port:#x}", data.len())
+            }
+            VcpuExit::PioWrite { port, data } => {
+                write!(f, "write of {} bytes to port {port:#x}", data.len())
+            }
+            VcpuExit::MemoryFault(fault) => fault.fmt(f),
+            VcpuExit::Halted => f.write_str("halted"),
+            VcpuExit::Shutdown => f.write_str("shutdown (triple fault)"),
+            VcpuExit::Interrupted => f.write_str("interrupted"),
+            VcpuExit::FailEntry { reason, cpu } => write!(
+                f,
+                "the processor refused to enter the guest (reason {reason:#x} on physical CPU {cpu})"
+            ),
+            VcpuExit::InternalError { suberror, rip } => {
+                write!(f, "the hypervisor gave up (internal error {suberror}")?;
+                match rip {
+                    Some(rip) => write!(f, " at guest rip {rip:#x})"),
+                    None => f.write_str(")"),
+                }
+            }
+            VcpuExit::Unexpected { reason } => {
+                write!(f, "exit reason {reason} that no guest of ours causes")
+            }
+        }
+    }
+}
+
+/// A guest access that the hypervisor could not complete although a slot is mapped there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryFault {
+    /// Address the guest accessed. `None` for the bare EFAULT that released kernels give: somebody
+    /// has to locate it first.
+    pub address: Option<GuestAddress>,
+    /// Size of the range in bytes, as reported; zero if unknown. KVM reports a page or more, never the
+    /// width of the access.
+    pub size: u64,
+    /// The fault asks for a conversion between private and shared memory (confidential guests).
+    pub private: bool,
+    /// What the guest wanted to do, where the report tells.
+    pub access: Option<FaultAccess>,
+}
+
+impl fmt::Display for MemoryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let access = match self.access {
+            Some(FaultAccess::Read) => " (read)",
+            Some(FaultAccess::Write) => " (write)",
+            Some(FaultAccess::Execute) => " (execute)",
+            None => "",
+        };
+        let private = if self.private { ", private memory" } else { "" };
+        match self.address {
+            Some(address) => write!(f, "memory fault at {address}{access}{private}"),
+            None => write!(f, "memory fault at an unknown address{access}{private}"),
+        }
+    }
+}
+
+/// Direction of a faulting access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultAccess {
+    /// Data read.
+    Read,
+    /// Data write, or the write half of a read-modify-write.
+    Write,
+    /// Instruction fetch.
+    Execute,
+}
+
+/// Guest-physical address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestAddress(pub u64);
+
+impl fmt::Display for GuestAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Number of a memory slot, chosen by whoever maps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId(pub u32);
+
+impl fmt::Display for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What the guest may do in a slot without an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotAccess {
+    /// Reads and writes reach the memory.
+    ReadWrite,
+    /// Reads reach the memory, writes exit as [`VcpuExit::MmioWrite`].
+    ReadOnly,
+}
+
+/// Which hypervisor is behind a [`Hypervisor`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HypervisorKind {
+    /// Linux KVM.
+    Kvm,
+    /// The software hypervisor in [`model`].
+    Model,
+}
+
+impl fmt::Display for HypervisorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            HypervisorKind::Kvm => "kvm",
+            HypervisorKind::Model => "model",
+        })
+    }
+}
+
+/// What can go wrong between us and a hypervisor.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HypervisorError {
+    /// This machine has no hypervisor for us.
+    #[error("{reason}")]
+    Unavailable {
+        /// One line for the operator: what is missing and what to do about it.
+        reason: String,
+    },
+    /// The hypervisor refused a call.
+    #[error("{call} failed: {source}")]
+    Call {
+        /// Name of the ioctl or system call.
+        call: &'static str,
+        /// Its errno.
+        source: io::Error,
+    },
+    /// An address, offset or length of a slot is not a multiple of the page size.
+    #[error("slot {slot}: {what} {value:#x} is not a multiple of 4 KiB")]
+    Misaligned {
+        /// Slot to be mapped.
+        slot: SlotId,
+        /// Which value.
+        what: &'static str,
+        /// The value.
+        value: u64,
+    },
+    /// An empty slot, one that passes the end of its memory, or one that wraps around the address space.
+    #[error(
+        "slot {slot}: {len:#x} bytes at guest {guest} from offset {offset:#x} do not fit their memory of {available:#x} bytes or the address space"
+    )]
+    BadRange {
+        /// Slot to be mapped.
+        slot: SlotId,
+        /// Its guest-physical address.
+        guest: GuestAddress,
+        /// Offset in the host memory.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Size of the host memory in bytes.
+        available: u64,
+    },
+    /// The slot is mapped already; slots are moved by unmapping them first.
+    #[error("slot {slot} is mapped already")]
+    SlotInUse {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// Another slot has some of these guest-physical addresses.
+    #[error("slot {slot} at guest {guest} overlaps slot {other}")]
+    SlotOverlap {
+        /// Slot to be mapped.
+        slot: SlotId,
+        /// Its guest-physical address.
+        guest: GuestAddress,
+        /// The slot that is there.
+        other: SlotId,
+    },
+    /// The slot is not mapped.
+    #[error("slot {slot} is not mapped")]
+    NoSuchSlot {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// The slot number is beyond what the hypervisor supports.
+    #[error("slot {slot} is beyond the {limit} slots of this hypervisor")]
+    TooManySlots {
+        /// The slot.
+        slot: SlotId,
+        /// Number of slots supported.
+        limit: u32,
+    },
+    /// The model met an instruction that it does not implement, or could not fetch one.
+    #[error("vCPU {vcpu} can't execute the instruction at rip {rip:#x} ({bytes:02x?}): {reason}")]
+    UnsupportedInstruction {
+        /// Virtual CPU.
+        vcpu: u32,
+        /// Address of the instruction.
+        rip: u64,
+        /// Its bytes; empty if they could not be fetched.
+        bytes: Vec<u8>,
+        /// What is missing.
+        reason: &'static str,
+    },
+}

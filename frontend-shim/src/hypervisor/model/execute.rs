@@ -1,0 +1,297 @@
+//! One instruction. The subset is the integer code that the built-in guests are made of, with its
+//! common forms in all widths and addressing modes.
+
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::alu::{self, ALWAYS, CF, OF, STATUS, Shift, ZF, sign_extend, truncate};
+use super::bus::{Bus, Stop};
+use super::operand::{
+    self, Registers, address, modify, read, register, set_register, width, write,
+};
+
+/// Executes `instruction` on `registers`, whose `rip` is already that of the next one.
+///
+/// On `Err` the registers are to be thrown away.
+pub(super) fn execute(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    match i.mnemonic() {
+        Mnemonic::Mov | Mnemonic::Movzx => {
+            let value = read(r, i, 1, bus)?;
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Movsx | Mnemonic::Movsxd => {
+            let value = sign_extend(read(r, i, 1, bus)?, width(i, 1));
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Lea => {
+            let value = address(r, i, 1)?;
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Add => binary(r, i, bus, |a, b, _, w| alu::add(a, b, false, w)),
+        Mnemonic::Adc => binary(r, i, bus, |a, b, flags, w| alu::add(a, b, flags & CF != 0, w)),
+        Mnemonic::Sub => binary(r, i, bus, |a, b, _, w| alu::sub(a, b, false, w)),
+        Mnemonic::Sbb => binary(r, i, bus, |a, b, flags, w| alu::sub(a, b, flags & CF != 0, w)),
+        Mnemonic::And => binary(r, i, bus, |a, b, _, w| (a & b, alu::logic(a & b, w))),
+        Mnemonic::Or => binary(r, i, bus, |a, b, _, w| (a | b, alu::logic(a | b, w))),
+        Mnemonic::Xor => binary(r, i, bus, |a, b, _, w| (a ^ b, alu::logic(a ^ b, w))),
+        Mnemonic::Not => {
+            let w = width(i, 0);
+            modify(r, i, 0, i.has_lock_prefix(), bus, |a| truncate(!a, w)).map(|_| ())
+        }
+        Mnemonic::Neg => unary(r, i, bus, |a, _, w| alu::sub(0, a, false, w)),
+        Mnemonic::Inc => {
+            unary(r, i, bus, |a, flags, w| keep_carry(flags, alu::add(a, 1, false, w)))
+        }
+        Mnemonic::Dec => {
+            unary(r, i, bus, |a, flags, w| keep_carry(flags, alu::sub(a, 1, false, w)))
+        }
+        Mnemonic::Cmp => compare(r, i, bus, |a, b, w| alu::sub(a, b, false, w).1),
+        Mnemonic::Test => compare(r, i, bus, |a, b, w| alu::logic(a & b, w)),
+        Mnemonic::Shl | Mnemonic::Sal => shift(r, i, bus, Shift::Left),
+        Mnemonic::Shr => shift(r, i, bus, Shift::Right),
+        Mnemonic::Sar => shift(r, i, bus, Shift::ArithmeticRight),
+        Mnemonic::Imul if i.op_count() >= 2 => {
+            let w = width(i, 0);
+            let a = read(r, i, i.op_count() - 2, bus)?;
+            let b = truncate(read(r, i, i.op_count() - 1, bus)?, w);
+            let (result, flags) = alu::multiply(a, b, w);
+            set_status(r, flags);
+            write(r, i, 0, result, bus)
+        }
+        Mnemonic::Xchg => {
+            // Memory is operand 0 in every encoding, and the exchange is locked without a prefix.
+            let new = read(r, i, 1, bus)?;
+            let old = modify(r, i, 0, true, bus, |_| new)?;
+            write(r, i, 1, old, bus)
+        }
+        Mnemonic::Xadd => {
+            let w = width(i, 0);
+            let addend = read(r, i, 1, bus)?;
+            let old =
+                modify(r, i, 0, i.has_lock_prefix(), bus, |a| alu::add(a, addend, false, w).0)?;
+            set_status(r, alu::add(old, addend, false, w).1);
+            // The sum wins where both operands are one register.
+            if (i.op0_kind(), i.op0_register()) == (OpKind::Register, i.op1_register()) {
+                return Ok(());
+            }
+            write(r, i, 1, old, bus)
+        }
+        Mnemonic::Cmpxchg => compare_exchange(r, i, bus),
+        Mnemonic::Jmp => jump(r, i, bus),
+        Mnemonic::Call => {
+            let return_address = r.rip;
+            jump(r, i, bus)?;
+            push(r, return_address, bus)
+        }
+        Mnemonic::Ret => {
+            r.rip = pop(r, bus)?;
+            let release = if i.op_count() == 1 { i.immediate(0) } else { 0 };
+            let rsp = register(r, Register::RSP)?;
+            set_register(r, Register::RSP, rsp.wrapping_add(release))
+        }
+        Mnemonic::Push => {
+            if i.stack_pointer_increment() != -8 {
+                return Err(Stop::Unsupported("push of 2 bytes"));
+            }
+            let value = read(r, i, 0, bus)?;
+            push(r, value, bus)
+        }
+        Mnemonic::Pop => {
+            if i.stack_pointer_increment() != 8 {
+                return Err(Stop::Unsupported("pop of 2 bytes"));
+            }
+            let value = pop(r, bus)?;
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Pushfq => push(r, r.flags, bus),
+        Mnemonic::Popfq => {
+            let flags = pop(r, bus)?;
+            set_status(r, flags & STATUS);
+            Ok(())
+        }
+        Mnemonic::In => {
+            let port = port(r, i, 1, bus)?;
+            let value = bus.port_read(port, width(i, 0))?;
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Out => {
+            let port = port(r, i, 0, bus)?;
+            let value = read(r, i, 1, bus)?;
+            bus.port_write(port, width(i, 1), value)
+        }
+        Mnemonic::Movsb
+        | Mnemonic::Movsw
+        | Mnemonic::Movsd
+        | Mnemonic::Movsq
+        | Mnemonic::Stosb
+        | Mnemonic::Stosw
+        | Mnemonic::Stosd
+        | Mnemonic::Stosq => string(r, i, bus),
+        // The model has no interrupts to mask, no direction but up, and no weaker order to fence.
+        Mnemonic::Nop
+        | Mnemonic::Pause
+        | Mnemonic::Cld
+        | Mnemonic::Cli
+        | Mnemonic::Mfence
+        | Mnemonic::Lfence
+        | Mnemonic::Sfence => Ok(()),
+        Mnemonic::Hlt => Err(Stop::Halt),
+        _ => conditional(r, i, bus),
+    }
+}
+
+/// Jcc, SETcc and CMOVcc.
+fn conditional(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    const UNKNOWN: Stop = Stop::Unsupported("instruction outside the model's subset");
+    let holds = alu::condition(i.condition_code(), r.flags).ok_or(UNKNOWN)?;
+    if i.flow_control() == FlowControl::ConditionalBranch {
+        if matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) {
+            return Err(UNKNOWN);
+        }
+        if holds {
+            r.rip = i.near_branch_target();
+        }
+        return Ok(());
+    }
+    match i.op_count() {
+        1 => write(r, i, 0, holds.into(), bus),
+        2 => {
+            // The source is read, and a 4 byte destination zero-extended, also if the condition is false.
+            let source = read(r, i, 1, bus)?;
+            let value = if holds { source } else { read(r, i, 0, bus)? };
+            write(r, i, 0, value, bus)
+        }
+        _ => Err(UNKNOWN),
+    }
+}
+
+fn binary(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut Bus<'_>,
+    operation: impl Fn(u64, u64, u64, usize) -> (u64, u64),
+) -> Result<(), Stop> {
+    let w = width(i, 0);
+    let b = truncate(read(r, i, 1, bus)?, w);
+    let before = r.flags;
+    let a = modify(r, i, 0, i.has_lock_prefix(), bus, |a| operation(a, b, before, w).0)?;
+    set_status(r, operation(a, b, before, w).1);
+    Ok(())
+}
+
+fn unary(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut Bus<'_>,
+    operation: impl Fn(u64, u64, usize) -> (u64, u64),
+) -> Result<(), Stop> {
+    let w = width(i, 0);
+    let before = r.flags;
+    let a = modify(r, i, 0, i.has_lock_prefix(), bus, |a| operation(a, before, w).0)?;
+    set_status(r, operation(a, before, w).1);
+    Ok(())
+}
+
+fn compare(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut Bus<'_>,
+    flags: impl Fn(u64, u64, usize) -> u64,
+) -> Result<(), Stop> {
+    let w = width(i, 0);
+    let a = read(r, i, 0, bus)?;
+    let b = truncate(read(r, i, 1, bus)?, w);
+    set_status(r, flags(a, b, w));
+    Ok(())
+}
+
+fn shift(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>, kind: Shift) -> Result<(), Stop> {
+    let w = width(i, 0);
+    let count = truncate(read(r, i, 1, bus)?, 1);
+    let shifted = |a| alu::shift(kind, a, count, w);
+    let a = modify(r, i, 0, false, bus, |a| shifted(a).map_or(a, |(result, _)| result))?;
+    if let Some((_, flags)) = shifted(a) {
+        set_status(r, flags);
+    }
+    Ok(())
+}
+
+fn compare_exchange(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    let w = width(i, 0);
+    let accumulator = match w {
+        1 => Register::AL,
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    let expected = register(r, accumulator)?;
+    let new = read(r, i, 1, bus)?;
+    // The processor writes in either case: the old value where the comparison fails.
+    let old = modify(r, i, 0, i.has_lock_prefix(), bus, |a| if a == expected { new } else { a })?;
+    let flags = alu::sub(expected, old, false, w).1;
+    set_status(r, flags);
+    if flags & ZF == 0 { set_register(r, accumulator, old) } else { Ok(()) }
+}
+
+fn jump(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    r.rip = match i.op0_kind() {
+        OpKind::NearBranch64 => i.near_branch_target(),
+        OpKind::Register => register(r, i.op0_register())?,
+        OpKind::Memory if i.memory_size().size() == 8 => read(r, i, 0, bus)?,
+        _ => return Err(Stop::Unsupported("far branch")),
+    };
+    Ok(())
+}
+
+fn push(r: &mut Registers, value: u64, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    let rsp = register(r, Register::RSP)?.wrapping_sub(8);
+    bus.write(rsp, 8, value)?;
+    set_register(r, Register::RSP, rsp)
+}
+
+fn pop(r: &mut Registers, bus: &mut Bus<'_>) -> Result<u64, Stop> {
+    let rsp = register(r, Register::RSP)?;
+    let value = bus.read(rsp, 8)?;
+    set_register(r, Register::RSP, rsp.wrapping_add(8))?;
+    Ok(value)
+}
+
+fn port(r: &Registers, i: &Instruction, operand: u32, bus: &mut Bus<'_>) -> Result<u16, Stop> {
+    // An immediate port is one byte; iced does not sign-extend it.
+    let port = truncate(read(r, i, operand, bus)?, 2);
+    u16::try_from(port).map_err(|_| Stop::Unsupported("port number"))
+}
+
+/// One iteration of MOVS or STOS; with REP the instruction is its own successor until RCX is zero.
+fn string(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+    if i.has_rep_prefix() {
+        match register(r, Register::RCX)? {
+            0 => return Ok(()),
+            1 => {}
+            _ => r.rip = i.ip(),
+        }
+        let rcx = register(r, Register::RCX)?;
+        set_register(r, Register::RCX, rcx - 1)?;
+    }
+    let value = operand::read(r, i, 1, bus)?;
+    write(r, i, 0, value, bus)?;
+    let step = i.memory_size().size() as u64;
+    for (operand, kind, pointer) in
+        [(0, OpKind::MemoryESRDI, Register::RDI), (1, OpKind::MemorySegRSI, Register::RSI)]
+    {
+        if i.op_kind(operand) == kind {
+            let value = register(r, pointer)?;
+            set_register(r, pointer, value.wrapping_add(step))?;
+        }
+    }
+    Ok(())
+}
+
+/// INC and DEC leave CF as it was.
+fn keep_carry(before: u64, (result, flags): (u64, u64)) -> (u64, u64) {
+    (result, flags & !CF | before & CF)
+}
+
+fn set_status(r: &mut Registers, flags: u64) {
+    debug_assert_eq!(flags & !(STATUS | OF), 0, "only status flags");
+    r.flags = ALWAYS | flags;
+}

@@ -1,0 +1,150 @@
+//! Registers and instruction operands.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::alu::{ALWAYS, truncate};
+use super::bus::{Bus, Stop};
+
+/// What an instruction reads and changes of the virtual CPU.
+#[derive(Debug, Clone)]
+pub(super) struct Registers {
+    general: [u64; 16],
+    pub(super) rip: u64,
+    pub(super) flags: u64,
+}
+
+impl Registers {
+    pub(super) fn new(rip: u64) -> Registers {
+        Registers { general: [0; 16], rip, flags: ALWAYS }
+    }
+
+    /// Value of a general-purpose register of any width, zero-extended; `None` for any other register.
+    pub(super) fn get(&self, register: Register) -> Option<u64> {
+        let value = *self.general.get(index(register)?)?;
+        Some(truncate(value >> shift(register), register.size()))
+    }
+
+    /// Sets a general-purpose register as the processor does: 4 bytes clear the upper half, 1 and 2
+    /// bytes keep the rest.
+    pub(super) fn set(&mut self, register: Register, value: u64) -> Option<()> {
+        let full = self.general.get_mut(index(register)?)?;
+        match register.size() {
+            8 => *full = value,
+            4 => *full = truncate(value, 4),
+            width => {
+                let mask = truncate(u64::MAX, width) << shift(register);
+                *full = *full & !mask | value << shift(register) & mask;
+            }
+        }
+        Some(())
+    }
+}
+
+fn index(register: Register) -> Option<usize> {
+    register.is_gpr().then(|| register.full_register().number())
+}
+
+fn shift(register: Register) -> u32 {
+    match register {
+        Register::AH | Register::BH | Register::CH | Register::DH => 8,
+        _ => 0,
+    }
+}
+
+/// Width in bytes of an operand that is a register or memory.
+pub(super) fn width(instruction: &Instruction, operand: u32) -> usize {
+    match instruction.op_kind(operand) {
+        OpKind::Register => instruction.op_register(operand).size(),
+        _ => instruction.memory_size().size(),
+    }
+}
+
+/// Value of an operand. Immediates are sign-extended: truncate to the width of the operation.
+pub(super) fn read(
+    registers: &Registers,
+    instruction: &Instruction,
+    operand: u32,
+    bus: &mut Bus<'_>,
+) -> Result<u64, Stop> {
+    match instruction.op_kind(operand) {
+        OpKind::Register => register(registers, instruction.op_register(operand)),
+        kind if is_memory(kind) => {
+            let address = address(registers, instruction, operand)?;
+            bus.read(address, memory_width(instruction)?)
+        }
+        _ => instruction.try_immediate(operand).map_err(|_| Stop::Unsupported("operand kind")),
+    }
+}
+
+pub(super) fn write(
+    registers: &mut Registers,
+    instruction: &Instruction,
+    operand: u32,
+    value: u64,
+    bus: &mut Bus<'_>,
+) -> Result<(), Stop> {
+    match instruction.op_kind(operand) {
+        OpKind::Register => set_register(registers, instruction.op_register(operand), value),
+        kind if is_memory(kind) => {
+            let address = address(registers, instruction, operand)?;
+            bus.write(address, memory_width(instruction)?, value)
+        }
+        _ => Err(Stop::Unsupported("operand kind")),
+    }
+}
+
+/// Replaces an operand by what `update` makes of it and returns its old value.
+pub(super) fn modify(
+    registers: &mut Registers,
+    instruction: &Instruction,
+    operand: u32,
+    locked: bool,
+    bus: &mut Bus<'_>,
+    update: impl FnMut(u64) -> u64,
+) -> Result<u64, Stop> {
+    let mut update = update;
+    if is_memory(instruction.op_kind(operand)) {
+        let address = address(registers, instruction, operand)?;
+        return bus.modify(address, memory_width(instruction)?, locked, update);
+    }
+    let old = read(registers, instruction, operand, bus)?;
+    write(registers, instruction, operand, update(old), bus)?;
+    Ok(old)
+}
+
+pub(super) fn register(registers: &Registers, register: Register) -> Result<u64, Stop> {
+    registers.get(register).ok_or(Stop::Unsupported("register other than a general-purpose one"))
+}
+
+pub(super) fn set_register(
+    registers: &mut Registers,
+    register: Register,
+    value: u64,
+) -> Result<(), Stop> {
+    registers
+        .set(register, value)
+        .ok_or(Stop::Unsupported("register other than a general-purpose one"))
+}
+
+/// Effective address; segments are flat.
+pub(super) fn address(
+    registers: &Registers,
+    instruction: &Instruction,
+    operand: u32,
+) -> Result<u64, Stop> {
+    let value = |register: Register, _, _| {
+        if register.is_segment_register() { Some(0) } else { registers.get(register) }
+    };
+    instruction.virtual_address(operand, 0, value).ok_or(Stop::Unsupported("addressing mode"))
+}
+
+fn is_memory(kind: OpKind) -> bool {
+    matches!(kind, OpKind::Memory | OpKind::MemorySegRSI | OpKind::MemoryESRDI)
+}
+
+fn memory_width(instruction: &Instruction) -> Result<usize, Stop> {
+    match instruction.memory_size().size() {
+        width @ (1 | 2 | 4 | 8) => Ok(width),
+        _ => Err(Stop::Unsupported("width of a memory operand")),
+    }
+}

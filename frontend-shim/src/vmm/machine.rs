@@ -1,0 +1,216 @@
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use barkeep_protocol::wire::{DmaAccess, DmaMap};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use thiserror::Error;
+
+use super::guest::{self, GuestError, Parameters, Program as GuestProgram, RAM_SIZE};
+use super::monitor::Monitor;
+use super::pci_host::{ECAM_BASE, PciHost};
+use super::placement::Placement;
+use super::report::{self, Report};
+use super::vcpu::{VcpuEnd, VcpuThread};
+use super::{Arguments, HypervisorChoice, Program};
+use crate::Frontend;
+use crate::bar::AttachError;
+use crate::client::ClientError;
+use crate::hypervisor::kvm::Kvm;
+use crate::hypervisor::model::Model;
+use crate::hypervisor::{
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId, Vm,
+};
+
+/// A VM that is set up: RAM mapped, functions attached and their BARs placed.
+pub struct Machine {
+    vm: Arc<dyn Vm>,
+    ram: Arc<HostMapping>,
+    host: PciHost,
+    placement: Placement,
+}
+
+/// Why a VM can't be set up.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The hypervisor.
+    #[error("hypervisor: {0}")]
+    Hypervisor(#[from] HypervisorError),
+    /// The host refused memory or a thread.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+    /// A function can't be attached.
+    #[error("--device {}: {source}", path.display())]
+    Attach {
+        /// Its socket.
+        path: PathBuf,
+        /// The reason.
+        source: AttachError,
+    },
+    /// A backend refused to share RAM.
+    #[error("--device {}: can't share guest memory: {source}", path.display())]
+    Share {
+        /// Its socket.
+        path: PathBuf,
+        /// The reason.
+        source: ClientError,
+    },
+    /// More functions than bus 0 has devices.
+    #[error("{0} functions do not fit on one bus of 32 devices")]
+    TooManyFunctions(usize),
+    /// The BARs do not fit into the address space that guests can reach.
+    #[error("--device {}: BAR{bar} of {size:#x} bytes does not fit", path.display())]
+    NoRoom {
+        /// Whose.
+        path: PathBuf,
+        /// BAR number.
+        bar: u8,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// The guest program.
+    #[error("guest: {0}")]
+    Guest(#[from] GuestError),
+}
+
+const RAM_SLOT: SlotId = SlotId(0);
+const FIRST_BAR_SLOT: SlotId = SlotId(1);
+/// PCI_COMMAND: memory and bus mastering.
+const COMMAND_ON: u16 = 0x6;
+/// PCI_COMMAND: bus mastering alone.
+const COMMAND_OFF: u16 = 0x4;
+/// Far more polls than an edu function needs; each is a round trip.
+const POLL_LIMIT: u64 = 100_000;
+
+impl Machine {
+    /// Sets a VM up.
+    ///
+    /// # Errors
+    /// [`MachineError`], which names the option at fault.
+    pub fn new(arguments: &Arguments) -> Result<Self, MachineError> {
+        if arguments.devices.len() > 32 {
+            return Err(MachineError::TooManyFunctions(arguments.devices.len()));
+        }
+        let vm = choose_hypervisor(arguments.hypervisor)?;
+        let (ram_file, ram) = create_ram().map_err(|errno| MachineError::Host {
+            what: "guest memory",
+            source: errno.into(),
+        })?;
+        vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite)?;
+
+        let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
+        let mut frontend = Frontend::new(hypervisor, vec![(0, RAM_SIZE)], FIRST_BAR_SLOT);
+        let deadline = Duration::from_secs(arguments.deadline);
+        for path in &arguments.devices {
+            let index = frontend
+                .attach(path, deadline, arguments.suspend_order.into())
+                .map_err(|source| MachineError::Attach { path: path.clone(), source })?;
+            let share = |source| MachineError::Share { path: path.clone(), source };
+            let file = ram_file
+                .try_clone()
+                .map_err(|source| MachineError::Host { what: "guest memory", source })?;
+            let access = DmaAccess::READ | DmaAccess::WRITE;
+            let window = DmaMap { access, file_offset: 0, address: 0, size: RAM_SIZE };
+            frontend.functions()[index].client().dma_map(&window, Some(file)).map_err(share)?;
+        }
+        let placement = Placement::assign(&frontend)?;
+        Ok(Self { vm, ram, host: PciHost::new(frontend), placement })
+    }
+
+    /// Runs the program of `arguments` to its end.
+    ///
+    /// # Errors
+    /// [`MachineError`] when it can't start. What goes wrong later is in the report.
+    pub fn run(&self, arguments: &Arguments) -> Result<Report, MachineError> {
+        let frontend = self.host.frontend();
+        self.placement.enable(frontend, COMMAND_ON);
+        Parameters {
+            cycles: arguments.cycles,
+            command_on: COMMAND_ON,
+            command_off: COMMAND_OFF,
+            ecam: GuestAddress(ECAM_BASE),
+            poll_limit: POLL_LIMIT,
+            devices: self.placement.demo_devices(frontend),
+        }
+        .install(&self.ram)?;
+
+        let started = Instant::now();
+        let ends = self.run_vcpus(arguments)?;
+        Ok(report::collect(report::Finished {
+            arguments,
+            kind: self.vm.kind(),
+            ram: &self.ram,
+            frontend,
+            placement: &self.placement,
+            ends,
+            elapsed: started.elapsed(),
+        }))
+    }
+
+    fn run_vcpus(&self, arguments: &Arguments) -> Result<Vec<VcpuEnd>, MachineError> {
+        let programs = match arguments.program {
+            Program::Probe => vec![GuestProgram::Probe],
+            Program::Edu => vec![GuestProgram::Edu],
+            Program::Toggle => {
+                let mut programs = vec![GuestProgram::Toggle];
+                programs.resize(arguments.vcpus as usize, GuestProgram::Hammer);
+                programs
+            }
+        };
+        let mut vcpus = Vec::new();
+        for (id, program) in (0..).zip(programs) {
+            program.load(&self.ram)?;
+            vcpus.push((id, self.vm.create_vcpu(id, &program.entry(id)?)?));
+        }
+        let monitor = Monitor::new(&self.ram, arguments);
+        let ends = std::thread::scope(|scope| {
+            let threads: Vec<_> = vcpus
+                .into_iter()
+                .map(|(id, vcpu)| {
+                    let thread = VcpuThread::new(id, vcpu, &self.host, &self.ram, monitor.bell());
+                    scope.spawn(move || thread.run())
+                })
+                .collect();
+            monitor.watch();
+            threads.into_iter().map(|thread| thread.join().unwrap_or(VcpuEnd::panicked())).collect()
+        });
+        Ok(ends)
+    }
+}
+
+fn choose_hypervisor(choice: HypervisorChoice) -> Result<Arc<dyn Vm>, MachineError> {
+    match choice {
+        HypervisorChoice::Model => return Ok(Arc::new(Model::new())),
+        HypervisorChoice::Kvm => Kvm::probe()?,
+        HypervisorChoice::Auto => {
+            if let Err(error) = Kvm::probe() {
+                tracing::warn!("running on the software model: {error}");
+                return Ok(Arc::new(Model::new()));
+            }
+        }
+    }
+    Ok(Arc::new(Kvm::open()?))
+}
+
+/// RAM that can be shared with backends and can't shrink under them.
+fn create_ram() -> rustix::io::Result<(std::os::fd::OwnedFd, Arc<HostMapping>)> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("barkeep-ram", flags)?;
+    ftruncate(&file, RAM_SIZE)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    let mapping = HostMapping::from_fd(&file, 0, RAM_SIZE, true)
+        .map_err(|error| rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))?;
+    Ok((file, Arc::new(mapping)))
+}
+
+/// Asks the vCPUs that run `hammer` to stop.
+pub(super) fn request_stop(ram: &HostMapping) {
+    if let Err(error) = guest::request_stop(ram) {
+        tracing::error!("can't stop the guest: {error}");
+    }
+}

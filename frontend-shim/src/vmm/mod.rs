@@ -1,0 +1,115 @@
+//! The reference VMM: RAM, virtual CPUs, a PCI host bridge's configuration access, and any number of
+//! functions in backend processes. It runs the small built-in [`guest`] programs.
+
+pub mod guest;
+mod machine;
+mod monitor;
+mod pci_host;
+mod placement;
+mod report;
+mod vcpu;
+
+#[cfg(test)]
+mod tests;
+
+pub use machine::{Machine, MachineError};
+pub use report::{Backends, Latency, Line, Progress, Report};
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use crate::bar::SuspendOrder;
+
+/// Options of `barkeep-vmm`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    /// Socket of a backend's function; may repeat. Functions become 00:00.0, 00:01.0, ...
+    #[arg(long = "device", value_name = "SOCKET")]
+    pub devices: Vec<PathBuf>,
+    /// Guest program to run
+    #[arg(long, value_enum, default_value_t = Program::Probe)]
+    pub program: Program,
+    /// Virtual CPUs; only `toggle` uses more than one
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub vcpus: u32,
+    /// Rounds of `toggle`
+    #[arg(long, default_value_t = 1000)]
+    pub cycles: u64,
+    /// Hypervisor to run on
+    #[arg(long, value_enum, default_value_t = HypervisorChoice::Auto)]
+    pub hypervisor: HypervisorChoice,
+    /// What comes first when the guest clears PCI_COMMAND.MEM
+    #[arg(long, value_enum, default_value_t = Order::SlotsFirst)]
+    pub suspend_order: Order,
+    /// Seconds that a backend may take for one answer
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    pub deadline: u64,
+    /// Print progress and report as JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Guest programs, as an operator names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Program {
+    /// Enumerate the bus through ports and ECAM
+    Probe,
+    /// Compute a factorial and copy by DMA on every edu function
+    Edu,
+    /// Toggle PCI_COMMAND.MEM on vCPU 0 while the others read and write the BARs
+    Toggle,
+}
+
+/// Which hypervisor to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum HypervisorChoice {
+    /// KVM where it works, else the model
+    Auto,
+    /// KVM or nothing
+    Kvm,
+    /// The software hypervisor
+    Model,
+}
+
+/// [`SuspendOrder`], as an operator names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Order {
+    /// Memory slots go before the write is forwarded: nothing can fault
+    SlotsFirst,
+    /// The memory goes first and its slots last, as with vfio-pci: accesses in between fault
+    BackingFirst,
+    /// Both in turn
+    Alternate,
+}
+
+impl From<Order> for SuspendOrder {
+    fn from(order: Order) -> Self {
+        match order {
+            Order::SlotsFirst => Self::SlotsFirst,
+            Order::BackingFirst => Self::BackingFirst,
+            Order::Alternate => Self::Alternate,
+        }
+    }
+}
+
+/// Runs the VMM with these options. The exit status is 0 if every value that the guest read was
+/// right, 1 if not or if the VM died, 2 if it could not start.
+#[must_use]
+pub fn run(arguments: &Arguments) -> ExitCode {
+    let machine = match Machine::new(arguments) {
+        Ok(machine) => machine,
+        Err(error) => return report::start_failure(&error),
+    };
+    match machine.run(arguments) {
+        Ok(report) => {
+            report.print(arguments.json);
+            if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => report::start_failure(&error),
+    }
+}
+
+/// How long `toggle` may stand still before the VM counts as hung. Far more than a backend's
+/// deadline, so that a slow backend is told apart.
+const STALL_LIMIT: Duration = Duration::from_secs(60);

@@ -1,0 +1,127 @@
+//! What firmware does: gives every BAR an address.
+
+use super::MachineError;
+use super::guest::{ConfigAddress, Device, MMIO_WINDOW, MMIO_WINDOW_SIZE};
+use crate::Frontend;
+use crate::bar::{AddressSpace, BarInfo};
+use crate::hypervisor::GuestAddress;
+
+/// Where the BARs are.
+#[derive(Debug)]
+pub(super) struct Placement {
+    /// By function, then in the order of its BARs.
+    addresses: Vec<Vec<(u8, u64)>>,
+}
+
+/// 32-bit memory BARs: between ECAM and the local APIC.
+const LOW_MEMORY: (u64, u64) = (0xc000_0000, 0xfe00_0000);
+const IO_PORTS: (u64, u64) = (0xc000, 0x1_0000);
+
+const COMMAND: u16 = 0x04;
+const BAR0: u16 = 0x10;
+
+/// An address range that is given out from below.
+struct Pool {
+    next: u64,
+    end: u64,
+}
+
+impl Pool {
+    /// BARs are aligned to their size (PCI 6.2.5.1).
+    fn take(&mut self, size: u64) -> Option<u64> {
+        let start = self.next.checked_next_multiple_of(size)?;
+        self.next = start.checked_add(size).filter(|next| *next <= self.end)?;
+        Some(start)
+    }
+}
+
+impl Placement {
+    /// Places every BAR, with decode off.
+    pub(super) fn assign(frontend: &Frontend) -> Result<Self, MachineError> {
+        let mut low = Pool { next: LOW_MEMORY.0, end: LOW_MEMORY.1 };
+        let mut high = Pool { next: MMIO_WINDOW.0, end: MMIO_WINDOW.0 + MMIO_WINDOW_SIZE };
+        let mut io = Pool { next: IO_PORTS.0, end: IO_PORTS.1 };
+        let mut addresses = Vec::new();
+        for (index, function) in frontend.functions().iter().enumerate() {
+            frontend.config_write(index, COMMAND, &[0, 0]);
+            let mut placed = Vec::new();
+            for info in function.bars() {
+                let pool = match info.space {
+                    AddressSpace::Io => &mut io,
+                    AddressSpace::Memory if info.wide => &mut high,
+                    AddressSpace::Memory => &mut low,
+                };
+                let address = pool.take(info.size).ok_or_else(|| MachineError::NoRoom {
+                    path: function.client().path().to_owned(),
+                    bar: info.bar,
+                    size: info.size,
+                })?;
+                write_bar(frontend, index, info, address);
+                placed.push((info.bar, address));
+            }
+            addresses.push(placed);
+        }
+        Ok(Self { addresses })
+    }
+
+    /// Lets every function decode.
+    pub(super) fn enable(&self, frontend: &Frontend, command: u16) {
+        for index in 0..self.addresses.len() {
+            frontend.config_write(index, COMMAND, &command.to_le_bytes());
+        }
+    }
+
+    /// The rows of the guest's device table: each edu function with the next ivshmem function.
+    pub(super) fn demo_devices(&self, frontend: &Frontend) -> Vec<Device> {
+        let edu = self.with_ids(frontend, EDU);
+        let ivshmem = self.with_ids(frontend, IVSHMEM);
+        let row = |(trapped, mapped): (usize, usize)| {
+            Some(Device {
+                trapped: config_address(trapped)?,
+                trapped_bar: GuestAddress(self.bar(trapped, 0)?),
+                mapped: config_address(mapped)?,
+                mapped_bar: GuestAddress(self.bar(mapped, 2)?),
+            })
+        };
+        edu.into_iter().zip(ivshmem).filter_map(row).collect()
+    }
+
+    /// Functions whose trapped BAR0 the demo writes to.
+    pub(super) fn edu_functions(&self, frontend: &Frontend) -> Vec<usize> {
+        self.with_ids(frontend, EDU)
+    }
+
+    fn with_ids(&self, frontend: &Frontend, ids: (u16, u16)) -> Vec<usize> {
+        let has_ids = |index: &usize| {
+            let mut data = [0; 4];
+            frontend.config_read(*index, 0, &mut data);
+            let [a, b, c, d] = data;
+            (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])) == ids
+        };
+        (0..self.addresses.len()).filter(has_ids).collect()
+    }
+
+    fn bar(&self, function: usize, bar: u8) -> Option<u64> {
+        let placed = self.addresses.get(function)?;
+        placed.iter().find(|(number, _)| *number == bar).map(|(_, address)| *address)
+    }
+}
+
+/// Vendor and device of edu.
+const EDU: (u16, u16) = (0x1234, 0x11e8);
+/// Vendor and device of ivshmem.
+const IVSHMEM: (u16, u16) = (0x1af4, 0x1110);
+
+fn write_bar(frontend: &Frontend, function: usize, info: &BarInfo, address: u64) {
+    let register = BAR0 + 4 * u16::from(info.bar);
+    let bytes = address.to_le_bytes();
+    frontend.config_write(function, register, &bytes[..4]);
+    if info.wide {
+        frontend.config_write(function, register + 4, &bytes[4..]);
+    }
+}
+
+/// Function N is device N on bus 0.
+fn config_address(function: usize) -> Option<ConfigAddress> {
+    Some(ConfigAddress::from_bdf(u16::try_from(function).ok()? << 3))
+}

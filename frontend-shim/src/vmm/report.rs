@@ -1,0 +1,267 @@
+//! What came out of a run.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use super::guest::{EduReport, ProbeReport, StatBlock};
+use super::placement::Placement;
+use super::vcpu::VcpuEnd;
+use super::{Arguments, MachineError, Program};
+use crate::Frontend;
+use crate::hypervisor::{HostMapping, HypervisorKind};
+
+/// One line of `--json` output.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    /// The guest is at work.
+    Progress(Progress),
+    /// It has ended.
+    Report(Report),
+}
+
+/// How far `toggle` is.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// Cycles done.
+    pub done: u64,
+    /// Cycles in all.
+    pub total: u64,
+}
+
+/// The result of a run.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// `kvm` or `model`.
+    pub hypervisor: String,
+    /// Rounds of `toggle` that were done.
+    pub cycles: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Functions attached.
+    pub functions: usize,
+    /// Reads of BARs by the guest.
+    pub reads: u64,
+    /// Those of them that completed as Unsupported Request.
+    pub reads_ur: u64,
+    /// Writes to trapped BARs by the guest.
+    pub trapped_writes: u64,
+    /// Writes to mapped BARs by the guest.
+    pub mapped_writes: u64,
+    /// Memory faults that were resolved.
+    pub memory_faults: u64,
+    /// Values that no correct machine returns.
+    pub wrong_values: u64,
+    /// The backends' side of the trapped BARs.
+    pub backends: Backends,
+    /// Time of an MMIO exit in the VMM.
+    pub latency: Latency,
+    /// From the start of the first vCPU to the end of the last.
+    pub seconds: f64,
+    /// Everything that went wrong, in words.
+    pub failures: Vec<String>,
+    /// What the program found, in words.
+    pub findings: Vec<String>,
+}
+
+/// What backends counted on trapped BARs.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Backends {
+    /// Writes that reached a device.
+    pub writes_applied: u64,
+    /// Writes that were dropped: Unsupported Request.
+    pub writes_dropped: u64,
+}
+
+/// Percentiles in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Latency {
+    /// Median.
+    pub p50_ns: u64,
+    /// 99th percentile.
+    pub p99_ns: u64,
+}
+
+/// What a run leaves behind.
+pub(super) struct Finished<'a> {
+    pub(super) arguments: &'a Arguments,
+    pub(super) kind: HypervisorKind,
+    pub(super) ram: &'a HostMapping,
+    pub(super) frontend: &'a Frontend,
+    pub(super) placement: &'a Placement,
+    pub(super) ends: Vec<VcpuEnd>,
+    pub(super) elapsed: Duration,
+}
+
+/// Puts a report together from the guest's counters, the backends' and the VMM's own.
+pub(super) fn collect(finished: Finished<'_>) -> Report {
+    let Finished { arguments, kind, ram, frontend, placement, ends, elapsed } = finished;
+    let mut report = Report {
+        hypervisor: kind.to_string(),
+        vcpus: u32::try_from(ends.len()).unwrap_or(u32::MAX),
+        functions: frontend.functions().len(),
+        memory_faults: frontend.memory_faults(),
+        seconds: elapsed.as_secs_f64(),
+        ..Report::default()
+    };
+    let mut latency: Option<Histogram<u64>> = None;
+    for (vcpu, end) in (0..).zip(ends) {
+        report.failures.extend(end.failure);
+        report.count(ram, vcpu);
+        match &mut latency {
+            None => latency = Some(end.latency),
+            // Both have the same bounds, so nothing can be out of range.
+            Some(sum) => sum.add(&end.latency).unwrap_or(()),
+        }
+    }
+    if let Some(latency) = latency.filter(|latency| !latency.is_empty()) {
+        report.latency = Latency {
+            p50_ns: latency.value_at_quantile(0.5),
+            p99_ns: latency.value_at_quantile(0.99),
+        };
+    }
+    report.ask_backends(frontend, placement);
+    report.add_findings(arguments, ram, placement.edu_functions(frontend).len());
+    report
+}
+
+impl Report {
+    /// Whether the VM lived and every value was right.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.failures.is_empty() && self.wrong_values == 0
+    }
+
+    /// Prints the report to standard output, as a line of JSON or for a reader.
+    pub fn print(&self, json: bool) {
+        if json {
+            return print_line(&Line::Report(self.clone()));
+        }
+        let mut text = format!(
+            "{} functions, {} vCPUs on {}, {:.2} s\n{} reads ({} UR), {} + {} writes, {} memory faults\n",
+            self.functions,
+            self.vcpus,
+            self.hypervisor,
+            self.seconds,
+            self.reads,
+            self.reads_ur,
+            self.trapped_writes,
+            self.mapped_writes,
+            self.memory_faults,
+        );
+        for line in self.findings.iter().chain(&self.failures) {
+            text.push_str(line);
+            text.push('\n');
+        }
+        text.push_str(if self.passed() { "passed\n" } else { "FAILED\n" });
+        write_out(text.as_bytes());
+    }
+
+    fn count(&mut self, ram: &HostMapping, vcpu: u32) {
+        let block = match StatBlock::read(ram, vcpu) {
+            Ok(block) => block,
+            Err(error) => return self.failures.push(format!("vCPU {vcpu}: {error}")),
+        };
+        if vcpu == 0 {
+            self.cycles = block.progress;
+        }
+        self.reads += block.reads;
+        self.reads_ur += block.reads_ur;
+        self.trapped_writes += block.trapped_writes;
+        self.mapped_writes += block.mapped_writes;
+        self.wrong_values += block.wrong;
+        if let Some(wrong) = block.first_wrong {
+            self.failures.push(format!(
+                "vCPU {vcpu}: read {:#x} at {}, not {:#x}",
+                wrong.value, wrong.address, wrong.expected
+            ));
+        }
+    }
+
+    /// Every write of the guest must have arrived, applied or dropped, exactly once.
+    fn ask_backends(&mut self, frontend: &Frontend, placement: &Placement) {
+        for index in placement.edu_functions(frontend) {
+            match frontend.functions()[index].client().region_state(0) {
+                Ok(state) => {
+                    self.backends.writes_applied += state.writes;
+                    self.backends.writes_dropped += state.writes_dropped;
+                }
+                Err(error) => self.failures.push(format!("function {index}: {error}")),
+            }
+        }
+        let Backends { writes_applied, writes_dropped } = self.backends;
+        if writes_applied + writes_dropped != self.trapped_writes {
+            self.failures.push(format!(
+                "the guest wrote {} times to trapped BARs, the backends applied {writes_applied} and dropped {writes_dropped}",
+                self.trapped_writes
+            ));
+        }
+    }
+
+    fn add_findings(&mut self, arguments: &Arguments, ram: &HostMapping, edu_functions: usize) {
+        match arguments.program {
+            Program::Probe => self.add_probe(ram),
+            Program::Edu => (0..edu_functions).for_each(|device| self.add_edu(ram, device)),
+            Program::Toggle => {
+                if self.cycles != arguments.cycles {
+                    let (done, total) = (self.cycles, arguments.cycles);
+                    self.failures.push(format!("toggle ended after {done} of {total} cycles"));
+                }
+            }
+        }
+    }
+
+    fn add_probe(&mut self, ram: &HostMapping) {
+        let probe = match ProbeReport::read(ram, 0) {
+            Ok(probe) => probe,
+            Err(error) => return self.failures.push(error.to_string()),
+        };
+        for found in &probe.functions {
+            let (bus, device, function) = (found.bdf >> 8, (found.bdf >> 3) & 0x1f, found.bdf & 7);
+            self.findings.push(format!(
+                "{bus:02x}:{device:02x}.{function} {:04x}:{:04x}",
+                found.vendor, found.device
+            ));
+        }
+        if probe.mismatches > 0 {
+            self.failures.push(format!("{} ids differ between ports and ECAM", probe.mismatches));
+        }
+        if probe.functions.len() != self.functions {
+            let (found, attached) = (probe.functions.len(), self.functions);
+            self.failures.push(format!("the guest found {found} of {attached} functions"));
+        }
+    }
+
+    fn add_edu(&mut self, ram: &HostMapping, device: usize) {
+        match EduReport::read(ram, device) {
+            Ok(edu) if edu.passed() => {
+                self.findings.push(format!("edu {device}: factorial and DMA are right"));
+            }
+            Ok(edu) => self.failures.push(format!("edu {device}: {edu:?}")),
+            Err(error) => self.failures.push(format!("edu {device}: {error}")),
+        }
+    }
+}
+
+/// Prints one object on a line of its own.
+pub(super) fn print_line(line: &Line) {
+    let mut bytes = serde_json::to_vec(line).expect("plain data always serialises");
+    bytes.push(b'\n');
+    write_out(&bytes);
+}
+
+/// One line on standard error, and the exit status of an operator's mistake.
+#[expect(clippy::print_stderr, reason = "the command line's own answer")]
+pub(super) fn start_failure(error: &MachineError) -> ExitCode {
+    eprintln!("barkeep-vmm: {error}");
+    ExitCode::from(2)
+}
+
+/// Whoever started us may have stopped listening; that is no reason to fail.
+fn write_out(bytes: &[u8]) {
+    let _ = std::io::stdout().lock().write_all(bytes);
+}

@@ -1,0 +1,61 @@
+# Sourced by `run`, whose variables it uses (`host`, `kernel`, `nonce`, `work`): one boot of the guest.
+# shellcheck shell=bash disable=SC2154
+
+qemu=
+
+# BARKEEP_LAB_QEMU_ARGS: more arguments, for example `-trace vfio_user*` to see every message.
+read -r -a extra_arguments <<< "${BARKEEP_LAB_QEMU_ARGS:-}"
+
+# boot_guest BOOT QEMU_ARGUMENT...: boots the guest for the checks of BOOT and waits until it is
+# off. Leaves BOOT.results, BOOT.console and BOOT.qemu (QEMU's own messages) in `work`.
+boot_guest() {
+  local boot=$1 status=0 append
+  shift
+  append="console=ttyS0 quiet panic=-1 lab_boot=$boot lab_nonce=$nonce"
+  [ "$boot" != vfio ] || append+=" intel_iommu=on"
+  : > "$work/$boot.results"
+  # Emulation, not KVM: the same everywhere, and it is fast enough. Shared memory: the backend
+  # maps the guest's RAM.
+  timeout --kill-after=5 120 "$host/bin/qemu-system-x86_64" \
+    -accel tcg -m 256 -machine q35,memory-backend=m0 \
+    -object memory-backend-memfd,id=m0,size=256M,share=on \
+    -nodefaults -display none -no-reboot \
+    -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
+    -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append "$append" \
+    "$@" "${extra_arguments[@]}" > "$work/$boot.qemu" 2>&1 &
+  qemu=$!
+  wait "$qemu" || status=$?
+  qemu=
+  return "$status"
+}
+
+# boot_problem BOOT STATUS: why a check has no result, in one line.
+boot_problem() {
+  local last
+  if [ "$2" = 124 ] || [ "$2" = 137 ]; then
+    echo "the guest did not power off in time"
+    return
+  fi
+  # QEMU's complaint if it has one, or else the last the guest said.
+  last=$(cat "$work/$1.console" "$work/$1.qemu" 2> /dev/null | tr -d '\r' | grep . | tail -n 1) || true
+  echo "the guest did not report it (QEMU ended with $2; last message: ${last:-none})"
+}
+
+# The functions as QEMU arguments.
+
+# served_by_barkeep: sets `functions` to the backend's.
+served_by_barkeep() {
+  functions=()
+  local name
+  for name in edu ivshmem; do
+    functions+=(-device
+      "{\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"$work/$name.sock\",\"type\":\"unix\"}}")
+  done
+}
+
+# built_into_qemu: sets `functions` to QEMU's own.
+built_into_qemu() {
+  functions=(-device edu
+    -object "memory-backend-file,id=shared,size=4M,mem-path=$work/shared,share=on"
+    -device "ivshmem-plain,memdev=shared")
+}

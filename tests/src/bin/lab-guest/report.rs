@@ -1,0 +1,35 @@
+//! The lines the host reads.
+
+use std::io::{self, Write};
+
+use crate::Result;
+
+/// Writes one line per check.
+#[derive(Debug)]
+pub(crate) struct Report<W> {
+    out: W,
+}
+
+impl<W: Write> Report<W> {
+    pub(crate) fn new(out: W) -> Self {
+        Self { out }
+    }
+
+    /// Runs a check and reports it. The check's text is what it saw, for whoever reads the log.
+    ///
+    /// # Errors
+    /// The line could not be written: then the host must not believe anything.
+    pub(crate) fn check(
+        &mut self,
+        name: &str,
+        check: impl FnOnce() -> Result<String>,
+    ) -> io::Result<()> {
+        let (verdict, detail) = match check() {
+            Ok(seen) => ("ok", seen),
+            Err(error) => ("fail", error.to_string()),
+        };
+        let detail = detail.replace(['\n', '\r'], " ");
+        writeln!(self.out, "CHECK {name} {verdict} {detail}")?;
+        self.out.flush()
+    }
+}
