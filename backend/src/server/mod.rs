@@ -158,7 +158,7 @@ impl Port {
                 if !greeted && session.handshake_deadline().is_none() {
                     info!(socket = %self.socket, "client connected");
                 }
-                return epoll.modify(session.as_fd(), token, interest);
+                return session.watch(epoll, token, interest);
             }
             Err(end) => end,
         };

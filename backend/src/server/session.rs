@@ -1,3 +1,4 @@
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -8,7 +9,7 @@ use barkeep_protocol::wire::{
 use thiserror::Error;
 use tracing::debug;
 
-use super::event_loop::Interest;
+use super::event_loop::{Epoll, Interest, Token};
 use super::function::{HostedFunction, Reply};
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
@@ -25,6 +26,7 @@ pub(super) struct Session {
     receiver: Receiver,
     sender: Sender,
     state: State,
+    interest: Interest,
     log: RateLimit,
 }
 
@@ -57,6 +59,7 @@ impl Session {
             receiver: Receiver::default(),
             sender: Sender::default(),
             state: State::Greeting(handshake_deadline),
+            interest: Interest::Read,
             log: RateLimit::default(),
         }
     }
@@ -67,6 +70,20 @@ impl Session {
             State::Greeting(deadline) => Some(deadline),
             State::Ready(_) => None,
         }
+    }
+
+    /// Tells the event loop what [`serve`](Self::serve) waits for, if that has changed.
+    pub(super) fn watch(
+        &mut self,
+        epoll: &Epoll,
+        token: Token,
+        interest: Interest,
+    ) -> io::Result<()> {
+        if self.interest == interest {
+            return Ok(());
+        }
+        self.interest = interest;
+        epoll.modify(self.socket.as_fd(), token, interest)
     }
 
     /// Reads and answers requests as long as the socket has some, up to a batch. Returns what to

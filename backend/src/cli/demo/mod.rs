@@ -21,7 +21,7 @@ use sidecar::Sidecar;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Cycles of clearing and setting PCI_COMMAND.MEM on every function
-    #[arg(long, default_value_t = 20_000)]
+    #[arg(long, default_value_t = 10_000)]
     cycles: u64,
     /// Virtual CPUs: one toggles, the others access the BARs
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=64))]
