@@ -1,1 +1,278 @@
+use std::os::fd::OwnedFd;
 
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create};
+
+use super::*;
+use crate::config::DeviceSpec;
+use crate::dma::{DmaAccess, DmaTable, Iova};
+use crate::irq::{EventFd, Interrupts};
+use crate::pci::{BarIndex, Function, spec};
+
+/// A device with the world that it reaches, and nothing of the wire.
+struct Bench {
+    device: Box<dyn Device>,
+    function: Function,
+    interrupts: Interrupts,
+    dma: DmaTable,
+    pin: OwnedFd,
+    message: OwnedFd,
+}
+
+impl Bench {
+    fn new(text: &str) -> Self {
+        let device = create(text.parse::<DeviceSpec>().unwrap()).unwrap();
+        let function = Function::new(device.spec()).unwrap();
+        let mut interrupts = Interrupts::new(1);
+        let fd = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let (pin, message) = (fd(), fd());
+        let ours = |fd: &OwnedFd| Some(EventFd::new(fd.try_clone().unwrap()).unwrap());
+        interrupts.intx.set_eventfd(ours(&pin));
+        interrupts.msi.set_eventfd(0, ours(&message)).unwrap();
+        Self { device, function, interrupts, dma: DmaTable::new(8), pin, message }
+    }
+
+    /// Decode and bus mastering on.
+    fn enabled(text: &str) -> Self {
+        let mut bench = Self::new(text);
+        bench.command(0b110);
+        bench
+    }
+
+    fn command(&mut self, value: u16) {
+        let _ = self.function.config_write(spec::header::COMMAND, &value.to_le_bytes());
+    }
+
+    fn enable_msi(&mut self) {
+        let mut at = [0];
+        self.function.config_read(0x34, &mut at);
+        loop {
+            let mut header = [0; 2];
+            self.function.config_read(at[0].into(), &mut header);
+            if header[0] == 0x05 {
+                break;
+            }
+            at[0] = header[1];
+        }
+        let effects = self.function.config_write(usize::from(at[0]) + 2, &[1]);
+        if let Some(level) = effects.intx {
+            self.interrupts.intx.set_level(level);
+        }
+        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        self.device.effects_applied(&effects, &mut context);
+    }
+
+    fn read(&mut self, bar: BarIndex, offset: u64, width: usize) -> u64 {
+        let mut data = [0xff; 8];
+        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        self.device.bar_read(bar, offset, &mut data[..width], &mut context);
+        data[width..].fill(0);
+        u64::from_le_bytes(data)
+    }
+
+    fn write(&mut self, bar: BarIndex, offset: u64, value: u64, width: usize) {
+        let data = value.to_le_bytes();
+        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        self.device.bar_write(bar, offset, &data[..width], &mut context);
+    }
+
+    fn share_memory(&mut self, iova: u64) {
+        let memory = memfd_create("guest", MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&memory, 0x2000).unwrap();
+        fcntl_add_seals(&memory, SealFlags::SHRINK).unwrap();
+        self.dma.map(Iova(iova), 0x2000, DmaAccess::all(), Some((memory, 0))).unwrap();
+    }
+
+    /// A transfer by the DMA registers; `command` without the start bit.
+    fn transfer(&mut self, source: u64, destination: u64, count: u64, command: u64) {
+        for (register, value) in [(0x80, source), (0x88, destination), (0x90, count)] {
+            self.write(BarIndex::BAR0, register, value, 8);
+        }
+        self.write(BarIndex::BAR0, 0x98, command | 1, 8);
+    }
+}
+
+fn signals(fd: &OwnedFd) -> u64 {
+    let mut bytes = [0; 8];
+    rustix::io::read(fd, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
+}
+
+const BUFFER: u64 = 0x40000;
+const TO_RAM: u64 = 2;
+
+#[test]
+fn edu_registers_are_as_specified() {
+    let mut edu = Bench::enabled("edu");
+    assert_eq!(edu.read(BarIndex::BAR0, 0, 4), 0x0100_00ed);
+    edu.write(BarIndex::BAR0, 4, 0x1234_5678, 4);
+    assert_eq!(edu.read(BarIndex::BAR0, 4, 4), 0xedcb_a987);
+    edu.write(BarIndex::BAR0, 0x80, 0x1122_3344_5566_7788, 8);
+    assert_eq!(edu.read(BarIndex::BAR0, 0x80, 8), 0x1122_3344_5566_7788);
+    assert_eq!(edu.read(BarIndex::BAR0, 0x80, 4), 0x5566_7788);
+}
+
+#[test]
+fn edu_answers_all_ones_to_widths_and_offsets_it_does_not_define() {
+    let mut edu = Bench::enabled("edu");
+    for (offset, width) in [(0, 1), (0, 2), (0, 8), (4, 8), (0x80, 1), (0x80, 2), (2, 4), (0x30, 4)]
+    {
+        let ones = u64::MAX >> (64 - 8 * width);
+        assert_eq!(edu.read(BarIndex::BAR0, offset, width), ones, "{offset:#x} width {width}");
+    }
+    edu.write(BarIndex::BAR0, 4, 0, 2);
+    assert_eq!(edu.read(BarIndex::BAR0, 4, 4), 0, "a narrow write is dropped");
+}
+
+#[test]
+fn edu_computes_factorials_modulo_2_to_the_32() {
+    let mut edu = Bench::enabled("edu");
+    let rows = [(0, 1), (1, 1), (5, 120), (10, 3_628_800), (13, 1_932_053_504), (33, 0x8000_0000)];
+    for (n, result) in rows {
+        edu.write(BarIndex::BAR0, 8, n, 4);
+        assert_eq!(edu.read(BarIndex::BAR0, 8, 4), result, "{n}!");
+    }
+    edu.write(BarIndex::BAR0, 8, u64::from(u32::MAX), 4);
+    assert_eq!(edu.read(BarIndex::BAR0, 8, 4), 0, "and does not take for ever");
+}
+
+#[test]
+fn edu_raises_the_pin_until_every_bit_is_acknowledged() {
+    let mut edu = Bench::enabled("edu");
+    edu.write(BarIndex::BAR0, 0x60, 0b11, 4);
+    assert_eq!((signals(&edu.pin), edu.read(BarIndex::BAR0, 0x24, 4)), (1, 0b11));
+    edu.write(BarIndex::BAR0, 0x64, 0b01, 4);
+    edu.interrupts.intx.unmask();
+    assert_eq!(signals(&edu.pin), 1, "one bit is left: the level stays");
+    edu.write(BarIndex::BAR0, 0x64, 0b10, 4);
+    edu.interrupts.intx.unmask();
+    assert_eq!((signals(&edu.pin), signals(&edu.message)), (0, 0));
+}
+
+#[test]
+fn edu_uses_msi_when_the_driver_does_and_takes_the_pin_back() {
+    let mut edu = Bench::enabled("edu");
+    edu.write(BarIndex::BAR0, 0x60, 1, 4);
+    assert_eq!(signals(&edu.pin), 1);
+    edu.enable_msi();
+    edu.interrupts.intx.unmask();
+    assert_eq!(signals(&edu.pin), 0, "the pin is silent under MSI");
+    edu.write(BarIndex::BAR0, 0x60, 1, 4);
+    assert_eq!((signals(&edu.pin), signals(&edu.message)), (0, 1));
+}
+
+#[test]
+fn without_bus_master_enable_no_message_leaves_and_no_memory_is_touched() {
+    let mut edu = Bench::enabled("edu");
+    edu.share_memory(0);
+    edu.enable_msi();
+    edu.command(0b010);
+    edu.dma.write(Iova(0), b"secret").unwrap();
+    edu.transfer(0, BUFFER, 6, 4);
+    edu.transfer(BUFFER, 0x1000, 6, TO_RAM | 4);
+    edu.write(BarIndex::BAR0, 0x60, 1, 4);
+    assert_eq!(signals(&edu.message), 0);
+
+    edu.command(0b110);
+    edu.transfer(BUFFER, 0x1000, 6, TO_RAM);
+    let mut back = [1; 6];
+    edu.dma.read(Iova(0x1000), &mut back).unwrap();
+    assert_eq!(back, [0; 6], "the buffer never saw the memory");
+}
+
+#[test]
+fn edu_copies_both_ways_and_tells_by_interrupt() {
+    let mut edu = Bench::enabled("edu");
+    edu.share_memory(0x10000);
+    edu.dma.write(Iova(0x10123), b"a hundred bytes").unwrap();
+    edu.transfer(0x10123, BUFFER + 7, 15, 4);
+    assert_eq!((signals(&edu.pin), edu.read(BarIndex::BAR0, 0x24, 4)), (1, 0x100));
+    edu.transfer(BUFFER + 7, 0x11000, 15, TO_RAM);
+    let mut back = [0; 15];
+    edu.dma.read(Iova(0x11000), &mut back).unwrap();
+    assert_eq!(&back, b"a hundred bytes");
+    assert_eq!(edu.read(BarIndex::BAR0, 0x98, 4) & 1, 0, "done");
+}
+
+#[test]
+fn edu_refuses_transfers_that_leave_its_buffer() {
+    let mut edu = Bench::enabled("edu");
+    edu.share_memory(0);
+    edu.dma.write(Iova(0), &[0xaa; 64]).unwrap();
+    let bad = [
+        (BUFFER - 1, 8),
+        (BUFFER + 4090, 8),
+        (BUFFER, 4097),
+        (BUFFER + 4096, 1),
+        (0, 8),
+        (u64::MAX, 8),
+        (BUFFER, u64::MAX),
+    ];
+    for (address, count) in bad {
+        edu.transfer(0, address, count, 0);
+        edu.transfer(address, 0x1000, count, TO_RAM);
+    }
+    let mut back = [0xee; 64];
+    edu.dma.read(Iova(0x1000), &mut back).unwrap();
+    assert_eq!(back, [0; 64]);
+}
+
+#[test]
+fn edu_reaches_only_what_its_mask_lets_it() {
+    let mut edu = Bench::enabled("edu,dma_mask=0xffff");
+    edu.share_memory(0);
+    edu.dma.write(Iova(0x100), b"masked").unwrap();
+    edu.transfer(0xabc_0000_0100, BUFFER, 6, 0);
+    edu.transfer(BUFFER, 0x1000, 6, TO_RAM);
+    let mut back = [0; 6];
+    edu.dma.read(Iova(0x1000), &mut back).unwrap();
+    assert_eq!(&back, b"masked");
+}
+
+#[test]
+fn a_reset_clears_everything_in_edu() {
+    let mut edu = Bench::enabled("edu");
+    edu.write(BarIndex::BAR0, 4, 5, 4);
+    edu.write(BarIndex::BAR0, 0x60, 5, 4);
+    edu.write(BarIndex::BAR0, 0x20, 0x80, 4);
+    edu.write(BarIndex::BAR0, 0x80, 5, 8);
+    edu.device.reset();
+    for register in [4, 8, 0x20, 0x24, 0x80, 0x88, 0x90, 0x98] {
+        assert_eq!(edu.read(BarIndex::BAR0, register, 4), 0, "{register:#x}");
+    }
+}
+
+#[test]
+fn ivshmem_memory_is_sealed_and_the_same_by_either_way() {
+    let mut ivshmem = Bench::enabled("ivshmem,size=64K");
+    ivshmem.write(BarIndex::BAR2, 0xfff8, 0x1122_3344_5566_7788, 8);
+    let mapping = ivshmem.device.mapping(BarIndex::BAR2).unwrap();
+    let mut data = [0; 8];
+    rustix::io::pread(mapping.file, &mut data, mapping.offset + 0xfff8).unwrap();
+    assert_eq!(u64::from_le_bytes(data), 0x1122_3344_5566_7788);
+    assert!(fcntl_get_seals(mapping.file).unwrap().contains(SealFlags::SHRINK | SealFlags::SEAL));
+    assert!(ivshmem.device.mapping(BarIndex::BAR0).is_none());
+}
+
+#[test]
+fn ivshmem_memory_survives_a_reset_and_its_registers_do_not() {
+    let mut ivshmem = Bench::enabled("ivshmem,size=4K");
+    ivshmem.write(BarIndex::BAR0, 0, 1, 4);
+    ivshmem.write(BarIndex::BAR2, 0, 7, 1);
+    ivshmem.device.reset();
+    assert_eq!(ivshmem.read(BarIndex::BAR0, 0, 4), 0);
+    assert_eq!(ivshmem.read(BarIndex::BAR2, 0, 1), 7);
+    assert_eq!(ivshmem.read(BarIndex::BAR0, 8, 4), 0, "IVPosition");
+    assert_eq!(ivshmem.read(BarIndex::BAR0, 12, 4), 0xffff_ffff, "the doorbell is write-only");
+}
+
+#[test]
+fn a_truncated_shared_file_reads_as_all_ones() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(8192).unwrap();
+    let spec = format!("ivshmem,size=8K,path={}", file.path().display());
+    let mut ivshmem = Bench::enabled(&spec);
+    ivshmem.write(BarIndex::BAR2, 4096, 5, 4);
+    assert_eq!(ivshmem.read(BarIndex::BAR2, 4096, 4), 5);
+    file.as_file().set_len(4096).unwrap();
+    assert_eq!(ivshmem.read(BarIndex::BAR2, 4096, 4), 0xffff_ffff);
+}

@@ -1,1 +1,75 @@
+//! The socket's place in the file system. What goes over the socket is tested in the `tests` crate.
 
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use super::*;
+
+fn directory() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("f.sock");
+    (directory, path)
+}
+
+#[test]
+fn a_socket_is_removed_when_it_is_no_longer_served() {
+    let (_directory, path) = directory();
+    let socket = SocketPath::claim(&path).unwrap();
+    assert!(path.exists());
+    drop(socket);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_live_socket_is_not_stolen_and_a_stale_one_is_replaced() {
+    let (_directory, path) = directory();
+    let live = SocketPath::claim(&path).unwrap();
+    assert_eq!(SocketPath::claim(&path).unwrap_err(), SocketError::InUse);
+    UnixStream::connect(&path).expect("still there");
+    // As after SIGKILL: the listener is gone, the name is not.
+    let kept = path.with_extension("kept");
+    std::fs::hard_link(&path, &kept).unwrap();
+    drop(live);
+    std::fs::rename(&kept, &path).unwrap();
+    let _fresh = SocketPath::claim(&path).unwrap();
+    UnixStream::connect(&path).expect("served again");
+}
+
+#[test]
+fn a_socket_that_somebody_replaced_is_left_to_them() {
+    let (_directory, path) = directory();
+    let first = SocketPath::claim(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let _second = SocketPath::claim(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+}
+
+#[test]
+fn what_is_not_a_socket_is_never_removed() {
+    let (directory, path) = directory();
+    std::fs::write(&path, "precious").unwrap();
+    assert_eq!(SocketPath::claim(&path).unwrap_err(), SocketError::NotASocket);
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert_eq!(SocketPath::claim(&link).unwrap_err(), SocketError::NotASocket);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn unusable_paths_are_refused_with_the_reason() {
+    let (directory, _) = directory();
+    let missing = directory.path().join("no/such/f.sock");
+    assert_eq!(SocketPath::claim(&missing).unwrap_err(), SocketError::System(Errno::NOENT));
+    let long = directory.path().join("x".repeat(120));
+    assert_eq!(SocketPath::claim(&long).unwrap_err(), SocketError::System(Errno::NAMETOOLONG));
+}
+
+#[test]
+fn the_listener_does_not_block() {
+    let (_directory, path) = directory();
+    let socket = SocketPath::claim(&path).unwrap();
+    let result = accept_with(socket.listener().as_fd(), SocketFlags::empty());
+    assert_eq!(result.unwrap_err(), Errno::AGAIN);
+}

@@ -1,0 +1,159 @@
+//! Memory faults and dead backends, seen from the VMM's side.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barkeep_shim::bar::{AddressSpace, SuspendOrder};
+use barkeep_shim::fault::Verdict;
+use barkeep_shim::hypervisor::model::Model;
+use barkeep_shim::hypervisor::{GuestAddress, Hypervisor, MemoryFault, SlotId};
+use barkeep_shim::{FaultOutcome, Frontend};
+
+use crate::sidecar::Sidecar;
+
+const BAR2: u64 = 0x10_0000_0000;
+const RAM: u64 = 0x100_0000;
+const DEADLINE: Duration = Duration::from_secs(20);
+const COMMAND: u16 = 0x04;
+
+/// An ivshmem function at [`BAR2`], decode off.
+fn attached(order: SuspendOrder) -> (Sidecar, Arc<Model>, Frontend) {
+    let sidecar = Sidecar::start(&["ivshmem,size=64K"]);
+    let model = Arc::new(Model::new());
+    let hypervisor: Arc<dyn Hypervisor> = model.clone();
+    let mut frontend = Frontend::new(hypervisor, vec![(0, RAM)], SlotId(1));
+    frontend.attach(&sidecar.socket(0), DEADLINE, order).unwrap();
+    frontend.config_write(0, 0x18, &(BAR2 as u32).to_le_bytes());
+    frontend.config_write(0, 0x1c, &((BAR2 >> 32) as u32).to_le_bytes());
+    (sidecar, model, frontend)
+}
+
+fn decode(frontend: &Frontend, on: bool) {
+    frontend.config_write(0, COMMAND, &[if on { 2 } else { 0 }, 0]);
+}
+
+fn is_mapped(model: &Model) -> bool {
+    // Whoever holds the slot can take it away; there is no other way to ask.
+    model.unmap_slot(SlotId(1)).is_ok()
+}
+
+fn fault(address: u64) -> MemoryFault {
+    MemoryFault { address: Some(GuestAddress(address)), size: 4096, private: false, access: None }
+}
+
+fn read(frontend: &Frontend, address: u64) -> u32 {
+    let mut data = [0; 4];
+    frontend.read(AddressSpace::Memory, address, &mut data);
+    u32::from_le_bytes(data)
+}
+
+#[test]
+fn a_bar_is_mapped_exactly_while_it_decodes() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    assert!(!is_mapped(&model), "off");
+    decode(&frontend, true);
+    assert!(is_mapped(&model), "on");
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    decode(&frontend, false);
+    assert!(!is_mapped(&model), "off again");
+}
+
+#[test]
+fn a_fault_on_a_bar_that_does_not_decode_is_resolved_without_a_slot() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    assert_eq!(frontend.memory_fault(&fault(BAR2)), FaultOutcome::Reenter(Verdict::Retry));
+    assert!(!is_mapped(&model));
+    assert_eq!(read(&frontend, BAR2), u32::MAX, "the access that follows is UR");
+    let state = frontend.functions()[0].client().region_state(2).unwrap();
+    assert_eq!((state.memory_faults, state.reads_ur, state.claimed()), (1, 1, false));
+}
+
+#[test]
+fn a_fault_on_a_mapped_bar_that_decodes_relaxes_it() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    let outcome = frontend.memory_fault(&fault(BAR2 + 0x1000));
+    assert_eq!(outcome, FaultOutcome::Reenter(Verdict::Relax));
+    assert!(is_mapped(&model));
+}
+
+#[test]
+fn a_backend_that_stopped_decoding_by_itself_has_its_slot_suspended_on_the_fault() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    // Behind the shim's back, as a reset from elsewhere would be.
+    frontend.functions()[0].client().reset().unwrap();
+    let outcome = frontend.memory_fault(&fault(BAR2));
+    assert_eq!(outcome, FaultOutcome::Reenter(Verdict::UnsupportedRequest));
+    assert!(!is_mapped(&model));
+}
+
+#[test]
+fn faults_outside_of_bars_are_the_vmms_own() {
+    let (_sidecar, _model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    let private = MemoryFault { private: true, ..fault(BAR2) };
+    for (what, fault) in [
+        ("RAM", fault(0x1000)),
+        ("a hole", fault(0xd000_0000)),
+        ("behind the BAR", fault(BAR2 + 0x10000)),
+        ("a conversion to private memory", private),
+    ] {
+        assert_eq!(frontend.memory_fault(&fault), FaultOutcome::NotMine, "{what}");
+    }
+}
+
+#[test]
+fn a_bar_placed_over_ram_claims_nothing_there() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    frontend.config_write(0, 0x1c, &[0; 4]);
+    decode(&frontend, true);
+    assert_eq!(frontend.memory_fault(&fault(0x1000)), FaultOutcome::NotMine);
+    drop(model);
+}
+
+#[test]
+fn flr_and_d3hot_take_the_slot_away_and_d0_brings_it_back() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    let (power, express) = (capability(&frontend, 0x01), capability(&frontend, 0x10));
+    decode(&frontend, true);
+    frontend.config_write(0, power + 4, &[3, 0]);
+    assert_eq!(model.unmap_slot(SlotId(1)).is_ok(), false, "D3hot");
+    assert_eq!(read(&frontend, BAR2), u32::MAX);
+    frontend.config_write(0, power + 4, &[0, 0]);
+    assert_eq!(frontend.memory_fault(&fault(BAR2)), FaultOutcome::Reenter(Verdict::Relax), "D0");
+    frontend.config_write(0, express + 8, &0x8000u16.to_le_bytes());
+    assert!(!is_mapped(&model), "FLR");
+}
+
+fn capability(frontend: &Frontend, id: u8) -> u16 {
+    let mut at = [0x34];
+    frontend.config_read(0, 0x34, &mut at);
+    loop {
+        let mut header = [0; 2];
+        frontend.config_read(0, at[0].into(), &mut header);
+        if header[0] == id {
+            return at[0].into();
+        }
+        at[0] = header[1];
+        assert_ne!(at[0], 0, "the capability is there");
+    }
+}
+
+#[test]
+fn a_dead_backend_reads_as_all_ones_everywhere_and_nothing_hangs() {
+    let (mut sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    sidecar.kill();
+    assert_eq!(read(&frontend, 0xdead_0000), u32::MAX, "not ours");
+    let mut config = [0; 4];
+    frontend.config_read(0, 0, &mut config);
+    assert_eq!(config, [0xff; 4], "as if the function were not there");
+    let outcome = frontend.memory_fault(&fault(BAR2));
+    assert_eq!(outcome, FaultOutcome::Reenter(Verdict::UnsupportedRequest));
+    assert!(!is_mapped(&model));
+    assert_eq!(read(&frontend, BAR2), u32::MAX);
+    decode(&frontend, true);
+    assert!(!is_mapped(&model), "nobody claims it any more");
+}

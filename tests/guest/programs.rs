@@ -1,0 +1,104 @@
+//! The built-in guest programs against real sidecars.
+
+use barkeep_shim::hypervisor::kvm::Kvm;
+use barkeep_shim::vmm::{Arguments, HypervisorChoice, Machine, Order, Program, Report};
+use barkeep_tests::skip;
+
+use crate::sidecar::Sidecar;
+
+fn arguments(sidecar: &Sidecar, program: Program, hypervisor: HypervisorChoice) -> Arguments {
+    Arguments {
+        devices: sidecar.sockets(),
+        program,
+        vcpus: 3,
+        cycles: 100,
+        hypervisor,
+        suspend_order: Order::SlotsFirst,
+        deadline: 20,
+        json: false,
+    }
+}
+
+fn run(arguments: &Arguments) -> Report {
+    let report = Machine::new(arguments).unwrap().run(arguments).unwrap();
+    println!("ran on {}: {report:?}", report.hypervisor);
+    assert!(report.passed(), "{:?}", report.failures);
+    report
+}
+
+/// Runs a test on the model, and as a test of its own on KVM.
+macro_rules! on_both_hypervisors {
+    ($name:ident) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn on_the_model() {
+                super::$name(HypervisorChoice::Model);
+            }
+
+            #[test]
+            fn on_kvm() {
+                match Kvm::probe() {
+                    Ok(()) => super::$name(HypervisorChoice::Kvm),
+                    Err(reason) => skip(&reason),
+                }
+            }
+        }
+    };
+}
+
+on_both_hypervisors!(a_guest_finds_every_function_by_ports_and_by_ecam);
+fn a_guest_finds_every_function_by_ports_and_by_ecam(hypervisor: HypervisorChoice) {
+    let sidecar = Sidecar::start(&["edu", "ivshmem,size=64K", "edu"]);
+    let report = run(&arguments(&sidecar, Program::Probe, hypervisor));
+    assert_eq!(report.findings, ["00:00.0 1234:11e8", "00:01.0 1af4:1110", "00:02.0 1234:11e8"]);
+}
+
+on_both_hypervisors!(edu_computes_and_copies_guest_memory);
+fn edu_computes_and_copies_guest_memory(hypervisor: HypervisorChoice) {
+    let sidecar = Sidecar::start(&["edu", "ivshmem,size=64K"]);
+    let report = run(&arguments(&sidecar, Program::Edu, hypervisor));
+    assert_eq!(report.findings, ["edu 0: factorial and DMA are right"]);
+}
+
+on_both_hypervisors!(a_disabled_bar_answers_ur_when_slots_go_first);
+fn a_disabled_bar_answers_ur_when_slots_go_first(hypervisor: HypervisorChoice) {
+    let sidecar = Sidecar::start(&["edu", "ivshmem,size=4M"]);
+    let report = run(&arguments(&sidecar, Program::Toggle, hypervisor));
+    check_toggle(&report);
+    assert_eq!(report.memory_faults, 0, "there is no window in which an access could fault");
+}
+
+on_both_hypervisors!(a_disabled_bar_answers_ur_when_the_backing_goes_first);
+fn a_disabled_bar_answers_ur_when_the_backing_goes_first(hypervisor: HypervisorChoice) {
+    let sidecar = Sidecar::start(&["edu", "ivshmem,size=4M"]);
+    let arguments = Arguments {
+        suspend_order: Order::BackingFirst,
+        cycles: 400,
+        ..arguments(&sidecar, Program::Toggle, hypervisor)
+    };
+    let report = run(&arguments);
+    check_toggle(&report);
+    if hypervisor == HypervisorChoice::Model {
+        assert!(report.memory_faults > 0, "the window was hit");
+    }
+}
+
+on_both_hypervisors!(several_sidecars_are_toggled_at_a_time);
+fn several_sidecars_are_toggled_at_a_time(hypervisor: HypervisorChoice) {
+    let sidecars = [(); 3].map(|()| Sidecar::start(&["edu", "ivshmem,size=1M"]));
+    let devices = sidecars.iter().flat_map(Sidecar::sockets).collect();
+    let arguments =
+        Arguments { devices, cycles: 30, ..arguments(&sidecars[0], Program::Toggle, hypervisor) };
+    check_toggle(&run(&arguments));
+}
+
+/// Every count of a toggle run that must not be trivial.
+fn check_toggle(report: &Report) {
+    assert!(report.reads_ur > 0 && report.reads > report.reads_ur);
+    assert!(report.backends.writes_dropped > 0 && report.backends.writes_applied > 0);
+    let arrived = report.backends.writes_applied + report.backends.writes_dropped;
+    assert_eq!(arrived, report.trapped_writes);
+    assert!(report.mapped_writes > 0);
+}

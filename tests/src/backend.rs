@@ -1,0 +1,100 @@
+//! A backend in a thread of the test.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use barkeep_backend::config::DeviceSpec;
+use barkeep_backend::devices::{self, Device};
+use barkeep_backend::server::{HostedFunction, Server, SocketPath};
+use tempfile::TempDir;
+
+use crate::peer::Peer;
+
+/// A server is stopped by one byte; one that takes this long hangs.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A running server, each function on a socket of its own in a temporary directory.
+///
+/// Dropping it stops the server and fails the test if its thread has panicked, failed or hangs.
+#[derive(Debug)]
+pub struct Backend {
+    sockets: Vec<PathBuf>,
+    stop: UnixStream,
+    thread: Option<JoinHandle<()>>,
+    done: Receiver<()>,
+    // Last, so that the sockets are gone before their directory is.
+    _directory: TempDir,
+}
+
+impl Backend {
+    /// Serves what each of `specs` describes, as in `barkeep serve --device SPEC`.
+    #[must_use]
+    pub fn serve(specs: &[&str]) -> Self {
+        let device = |spec: &&str| {
+            let spec: DeviceSpec = spec.parse().expect("the test's SPEC is well-formed");
+            devices::create(spec).expect("the test's SPEC describes a device")
+        };
+        Self::host(specs.iter().map(device).collect())
+    }
+
+    /// Serves devices of the test's own.
+    #[must_use]
+    pub fn host(devices: Vec<Box<dyn Device>>) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let mut server = Server::new().expect("an event loop");
+        let mut sockets = Vec::new();
+        for (index, device) in devices.into_iter().enumerate() {
+            let path = directory.path().join(format!("{index}.sock"));
+            let socket = SocketPath::claim(&path).expect("a socket in a fresh directory");
+            let name = format!("function {index}");
+            let function = HostedFunction::new(name, device).expect("a function that can exist");
+            server.add(socket, function).expect("a socket that can be watched");
+            sockets.push(path);
+        }
+        let (stop, stopped) = UnixStream::pair().expect("a socket pair");
+        let (finished, done): (Sender<()>, _) = channel();
+        let thread = std::thread::spawn(move || {
+            let _finished = finished;
+            server.run(stopped.as_fd()).expect("nothing a client does ends the event loop");
+        });
+        Self { sockets, stop, thread: Some(thread), done, _directory: directory }
+    }
+
+    /// The socket of the first function.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        self.socket_of(0)
+    }
+
+    /// The socket of function `index`, in the order they were given.
+    #[must_use]
+    pub fn socket_of(&self, index: usize) -> &Path {
+        &self.sockets[index]
+    }
+
+    /// A client of the first function that has negotiated everything there is.
+    #[must_use]
+    pub fn client(&self) -> Peer {
+        Peer::greeted(self.socket())
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let _ = self.stop.write_all(&[0]);
+        let hangs = self.done.recv_timeout(STOP_DEADLINE) == Err(RecvTimeoutError::Timeout);
+        // The test's own failure comes first; a second panic would abort and hide it.
+        if std::thread::panicking() {
+            return;
+        }
+        assert!(!hangs, "the server does not stop");
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
