@@ -48,11 +48,8 @@ fn assert_never(folder: &str, words: &[&str]) {
 
 #[test]
 fn crates_depend_on_each_other_in_one_direction() {
-    let metadata = MetadataCommand::new()
-        .manifest_path(root().join("Cargo.toml"))
-        .no_deps()
-        .exec()
-        .unwrap();
+    let metadata =
+        MetadataCommand::new().manifest_path(root().join("Cargo.toml")).no_deps().exec().unwrap();
     let mut edges = BTreeMap::new();
     for package in &metadata.packages {
         let ours = package.dependencies.iter().filter(|dependency| {
@@ -120,7 +117,8 @@ fn unsafe_code_is_where_the_design_puts_it() {
     for folder in ["protocol", "backend", "frontend-shim", "tests"] {
         for (name, text) in sources(folder) {
             let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-            let unsafe_block = |line: &str| line.contains("unsafe {") || line.contains("unsafe impl");
+            let unsafe_block =
+                |line: &str| line.contains("unsafe {") || line.contains("unsafe impl");
             if !name.starts_with("tests/architecture/") && code.clone().any(unsafe_block) {
                 found.insert(name);
             }

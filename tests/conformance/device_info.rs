@@ -23,7 +23,8 @@ fn a_function_is_a_pci_device_that_can_be_reset() {
 
 #[test]
 fn each_interrupt_index_tells_what_it_can_do() {
-    let edu = [(1, EVENTFD | MASKABLE | AUTOMASKED), (1, EVENTFD | NORESIZE), (0, 0), (0, 0), (0, 0)];
+    let edu =
+        [(1, EVENTFD | MASKABLE | AUTOMASKED), (1, EVENTFD | NORESIZE), (0, 0), (0, 0), (0, 0)];
     let ivshmem = [(0, 0); 5];
     for (spec, indices) in [("edu", edu), ("ivshmem,size=4K", ivshmem)] {
         let backend = Backend::serve(&[spec]);

@@ -39,7 +39,7 @@ fn a_window_that_cant_exist_is_refused_with_its_reason() {
         ("half a page", Errno::INVAL, dma_map(BOTH, 0, 0x20000, 0x800)),
         ("at half a page", Errno::INVAL, dma_map(BOTH, 0, 0x20800, 0x1000)),
         ("past 2^64", Errno::INVAL, dma_map(BOTH, 0, u64::MAX - 0xfff, 0x2000)),
-        ("all of 2^64 and one page", Errno::INVAL, dma_map(BOTH, 0, 0x1000, u64::MAX - 0xfff)),
+        ("all of 2^64 and one page", Errno::INVAL, dma_map(BOTH, 0, 0x2000, u64::MAX - 0xfff)),
         ("an unknown flag", Errno::INVAL, dma_map(BOTH | 4, 0, 0x20000, 0x1000)),
         ("argsz too small", Errno::INVAL, {
             let mut body = dma_map(BOTH, 0, 0x20000, 0x1000);
@@ -73,7 +73,12 @@ fn a_file_that_cant_back_its_window_is_refused() {
         ("behind the file", Errno::INVAL, dma_map(BOTH, 0x4000, 0x20000, 0x1000), file.as_fd()),
         ("half behind it", Errno::INVAL, dma_map(BOTH, 0x3000, 0x20000, 0x2000), file.as_fd()),
         ("offset in a page", Errno::INVAL, dma_map(BOTH, 0x800, 0x20000, 0x1000), file.as_fd()),
-        ("offset past 2^64", Errno::INVAL, dma_map(BOTH, u64::MAX - 0xfff, 0, 0x2000), file.as_fd()),
+        (
+            "offset past 2^64",
+            Errno::INVAL,
+            dma_map(BOTH, u64::MAX - 0xfff, 0, 0x2000),
+            file.as_fd(),
+        ),
         ("may not be written", Errno::ACCESS, one.clone(), read_only.as_fd()),
         ("an eventfd", Errno::INVAL, one.clone(), counter.as_fd()),
         ("a pipe", Errno::INVAL, one.clone(), pipe.as_fd()),
@@ -224,7 +229,8 @@ fn pipelined_maps_keep_their_own_descriptors() {
     let target = shrinkable(0x1000);
     peer.map(BOTH, 0x10_0000, 0x1000, target.as_fd());
 
-    let map = |id, address| message(id, command::DMA_MAP, COMMAND, &dma_map(READ, 0, address, 0x1000));
+    let map =
+        |id, address| message(id, command::DMA_MAP, COMMAND, &dma_map(READ, 0, address, 0x1000));
     peer.send_with_fds(&map(1, 0x1000), &[files[0].as_fd()]);
     peer.send(&map(2, 0x2000));
     peer.send_with_fds(&map(3, 0x3000), &[files[1].as_fd()]);

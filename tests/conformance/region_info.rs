@@ -5,9 +5,9 @@ use std::os::unix::fs::FileExt;
 
 use barkeep_tests::backend::Backend;
 use barkeep_tests::memory::bytes_at;
+use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::{Payload, command};
 use barkeep_tests::peer::requests::{pci, region_info};
-use barkeep_tests::peer::Peer;
 use rustix::fs::{SealFlags, fcntl_get_seals, ftruncate};
 use rustix::io::Errno;
 

@@ -37,7 +37,11 @@ fn every_known_proposal_is_answered_with_our_limits() {
         ("white space", 2, version_body(0, 2, " { \"capabilities\" :\t{ }\r\n} ")),
         ("QEMU", 0, version_body(0, 0, QEMU)),
         ("libvfio-user", 1, version_body(0, 1, LIBVFIO_USER)),
-        ("a twin socket", 2, version_body(0, 2, r#"{"capabilities":{"twin_socket":{"supported":true}}}"#)),
+        (
+            "a twin socket",
+            2,
+            version_body(0, 2, r#"{"capabilities":{"twin_socket":{"supported":true}}}"#),
+        ),
     ] {
         let answer = negotiate(&mut Peer::connect(backend.socket()), &body);
         assert_eq!(answer, (minor, ours.clone()), "{name}");

@@ -2,14 +2,15 @@
 //!
 //! [`backend`] serves functions in this process, [`peer`] speaks to them in bytes of its own making,
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
-//! tests proves nothing, so nothing here uses `barkeep_protocol`.
+//! tests proves nothing, so none of these uses `barkeep_protocol`. [`binary`] finds what was built,
+//! and [`skip`](skip()) says what this machine can't test.
 
-pub mod binary;
-mod skip;
 pub mod backend;
+pub mod binary;
 pub mod edu;
 pub mod event_counter;
 pub mod memory;
 pub mod peer;
+mod skip;
 
 pub use skip::skip;

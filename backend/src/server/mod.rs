@@ -20,9 +20,10 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
-use tracing::{info, warn};
+use tracing::info;
 
 use self::event_loop::{Epoll, Interest, Token};
+use self::rate_limit::RateLimit;
 use self::session::{Session, SessionEnd};
 
 /// How long a client may take from connecting to its VERSION message. The next one is waiting.
@@ -44,6 +45,7 @@ struct Port {
     function: HostedFunction,
     session: Option<Session>,
     accept_again_at: Option<Instant>,
+    log: RateLimit,
 }
 
 impl Server {
@@ -62,7 +64,8 @@ impl Server {
     pub fn add(&mut self, socket: SocketPath, function: HostedFunction) -> io::Result<()> {
         let token = Token::listener(self.ports.len());
         self.epoll.add(socket.listener(), token, Interest::Read)?;
-        self.ports.push(Port { socket, function, session: None, accept_again_at: None });
+        let (session, accept_again_at, log) = Default::default();
+        self.ports.push(Port { socket, function, session, accept_again_at, log });
         Ok(())
     }
 
@@ -133,7 +136,7 @@ impl Port {
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
             Err(errno) => {
                 // The connection stays in the backlog; trying again at once would spin.
-                warn!(socket = %self.socket, "can't accept: {errno}");
+                log_client(&mut self.log, &self.socket, &format!("can't accept: {errno}"));
                 epoll.remove(self.socket.listener())?;
                 self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                 Ok(())
@@ -156,7 +159,7 @@ impl Port {
         let end = match session.serve(&mut self.function) {
             Ok(interest) => {
                 if !greeted && session.handshake_deadline().is_none() {
-                    info!(socket = %self.socket, "client connected");
+                    log_client(&mut self.log, &self.socket, "client connected");
                 }
                 return session.watch(epoll, token, interest);
             }
@@ -170,7 +173,7 @@ impl Port {
             epoll.remove(session.as_fd())?;
             // A probe that connects and leaves without a word is no client.
             if session.handshake_deadline().is_none() || !matches!(end, SessionEnd::Left) {
-                info!(socket = %self.socket, "client gone: {end}");
+                log_client(&mut self.log, &self.socket, &format!("client gone: {end}"));
             }
         }
         self.function.client_left();
@@ -179,5 +182,12 @@ impl Port {
 
     fn listen(&self, epoll: &Epoll, token: Token) -> io::Result<()> {
         epoll.add(self.socket.listener(), token, Interest::Read)
+    }
+}
+
+/// Clients may come and go as fast as they like, and this is all that it costs.
+fn log_client(log: &mut RateLimit, socket: &SocketPath, what: &str) {
+    if let Some(suppressed) = log.admit() {
+        info!(%socket, suppressed, "{what}");
     }
 }

@@ -5,7 +5,9 @@ use barkeep_protocol::wire::RegionInfo;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use std::os::fd::OwnedFd;
 
-use crate::hypervisor::{GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId};
+use crate::hypervisor::{
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId,
+};
 
 /// A BAR whose memory the backend shares: the host mapping and its slot.
 #[derive(Debug)]

@@ -116,9 +116,10 @@ impl WindowTable {
 
     fn in_ram(&self, window: &BarWindow) -> bool {
         window.space == AddressSpace::Memory
-            && self.ram.iter().any(|(start, len)| {
-                ranges_overlap((window.start, window.len), (*start, *len))
-            })
+            && self
+                .ram
+                .iter()
+                .any(|(start, len)| ranges_overlap((window.start, window.len), (*start, *len)))
     }
 }
 

@@ -97,10 +97,8 @@ impl Machine {
             return Err(MachineError::TooManyFunctions(arguments.devices.len()));
         }
         let vm = choose_hypervisor(arguments.hypervisor)?;
-        let (ram_file, ram) = create_ram().map_err(|errno| MachineError::Host {
-            what: "guest memory",
-            source: errno.into(),
-        })?;
+        let (ram_file, ram) = create_ram()
+            .map_err(|errno| MachineError::Host { what: "guest memory", source: errno.into() })?;
         vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite)?;
 
         let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
@@ -203,8 +201,9 @@ fn create_ram() -> rustix::io::Result<(std::os::fd::OwnedFd, Arc<HostMapping>)> 
     let file = memfd_create("barkeep-ram", flags)?;
     ftruncate(&file, RAM_SIZE)?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    let mapping = HostMapping::from_fd(&file, 0, RAM_SIZE, true)
-        .map_err(|error| rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))?;
+    let mapping = HostMapping::from_fd(&file, 0, RAM_SIZE, true).map_err(|error| {
+        rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
+    })?;
     Ok((file, Arc::new(mapping)))
 }
 

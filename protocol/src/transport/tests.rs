@@ -36,16 +36,16 @@ fn expect_frame(receiver: &mut Receiver, socket: &UnixStream) -> Frame {
 fn several_messages_in_one_write_come_out_one_by_one() {
     let (mut a, b) = pair();
     let mut bytes = Vec::new();
-    for id in 0..3 {
-        let frame = command(id, &[id as u8; 5]);
+    for id in 0..3u8 {
+        let frame = command(id.into(), &[id; 5]);
         bytes.extend_from_slice(&frame.header.to_bytes());
         bytes.extend_from_slice(&frame.body);
     }
     a.write_all(&bytes).unwrap();
     let mut receiver = Receiver::default();
-    for id in 0..3 {
+    for id in 0..3u8 {
         let frame = expect_frame(&mut receiver, &b);
-        assert_eq!((frame.header.id, frame.body), (MessageId(id), vec![id as u8; 5]));
+        assert_eq!((frame.header.id, frame.body), (MessageId(id.into()), vec![id; 5]));
     }
     assert!(matches!(receiver.receive(&b).unwrap(), Received::Pending));
 }
@@ -100,7 +100,7 @@ fn an_oversized_message_is_drained_and_the_next_one_is_read() {
     let header = Header {
         id: MessageId(1),
         command: 10,
-        body_size: size as u32,
+        body_size: MAX_MESSAGE_SIZE,
         kind: MessageKind::Command { no_reply: false },
     };
     let writer = std::thread::spawn(move || {
@@ -180,8 +180,8 @@ proptest! {
     ) {
         let (mut a, b) = pair();
         let mut bytes = Vec::new();
-        for (id, body) in bodies.iter().enumerate() {
-            let frame = command(id as u16, body);
+        for (id, body) in (0..).zip(&bodies) {
+            let frame = command(id, body);
             bytes.extend_from_slice(&frame.header.to_bytes());
             bytes.extend_from_slice(&frame.body);
         }

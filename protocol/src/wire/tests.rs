@@ -197,7 +197,7 @@ proptest! {
     fn region_writes_round_trip(
         offset: u64, region: u32, data in prop::collection::vec(any::<u8>(), 0..64),
     ) {
-        let access = RegionAccess { offset, region, count: data.len() as u32 };
+        let access = RegionAccess { offset, region, count: u32::try_from(data.len()).unwrap() };
         let write = RegionData { access, data: &data };
         let bytes = write.to_bytes();
         prop_assert_eq!(Request::parse(10, &bytes), Ok(Request::RegionWrite(write)));

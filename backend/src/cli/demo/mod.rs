@@ -55,10 +55,10 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn play(arguments: &Arguments) -> Result<Outcome, String> {
-    let directory =
-        tempfile::Builder::new().prefix("barkeep-demo-").tempdir().map_err(|failure| {
-            format!("can't create a directory for the sockets: {failure}")
-        })?;
+    let directory = tempfile::Builder::new()
+        .prefix("barkeep-demo-")
+        .tempdir()
+        .map_err(|failure| format!("can't create a directory for the sockets: {failure}"))?;
     let sidecars = (0..arguments.devices)
         .map(|number| Sidecar::start(directory.path(), number))
         .collect::<Result<Vec<_>, _>>()?;

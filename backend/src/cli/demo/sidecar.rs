@@ -28,7 +28,8 @@ impl Sidecar {
             .spawn()
             .map_err(|failure| format!("can't start a sidecar: {failure}"))?;
         let stdout = child.stdout.take().expect("stdout is piped");
-        let ready = BufReader::new(stdout).lines().take(DEVICES.len()).filter(Result::is_ok).count();
+        let ready =
+            BufReader::new(stdout).lines().take(DEVICES.len()).filter(Result::is_ok).count();
         let sidecar = Self { child, sockets };
         if ready < DEVICES.len() {
             return Err(format!("sidecar {number} did not start"));

@@ -135,8 +135,9 @@ impl Capabilities {
         let end = offset.saturating_add(len);
         let touches = |start: u16, stop: u16| offset < stop && start < end;
         let power = self.power.is_some_and(|at| touches(at + PMCSR, at + PMCSR + 1));
-        let reset =
-            self.express.is_some_and(|at| touches(at + DEVICE_CONTROL + 1, at + DEVICE_CONTROL + 2));
+        let reset = self
+            .express
+            .is_some_and(|at| touches(at + DEVICE_CONTROL + 1, at + DEVICE_CONTROL + 2));
         if touches(BAR0, AFTER_BARS) || power || reset {
             return ConfigChange::Reconfigures;
         }
