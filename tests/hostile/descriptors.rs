@@ -63,8 +63,12 @@ fn hostile_session(backend: &Backend, session: u16, memory: &std::fs::File) {
                 // Refused: too many, overlapping, not for this command.
                 6 => {
                     peer.send_with_fds(&map(1), &many);
+                    peer.send_with_fds(&map(1), &many[..2]);
                     peer.send_with_fds(&map(1), &one);
                     peer.send_with_fds(&map(1), &one);
+                    let body = set_irqs(DATA_EVENTFD | ACTION_TRIGGER, MSI, 0, 1, &[]);
+                    let bytes = message(1, command::SET_IRQS, COMMAND, &body);
+                    peer.send_with_fds(&bytes, &[counter.as_fd(), counter.as_fd()]);
                     peer.send_with_fds(&message(1, command::GET_INFO, 0, &info(16, 0)), &one);
                 }
                 // Without waiting for any reply.
@@ -93,5 +97,10 @@ fn hostile_session(backend: &Backend, session: u16, memory: &std::fs::File) {
                 }
             }
         }
+    }
+    // A server whose reply finds nobody stops reading, so half of the peers stay for the replies.
+    if session / 10 % 2 == 0 {
+        peer.finish_sending();
+        peer.drain();
     }
 }

@@ -5,8 +5,10 @@ use std::os::fd::AsFd;
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu;
 use barkeep_tests::memory::shrinkable;
-use barkeep_tests::peer::message::{COMMAND, command, message};
-use barkeep_tests::peer::requests::{access, dma_map, dma_unmap, info, irq::*, region_info, set_irqs, write};
+use barkeep_tests::peer::message::{COMMAND, command, header, message};
+use barkeep_tests::peer::requests::{
+    access, dma_map, dma_unmap, info, irq::*, region_info, set_irqs, write,
+};
 use rustix::io::Errno;
 
 #[test]
@@ -69,6 +71,26 @@ fn descriptors_that_come_in_parts_are_counted_together() {
     peer.send(&bytes[..20]);
     peer.send_with_fds(&bytes[20..], &[file.as_fd()]);
     let _ = peer.reply_to(6, command::DMA_MAP).success();
+    drop(peer);
+    edu::assert_served(backend.socket());
+}
+
+/// Descriptors of a message that is drained must not be taken for those of the next one.
+#[test]
+fn descriptors_of_an_oversized_message_go_with_it() {
+    let backend = Backend::serve(&["edu"]);
+    let mut peer = backend.client();
+    let file = shrinkable(4096);
+    let size = 2 << 20;
+    for count in [1, 20] {
+        let fds = vec![file.as_fd(); count];
+        peer.send_with_fds(&header(7, command::DMA_MAP, size, COMMAND), &fds);
+        peer.send_with_fds(&[0; 100], &fds);
+        peer.send(&vec![0; size as usize - 116]);
+        peer.reply_to(7, command::DMA_MAP).failure(Errno::INVAL);
+        // This one takes no descriptor, so it would be refused with one.
+        let _ = peer.call(command::GET_INFO, &info(16, 0)).success();
+    }
     drop(peer);
     edu::assert_served(backend.socket());
 }

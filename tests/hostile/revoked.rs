@@ -46,16 +46,17 @@ fn memory_that_was_truncated_moves_nothing_and_kills_nobody() {
 
 /// Signals an interrupt whose eventfd can take no more, in both ways, and checks that the backend
 /// answers.
-fn signal_a_full_counter(spoil: fn(&EventCounter)) {
+fn signal_a_full_counter(after_it_was_given: fn(&EventCounter)) {
     let backend = Backend::serve(&["edu", "edu"]);
     for index in [INTX, MSI] {
         let counter = Full(EventCounter::new());
+        counter.0.fill();
+        set_blocking(&counter.0, true);
         let mut peer = backend.client();
         edu::enable(&mut peer);
         peer.enable_msi(index == MSI);
         peer.set_eventfd(index, 0, counter.0.as_fd());
-        counter.0.fill();
-        spoil(&counter.0);
+        after_it_was_given(&counter.0);
         edu::raise(&mut peer);
         assert_eq!(peer.read_u32(0, at::INTERRUPT_STATUS), 1);
         drop(peer);

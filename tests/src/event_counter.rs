@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-/// An eventfd that is read without waiting.
+/// An eventfd that is read without waiting, as long as nobody makes it blocking.
 ///
 /// A backend signals before it answers the request that caused the interrupt, so after a reply the
 /// counter is final: a zero proves that nothing was sent.
@@ -31,9 +31,8 @@ impl EventCounter {
         }
     }
 
-    /// Brings the counter to its maximum: the next signal would have to wait.
+    /// Brings a counter that is at zero to its maximum: the next signal would have to wait.
     pub fn fill(&self) {
-        let _ = self.take();
         let count = rustix::io::write(&self.0, &(u64::MAX - 1).to_ne_bytes());
         assert_eq!(count, Ok(8), "an empty counter takes its maximum");
     }

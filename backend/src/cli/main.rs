@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 /// PCI devices in sidecar processes that cannot take the VM down.
 #[derive(Debug, Parser)]
-#[command(name = "barkeep", version, about)]
+#[command(name = "barkeep", version)]
 struct Arguments {
     /// How much to log to standard error: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, global = true, env = "BARKEEP_LOG", default_value = "info", value_name = "FILTER")]

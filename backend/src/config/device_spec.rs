@@ -65,11 +65,8 @@ impl Parameters {
         self.0
             .remove(key)
             .map(|text| {
-                let number = match text.strip_prefix("0x") {
-                    Some(digits) => u64::from_str_radix(digits, 16),
-                    None => text.parse(),
-                };
-                number.map_err(|_| ConfigError::invalid(key, format!("'{text}' is no number")))
+                let error = || ConfigError::invalid(key, format!("'{text}' is no number"));
+                parse_number(&text).ok_or_else(error)
             })
             .transpose()
     }
@@ -94,6 +91,13 @@ impl Parameters {
     }
 }
 
+fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
 fn parse_size(key: &'static str, text: &str) -> Result<u64, ConfigError> {
     let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_uppercase) {
         Some(b'K') => (&text[..text.len() - 1], 10),
@@ -102,9 +106,7 @@ fn parse_size(key: &'static str, text: &str) -> Result<u64, ConfigError> {
         Some(b'T') => (&text[..text.len() - 1], 40),
         _ => (text, 0),
     };
-    digits
-        .parse::<u64>()
-        .ok()
+    parse_number(digits)
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| ConfigError::invalid(key, format!("'{text}' is no size such as 4M")))
 }

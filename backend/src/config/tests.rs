@@ -16,12 +16,13 @@ fn a_specification_is_written_as_for_qemu() {
 
 #[test]
 fn numbers_and_sizes_have_their_usual_forms() {
-    let mut spec = parse("x,a=0xff,b=10,c=2k,d=1G,e=17179869184G,f=-1");
+    let mut spec = parse("x,a=0xff,b=10,c=2k,d=1G,e=17179869184G,f=-1,g=0x1000");
     let parameters = &mut spec.parameters;
     assert_eq!(parameters.take_number("a"), Ok(Some(255)));
     assert_eq!(parameters.take_number("b"), Ok(Some(10)));
     assert_eq!(parameters.take_size("c"), Ok(Some(2048)));
     assert_eq!(parameters.take_size("d"), Ok(Some(1 << 30)));
+    assert_eq!(parameters.take_size("g"), Ok(Some(4096)));
     assert!(parameters.take_size("e").is_err(), "2^64 overflows");
     assert!(parameters.take_number("f").is_err());
     assert_eq!(parameters.take_number("absent"), Ok(None));

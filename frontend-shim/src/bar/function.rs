@@ -225,7 +225,12 @@ impl AttachedFunction {
                 None
             }
         };
-        let verdict = decide(answer, state.slot(bar));
+        let slot = state.slot(bar);
+        if self.client.is_dead() {
+            // Not only this BAR: nothing of a dead function may stay mapped.
+            self.suspend_all(hypervisor, &mut state);
+        }
+        let verdict = decide(answer, slot);
         let outcome = match verdict {
             Verdict::UnsupportedRequest => state.suspend(hypervisor, bar),
             Verdict::Map | Verdict::Relax => state.map(hypervisor, self, bar),

@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Reference VMM for functions in barkeep processes: runs small built-in guest programs.
 #[derive(Debug, Parser)]
-#[command(name = "barkeep-vmm", version, about)]
+#[command(name = "barkeep-vmm", version)]
 struct Options {
     /// How much to log to standard error: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, env = "BARKEEP_LOG", default_value = "info", value_name = "FILTER")]

@@ -133,7 +133,10 @@ impl Machine {
             command_off: COMMAND_OFF,
             ecam: GuestAddress(ECAM_BASE),
             poll_limit: POLL_LIMIT,
-            devices: self.placement.demo_devices(frontend),
+            devices: match arguments.program {
+                Program::Toggle => self.placement.pairs(frontend),
+                Program::Edu | Program::Probe => self.placement.edu_alone(frontend),
+            },
         }
         .install(&self.ram)?;
 

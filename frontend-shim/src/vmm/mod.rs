@@ -25,7 +25,7 @@ use crate::bar::SuspendOrder;
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
     /// Socket of a backend's function; may repeat. Functions become 00:00.0, 00:01.0, ...
-    #[arg(long = "device", value_name = "SOCKET")]
+    #[arg(long = "device", value_name = "SOCKET", required = true)]
     pub devices: Vec<PathBuf>,
     /// Guest program to run
     #[arg(long, value_enum, default_value_t = Program::Probe)]

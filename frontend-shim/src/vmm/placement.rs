@@ -71,22 +71,29 @@ impl Placement {
         }
     }
 
-    /// The rows of the guest's device table: each edu function with the next ivshmem function.
-    pub(super) fn demo_devices(&self, frontend: &Frontend) -> Vec<Device> {
-        let edu = self.with_ids(frontend, EDU);
+    /// The rows of the device table for `toggle`: each edu function with the next ivshmem function.
+    pub(super) fn pairs(&self, frontend: &Frontend) -> Vec<Device> {
         let ivshmem = self.with_ids(frontend, IVSHMEM);
-        let row = |(trapped, mapped): (usize, usize)| {
-            Some(Device {
-                trapped: config_address(trapped)?,
-                trapped_bar: GuestAddress(self.bar(trapped, 0)?),
-                mapped: config_address(mapped)?,
-                mapped_bar: GuestAddress(self.bar(mapped, 2)?),
-            })
-        };
-        edu.into_iter().zip(ivshmem).filter_map(row).collect()
+        let row = |(edu, ivshmem): (usize, usize)| self.row(edu, (ivshmem, 2));
+        self.edu_functions(frontend).into_iter().zip(ivshmem).filter_map(row).collect()
     }
 
-    /// Functions whose trapped BAR0 the demo writes to.
+    /// The rows for `edu`, which looks at nothing else: each function is its own partner.
+    pub(super) fn edu_alone(&self, frontend: &Frontend) -> Vec<Device> {
+        let functions = self.edu_functions(frontend).into_iter();
+        functions.filter_map(|edu| self.row(edu, (edu, 0))).collect()
+    }
+
+    fn row(&self, edu: usize, (mapped, mapped_bar): (usize, u8)) -> Option<Device> {
+        Some(Device {
+            trapped: config_address(edu)?,
+            trapped_bar: GuestAddress(self.bar(edu, 0)?),
+            mapped: config_address(mapped)?,
+            mapped_bar: GuestAddress(self.bar(mapped, mapped_bar)?),
+        })
+    }
+
+    /// Functions whose trapped BAR0 the guest programs write to.
     pub(super) fn edu_functions(&self, frontend: &Frontend) -> Vec<usize> {
         self.with_ids(frontend, EDU)
     }

@@ -57,7 +57,10 @@ impl Peer {
         self.socket.write_all(bytes).expect("the backend reads");
     }
 
-    /// Sends bytes as [`send`](Self::send) does, but tells whether the backend hung up meanwhile.
+    /// Sends bytes as [`send`](Self::send) does to a backend that may hang up meanwhile.
+    ///
+    /// # Errors
+    /// If it has hung up.
     pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.socket.write_all(bytes)
     }

@@ -1,0 +1,114 @@
+//! A running `barkeep`.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use barkeep_tests::binary;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tempfile::TempDir;
+
+/// One that does not end after this many seconds hangs.
+const DEADLINE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// `barkeep serve`, ready; killed when dropped.
+pub(crate) struct Sidecar {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Sidecar {
+    /// Starts it on sockets, each with a device, and waits until all of them are there.
+    pub(crate) fn start(functions: &[(&Path, &str)]) -> Self {
+        let mut child = serve(&arguments(functions))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("barkeep starts");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut sidecar = Self { child, stdout };
+        for (path, spec) in functions {
+            let mut line = String::new();
+            sidecar.stdout.read_line(&mut line).expect("a pipe");
+            let expected = format!("serving {spec} on {}\n", path.display());
+            assert_eq!(line, expected, "{}", sidecar.stderr_if_dead());
+        }
+        sidecar
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("it is our child");
+    }
+
+    /// Waits for it to end. `None` is an end by a signal.
+    pub(crate) fn wait(mut self) -> Option<i32> {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).expect("it is our child");
+        let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&DEADLINE));
+        assert_eq!(ended, Ok(1), "barkeep does not end");
+        self.child.wait().expect("it is our child").code()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    fn stderr_if_dead(&mut self) -> String {
+        let mut text = String::new();
+        if self.child.try_wait().is_ok_and(|status| status.is_some())
+            && let Some(stderr) = &mut self.child.stderr
+        {
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A directory for sockets, with a path in it.
+pub(crate) fn socket() -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("function.sock");
+    (directory, path)
+}
+
+/// `--socket PATH --device SPEC` for each function.
+pub(crate) fn arguments(functions: &[(&Path, &str)]) -> Vec<String> {
+    functions
+        .iter()
+        .flat_map(|(path, spec)| {
+            ["--socket".into(), path.display().to_string(), "--device".into(), (*spec).into()]
+        })
+        .collect()
+}
+
+/// Runs `barkeep serve` with arguments that it refuses.
+pub(crate) fn run(arguments: &[String]) -> Output {
+    serve(arguments).output().expect("barkeep starts")
+}
+
+/// Checks the answer to an operator's mistake: one line on standard error that has all of `words`,
+/// nothing on standard output, and status 2.
+pub(crate) fn assert_refused(arguments: &[String], words: &[&str]) {
+    let output = run(arguments);
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+    assert_eq!(stderr.matches('\n').count(), 1, "{arguments:?} has one line: {stderr}");
+    assert!(stderr.starts_with("barkeep: ") && stderr.ends_with('\n'), "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{stderr:?} says {word:?}");
+    }
+    assert!(output.stdout.is_empty(), "nothing was served");
+}
+
+fn serve(arguments: &[String]) -> Command {
+    let mut command = Command::new(binary::barkeep());
+    command.arg("serve").args(arguments).env_remove("BARKEEP_LOG").stdin(Stdio::null());
+    command
+}
