@@ -99,7 +99,7 @@ fn hostile_session(backend: &Backend, session: u16, memory: &std::fs::File) {
         }
     }
     // A server whose reply finds nobody stops reading, so half of the peers stay for the replies.
-    if session / 10 % 2 == 0 {
+    if (session / 10).is_multiple_of(2) {
         peer.finish_sending();
         peer.drain();
     }

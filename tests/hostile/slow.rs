@@ -1,10 +1,15 @@
 //! Peers that take their time.
 
+use std::os::fd::AsFd;
+
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu;
-use barkeep_tests::peer::message::{COMMAND, command, message};
+use barkeep_tests::memory::shrinkable;
+use barkeep_tests::peer::message::{COMMAND, command, header, message};
 use barkeep_tests::peer::requests::{access, info};
 use barkeep_tests::peer::{Peer, version_body};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 
 #[test]
 fn a_message_may_come_byte_by_byte() {
@@ -43,6 +48,29 @@ fn messages_may_come_in_one_piece_or_in_any_others() {
         for id in 1..40 {
             let _ = peer.reply_to(id, command::GET_INFO).success();
         }
+    }
+    edu::assert_served(backend.socket());
+}
+
+/// A server reads a share at a time, so that others get theirs. A message that ends exactly with a
+/// share must not wait for bytes that never come: no event tells of a message that has been read.
+#[test]
+fn a_message_that_ends_with_the_servers_share_of_reads_is_answered() {
+    let backend = Backend::serve(&["edu"]);
+    let memory = shrinkable(4096);
+    for length in 508..=514 {
+        let first = backend.client();
+        let mut peer = Peer::connect(backend.socket());
+        // Room for all of it: nothing is read before the first client leaves.
+        set_socket_send_buffer_size(&peer, 212_992).expect("the usual limit");
+        peer.send(&header(1, command::GET_INFO, 16 + length, COMMAND));
+        for _ in 0..length {
+            // The kernel ends each read behind the bytes that a descriptor came with.
+            peer.send_with_fds(&[0], &[memory.as_fd()]);
+        }
+        drop(first);
+        println!("{length} reads and one for the header");
+        peer.reply_to(1, command::GET_INFO).failure(Errno::INVAL);
     }
     edu::assert_served(backend.socket());
 }

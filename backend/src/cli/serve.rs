@@ -80,7 +80,9 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
 }
 
 fn hosted_function(text: String) -> Result<(String, HostedFunction), String> {
-    let option = |error: &dyn std::fmt::Display| format!("--device {text}: {error}");
+    // Whatever the specification holds, the answer is one line.
+    let shown = text.replace(char::is_control, "?");
+    let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
     let spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
     let device = devices::create(spec).map_err(|error| option(&error))?;
     let function = HostedFunction::new(&text, device).map_err(|error| option(&error))?;

@@ -4,6 +4,7 @@
 //! the end of its file raises SIGBUS. Files that are sealed against shrinking are accessed directly,
 //! all others through the kernel, which reports the hole as an error (see `window.rs`).
 
+mod mapping;
 mod table;
 mod window;
 

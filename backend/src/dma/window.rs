@@ -1,15 +1,14 @@
-use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
-use vm_memory::mmap::{MmapRegion, MmapRegionError};
-use vm_memory::{Bytes, FileOffset, VolatileMemory};
+use rustix::mm::ProtFlags;
+use vm_memory::Bytes;
 
+use super::mapping::Mapping;
 use super::{DmaAccess, DmaError};
 
 /// One window of client memory.
@@ -22,7 +21,7 @@ pub(super) struct Window {
 
 #[derive(Debug)]
 struct Memory {
-    region: MmapRegion,
+    mapping: Mapping,
     trust: Trust,
 }
 
@@ -42,7 +41,7 @@ impl Window {
         access: DmaAccess,
         file: Option<(OwnedFd, u64)>,
     ) -> Result<Self, DmaError> {
-        let memory = file.map(|(fd, offset)| Memory::map(fd, offset, size, access)).transpose()?;
+        let memory = file.map(|(fd, offset)| Memory::map(&fd, offset, size, access)).transpose()?;
         Ok(Self { size, access, memory })
     }
 
@@ -70,16 +69,16 @@ impl Window {
 }
 
 impl Memory {
-    fn map(fd: OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Self, DmaError> {
+    fn map(fd: &OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Self, DmaError> {
         if !offset.is_multiple_of(4096) {
             return Err(DmaError::Unaligned);
         }
         let end = offset.checked_add(size).ok_or(DmaError::Overflow)?;
-        let length = fstat(&fd).map_err(DmaError::Backing)?.st_size;
+        let length = fstat(fd).map_err(DmaError::Backing)?.st_size;
         if u64::try_from(length).unwrap_or(0) < end {
             return Err(DmaError::Backing(Errno::INVAL));
         }
-        let trust = match fcntl_get_seals(&fd) {
+        let trust = match fcntl_get_seals(fd) {
             Ok(seals) if seals.contains(SealFlags::SHRINK) => Trust::Sealed,
             _ => Trust::Shrinkable,
         };
@@ -87,63 +86,36 @@ impl Memory {
         let mut protection = ProtFlags::empty();
         protection.set(ProtFlags::READ, access.contains(DmaAccess::READ));
         protection.set(ProtFlags::WRITE, access.contains(DmaAccess::WRITE));
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        let file = FileOffset::new(File::from(fd), offset);
-        MmapRegion::build(
-            Some(file),
-            size,
-            protection.bits().cast_signed(),
-            flags.bits().cast_signed(),
-        )
-        .map(|region| Self { region, trust })
-        .map_err(|error| DmaError::Backing(map_errno(&error)))
+        let mapping =
+            Mapping::new(fd.as_fd(), offset, size, protection).map_err(DmaError::Backing)?;
+        Ok(Self { mapping, trust })
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Option<()> {
         let start = usize::try_from(offset).ok()?;
+        let len = data.len();
         match self.trust {
-            Trust::Sealed => {
-                let slice = self.region.get_slice(start, data.len()).ok()?;
-                slice.read_slice(data, 0).ok()
-            }
+            Trust::Sealed => self.mapping.slice(start, len)?.read_slice(data, 0).ok(),
             Trust::Shrinkable => {
-                let remote = self.remote(start, data.len())?;
-                let length = data.len();
-                let copied =
-                    process_vm_readv(Pid::this(), &mut [IoSliceMut::new(data)], &[remote]).ok()?;
-                (copied == length).then_some(())
+                let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
+                let local = &mut [IoSliceMut::new(data)];
+                let copied = process_vm_readv(Pid::this(), local, &[remote]).ok()?;
+                (copied == len).then_some(())
             }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Option<()> {
         let start = usize::try_from(offset).ok()?;
+        let len = data.len();
         match self.trust {
-            Trust::Sealed => {
-                let slice = self.region.get_slice(start, data.len()).ok()?;
-                slice.write_slice(data, 0).ok()
-            }
+            Trust::Sealed => self.mapping.slice(start, len)?.write_slice(data, 0).ok(),
             Trust::Shrinkable => {
-                let remote = self.remote(start, data.len())?;
-                let copied =
-                    process_vm_writev(Pid::this(), &[IoSlice::new(data)], &[remote]).ok()?;
-                (copied == data.len()).then_some(())
+                let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
+                let local = &[IoSlice::new(data)];
+                let copied = process_vm_writev(Pid::this(), local, &[remote]).ok()?;
+                (copied == len).then_some(())
             }
         }
-    }
-
-    /// The place in our own address space; `None` if the range leaves the mapping.
-    fn remote(&self, start: usize, len: usize) -> Option<RemoteIoVec> {
-        let end = start.checked_add(len)?;
-        (end <= self.region.size())
-            .then(|| RemoteIoVec { base: self.region.as_ptr().addr() + start, len })
-    }
-}
-
-/// Only mmap itself can still fail here; its errno tells the client what its file lacks.
-fn map_errno(error: &MmapRegionError) -> Errno {
-    match error {
-        MmapRegionError::Mmap(error) => Errno::from_io_error(error).unwrap_or(Errno::INVAL),
-        _ => Errno::INVAL,
     }
 }

@@ -2,6 +2,7 @@
 
 mod eventfd;
 mod intx;
+mod signaller;
 mod vectors;
 
 #[cfg(test)]

@@ -9,12 +9,12 @@ struct Counter(OwnedFd);
 
 impl Counter {
     fn new() -> (Self, EventFd) {
-        let fd = eventfd(0, EventfdFlags::empty()).unwrap();
+        let fd = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let ours = EventFd::new(fd.try_clone().unwrap()).unwrap();
         (Self(fd), ours)
     }
 
-    /// Signals since the last call. The descriptor is non-blocking through [`EventFd::new`].
+    /// Signals since the last call. The descriptor is non-blocking.
     fn take(&self) -> u64 {
         let mut bytes = [0; 8];
         rustix::io::read(&self.0, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
@@ -78,10 +78,21 @@ fn vectors_are_independent_and_bounded() {
 }
 
 #[test]
-fn a_full_counter_does_not_block() {
+fn a_full_counter_does_not_block_even_where_a_write_would() {
     let fd = eventfd(0, EventfdFlags::empty()).unwrap();
     rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-    EventFd::new(fd).unwrap().signal();
+    let ours = EventFd::new(fd.try_clone().unwrap()).unwrap();
+    rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::empty()).unwrap();
+    ours.signal();
+}
+
+#[test]
+fn more_signals_arrive_than_completions_fit() {
+    let (counter, eventfd) = Counter::new();
+    for _ in 0..10_000 {
+        eventfd.signal();
+    }
+    assert_eq!(counter.take(), 10_000);
 }
 
 #[test]

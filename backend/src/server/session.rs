@@ -118,6 +118,7 @@ impl Session {
         let Frame { header, body, fds } = frame;
         let request = Request::parse(header.command, &body).map_err(RequestError::from);
         let result = match (self.state, request) {
+            (_, Ok(request)) if fds.len() > request.max_fds() => Err(WireError::TooManyFds.into()),
             (State::Greeting(_), Ok(Request::Version(version))) => self.negotiate(&version),
             (State::Greeting(_), Ok(_)) | (State::Ready(_), Ok(Request::Version(_))) => {
                 Err(RequestError::OutOfOrder)
@@ -191,9 +192,6 @@ fn serve_request(
     request: Request<'_>,
     fds: Vec<OwnedFd>,
 ) -> Result<Reply, RequestError> {
-    if fds.len() > request.max_fds() {
-        return Err(WireError::TooManyFds.into());
-    }
     match request {
         Request::Version(_) => Err(RequestError::OutOfOrder),
         Request::DmaMap(map) => function.dma_map(&map, fds.into_iter().next()),

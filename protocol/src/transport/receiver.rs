@@ -73,7 +73,8 @@ impl Receiver {
                 Err(errno) => return Err(TransportError::Socket(errno)),
             }
         }
-        Ok(Received::Pending)
+        // The last read may have completed a message, and nothing would tell us again.
+        Ok(self.step()?.unwrap_or(Received::Pending))
     }
 
     /// Whether no message has been started.

@@ -1,4 +1,5 @@
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::WireError;
 use super::limits::{
@@ -146,7 +147,16 @@ fn parse_data(data: &[u8]) -> Result<VersionData, WireError> {
     let Some((0, json)) = data.split_last() else {
         return Err(WireError::VersionData("not terminated by NUL".into()));
     };
-    serde_json::from_slice(json).map_err(|error| WireError::VersionData(error.to_string()))
+    let invalid = |error: serde_json::Error| WireError::VersionData(error.to_string());
+    let value: Value = serde_json::from_slice(json).map_err(invalid)?;
+    // Where an object belongs, serde would also take an array of its members.
+    let capabilities = value.get("capabilities");
+    let member = |name| capabilities.and_then(|capabilities| capabilities.get(name));
+    let objects = [Some(&value), capabilities, member("twin_socket"), member("barkeep")];
+    if !objects.into_iter().flatten().all(|object| object.is_object() || object.is_null()) {
+        return Err(WireError::VersionData("an object is missing".into()));
+    }
+    serde_json::from_value(value).map_err(invalid)
 }
 
 impl Capabilities {
