@@ -34,13 +34,18 @@ pub enum FaultOutcome {
 }
 
 impl Frontend {
-    /// A VM without functions yet. `ram` are the `(start, length)` ranges that no BAR can claim;
-    /// memory slots are numbered from `first_slot` on.
+    /// A VM without functions yet. `claimed` are the `(start, length)` ranges of memory that the VMM
+    /// itself claims before any BAR: RAM, ECAM and the like. Memory slots are numbered from
+    /// `first_slot` on.
     #[must_use]
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, ram: Vec<(u64, u64)>, first_slot: SlotId) -> Self {
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        claimed: Vec<(u64, u64)>,
+        first_slot: SlotId,
+    ) -> Self {
         Self {
             hypervisor,
-            windows: Arc::new(WindowTable::new(ram)),
+            windows: Arc::new(WindowTable::new(claimed)),
             functions: Vec::new(),
             next_slot: first_slot.0,
             memory_faults: AtomicU64::new(0),
@@ -86,7 +91,7 @@ impl Frontend {
     /// Reads configuration space of a function. One that does not exist reads as all ones.
     pub fn config_read(&self, function: usize, offset: u16, data: &mut [u8]) {
         match self.functions.get(function) {
-            Some(function) => function.config_read(offset, data),
+            Some(function) => function.config_read(self.hypervisor.as_ref(), offset, data),
             None => data.fill(0xff),
         }
     }
@@ -106,7 +111,7 @@ impl Frontend {
             rest = later;
             match piece.target.and_then(|(w, at)| Some((self.functions.get(w.function)?, w, at))) {
                 Some((function, window, offset)) => {
-                    function.bar_read(self.hypervisor.as_ref(), window.bar, offset, now);
+                    function.bar_read(self.hypervisor.as_ref(), &window, offset, now);
                 }
                 None => now.fill(0xff),
             }
@@ -122,7 +127,7 @@ impl Frontend {
             if let Some((window, offset)) = piece.target
                 && let Some(function) = self.functions.get(window.function)
             {
-                function.bar_write(self.hypervisor.as_ref(), window.bar, offset, now);
+                function.bar_write(self.hypervisor.as_ref(), &window, offset, now);
             }
         }
     }
@@ -133,33 +138,83 @@ impl Frontend {
         if fault.private {
             return FaultOutcome::NotMine;
         }
-        let hypervisor = self.hypervisor.as_ref();
-        let Some(address) = fault.address else {
-            return self.unlocated_fault();
+        let outcome = match fault.address {
+            Some(address) => self.located_fault(address.0, fault),
+            None => self.unlocated_fault(),
         };
-        let Some((window, offset)) = self.windows.find(AddressSpace::Memory, address.0) else {
-            return FaultOutcome::NotMine;
-        };
-        let Some(function) = self.functions.get(window.function) else {
-            return FaultOutcome::NotMine;
-        };
-        self.memory_faults.fetch_add(1, Ordering::Relaxed);
-        let access = wire_access(fault.access);
-        let verdict = function.memory_fault(hypervisor, window.bar, offset, fault.size, access);
-        FaultOutcome::Reenter(verdict)
+        if outcome != FaultOutcome::NotMine {
+            self.memory_faults.fetch_add(1, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    /// A counter that moves whenever a memory slot comes or goes: a fault that repeats while it
+    /// stands still makes no progress.
+    #[must_use]
+    pub fn slot_changes(&self) -> u64 {
+        self.functions.iter().map(AttachedFunction::slot_changes).sum()
+    }
+
+    /// The way out for a fault that repeats without progress: if it is about a BAR, the BAR is not
+    /// mapped any more and goes on trapped. `false` if it is not, or the address is unknown.
+    pub fn quarantine(&self, fault: &MemoryFault) -> bool {
+        let found = fault.address.and_then(|address| self.windows.find_faulting(address.0));
+        let Some((window, _)) = found else { return false };
+        let Some(function) = self.functions.get(window.function) else { return false };
+        function.quarantine(self.hypervisor.as_ref(), window.bar);
+        true
+    }
+
+    /// Resets every function, as a reset of the machine does.
+    pub fn reset(&self) {
+        for function in &self.functions {
+            if let Err(error) = function.reset(self.hypervisor.as_ref()) {
+                tracing::warn!(socket = %function.client().path().display(), "reset: {error}");
+            }
+        }
+    }
+
+    fn located_fault(&self, address: u64, fault: &MemoryFault) -> FaultOutcome {
+        if let Some((window, offset)) = self.windows.find_faulting(address)
+            && let Some(function) = self.functions.get(window.function)
+        {
+            let hypervisor = self.hypervisor.as_ref();
+            let access = wire_access(fault.access);
+            let verdict = function.memory_fault(hypervisor, window.bar, offset, fault.size, access);
+            return FaultOutcome::Reenter(verdict);
+        }
+        // Another vCPU may have moved the BAR away while this fault was on its way here. Nothing of
+        // the VMM's own is there, so the access exits as MMIO now, or faults again and is bounded.
+        if self.has_mapped_bars() && !self.windows.is_claimed(address) {
+            return FaultOutcome::Reenter(Verdict::Retry);
+        }
+        FaultOutcome::NotMine
     }
 
     /// The bare EFAULT of released kernels tells no address. Every function whose memory could have
     /// faulted is asked; if the fault was about something else, it comes again, and the caller's
     /// bound ends it.
     fn unlocated_fault(&self) -> FaultOutcome {
-        let mut suspects = self.functions.iter().filter(|f| f.has_mapped_bars()).peekable();
-        if suspects.peek().is_none() {
+        if !self.has_mapped_bars() {
             return FaultOutcome::NotMine;
         }
-        self.memory_faults.fetch_add(1, Ordering::Relaxed);
-        suspects.for_each(|function| function.recheck(self.hypervisor.as_ref()));
+        for function in self.functions.iter().filter(|function| function.has_mapped_bars()) {
+            function.recheck(self.hypervisor.as_ref());
+        }
         FaultOutcome::Reenter(Verdict::Retry)
+    }
+
+    fn has_mapped_bars(&self) -> bool {
+        self.functions.iter().any(AttachedFunction::has_mapped_bars)
+    }
+}
+
+impl Drop for Frontend {
+    /// The memory of backends leaves the VM with their functions.
+    fn drop(&mut self) {
+        for function in &self.functions {
+            function.detach(self.hypervisor.as_ref());
+        }
     }
 }
 

@@ -88,9 +88,9 @@ fn a_sidecar_that_dies_is_a_violation_and_the_vm_lives_on() {
 fn wait_for_the_vm(demo: u32) {
     let children = format!("/proc/{demo}/task/{demo}/children");
     let runs = |id: &str| {
-        let arguments = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
-        let threads = std::fs::read_dir(format!("/proc/{id}/task")).map_or(0, Iterator::count);
-        arguments.split(|byte| *byte == 0).any(|argument| argument == b"vmm") && threads > 1
+        let threads = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+        let mut names = threads.map(|thread| std::fs::read_to_string(thread.path().join("comm")));
+        names.any(|name| name.is_ok_and(|name| name.trim() == "vcpu0"))
     };
     while !std::fs::read_to_string(&children).unwrap().split_whitespace().any(runs) {
         std::thread::yield_now();

@@ -10,5 +10,6 @@
 
 mod demo;
 mod faults;
+mod plain;
 mod programs;
 mod sidecar;

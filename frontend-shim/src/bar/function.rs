@@ -1,4 +1,5 @@
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -6,9 +7,9 @@ use barkeep_protocol::wire::{
     DeviceFlags, FaultAccess, FaultReport, FaultVerdict, PciRegion, RegionFlags,
 };
 use thiserror::Error;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
-use super::mapping::BarMapping;
+use super::mapping::{BarMapping, MappingError};
 use super::table::{AddressSpace, BarWindow, WindowTable};
 use crate::client::{Client, ClientError};
 use crate::fault::{SlotState, Verdict, decide};
@@ -16,7 +17,7 @@ use crate::hypervisor::{GuestAddress, Hypervisor, SlotId};
 
 mod config;
 
-use config::{Capabilities, ConfigChange, Registers};
+use config::{Capabilities, ConfigChange, Enables, GuestBars, Registers};
 
 /// A function in a backend process, attached to a VM: its BARs lie in the guest's address space, and
 /// those that the backend shares are mapped while the function decodes.
@@ -29,6 +30,10 @@ pub struct AttachedFunction {
     suspend_order: SuspendOrder,
     windows: Arc<WindowTable>,
     state: Mutex<State>,
+    /// Moves with every slot that comes or goes: what a fault may have been about has changed.
+    changes: AtomicU64,
+    /// The end of the session has been told.
+    end_told: AtomicBool,
 }
 
 /// One BAR, as the backend describes it.
@@ -87,7 +92,12 @@ pub enum AttachError {
 struct State {
     /// By BAR number; `None` for those that are trapped.
     mappings: [Option<BarMapping>; 6],
-    registers: Registers,
+    /// Where the guest has put the BARs.
+    placed: GuestBars,
+    /// What the function claims, as far as this side knows.
+    enables: Enables,
+    /// Whether it is in D0; in D3hot the Command register has no effect.
+    in_d0: bool,
     memory_clears: u64,
 }
 
@@ -124,7 +134,13 @@ impl AttachedFunction {
             bar += if described.wide { 2 } else { 1 };
         }
         let capabilities = Capabilities::find(&client)?;
-        let state = State { mappings, registers, memory_clears: 0 };
+        let state = State {
+            mappings,
+            placed: GuestBars::default(),
+            enables: Enables::default(),
+            in_d0: true,
+            memory_clears: 0,
+        };
         let function = Self {
             index,
             client,
@@ -133,8 +149,10 @@ impl AttachedFunction {
             suspend_order,
             windows,
             state: Mutex::new(state),
+            changes: AtomicU64::new(0),
+            end_told: AtomicBool::new(false),
         };
-        function.publish(&function.lock());
+        function.publish(&function.lock(), |_| true);
         Ok(function)
     }
 
@@ -150,13 +168,19 @@ impl AttachedFunction {
         &self.bars
     }
 
+    /// How often a memory slot of the function has come or gone.
+    #[must_use]
+    pub fn slot_changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
     /// Reads configuration space. A backend that does not answer reads as all ones, like a function
     /// that is not there.
-    pub fn config_read(&self, offset: u16, data: &mut [u8]) {
+    pub fn config_read(&self, hypervisor: &dyn Hypervisor, offset: u16, data: &mut [u8]) {
         let region = PciRegion::Config.index();
         if let Err(error) = self.client.region_read(region, offset.into(), data) {
             data.fill(0xff);
-            self.report("configuration read", &error);
+            self.failed(hypervisor, "configuration read", &error);
         }
     }
 
@@ -167,45 +191,78 @@ impl AttachedFunction {
         // Held across the request: a fault on another vCPU waits until slots and decode agree.
         let mut state = self.lock();
         match self.capabilities.change(offset, data) {
-            ConfigChange::Unrelated => self.forward(hypervisor, &mut state, offset, data),
-            ConfigChange::Command { memory: false, io } => {
-                self.disable_memory(hypervisor, &mut state, offset, data);
-                state.registers.set_command(false, io);
-                self.publish(&state);
-            }
-            ConfigChange::Command { memory: true, io } => {
+            ConfigChange::Unrelated => {
                 self.forward(hypervisor, &mut state, offset, data);
-                if state.mappings.iter().all(Option::is_none) {
-                    state.registers.set_command(true, io);
-                    self.publish(&state);
+            }
+            ConfigChange::Command(enables) if !enables.memory => {
+                self.disable_memory(hypervisor, &mut state, offset, data);
+                state.enables = enables;
+                self.publish(&state, |_| true);
+            }
+            ConfigChange::Command(enables) => {
+                let accepted = self.forward(hypervisor, &mut state, offset, data);
+                if accepted && !self.has_mapped_bars() {
+                    state.enables = enables;
+                    self.publish(&state, |_| true);
                 } else {
                     self.synchronise(hypervisor, &mut state);
                 }
             }
             ConfigChange::Reconfigures => {
                 self.suspend_all(hypervisor, &mut state);
+                state.placed.write(&self.bars, offset, data);
                 self.forward(hypervisor, &mut state, offset, data);
                 self.synchronise(hypervisor, &mut state);
             }
         }
     }
 
+    /// Resets the function, as a VMM does when its machine is reset.
+    ///
+    /// # Errors
+    /// [`ClientError`] when the backend did not; its BARs are not mapped then.
+    pub fn reset(&self, hypervisor: &dyn Hypervisor) -> Result<(), ClientError> {
+        let mut state = self.lock();
+        self.suspend_all(hypervisor, &mut state);
+        let result = self.client.reset();
+        self.synchronise(hypervisor, &mut state);
+        result
+    }
+
     /// Reads from a BAR. Where no live backend answers, `data` is all ones: an Unsupported Request.
-    pub fn bar_read(&self, hypervisor: &dyn Hypervisor, bar: u8, offset: u64, data: &mut [u8]) {
-        if let Err(error) = self.client.region_read(bar.into(), offset, data) {
+    pub fn bar_read(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        window: &BarWindow,
+        offset: u64,
+        data: &mut [u8],
+    ) {
+        if !self.forwards_to(window) {
+            return data.fill(0xff);
+        }
+        if let Err(error) = self.client.region_read(window.bar.into(), offset, data) {
             data.fill(0xff);
             self.failed(hypervisor, "read", &error);
         }
     }
 
     /// Writes to a BAR. Where no live backend takes it, the write is dropped.
-    pub fn bar_write(&self, hypervisor: &dyn Hypervisor, bar: u8, offset: u64, data: &[u8]) {
-        if let Err(error) = self.client.region_write(bar.into(), offset, data) {
+    pub fn bar_write(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        window: &BarWindow,
+        offset: u64,
+        data: &[u8],
+    ) {
+        if !self.forwards_to(window) {
+            return;
+        }
+        if let Err(error) = self.client.region_write(window.bar.into(), offset, data) {
             self.failed(hypervisor, "write", &error);
         }
     }
 
-    /// Resolves a memory fault in one of our windows.
+    /// Resolves a memory fault in one of our windows or slots.
     pub fn memory_fault(
         &self,
         hypervisor: &dyn Hypervisor,
@@ -225,21 +282,22 @@ impl AttachedFunction {
                 None
             }
         };
-        let slot = state.slot(bar);
+        let verdict = decide(answer, state.slot(bar));
         if self.client.is_dead() {
             // Not only this BAR: nothing of a dead function may stay mapped.
             self.suspend_all(hypervisor, &mut state);
         }
-        let verdict = decide(answer, slot);
-        let outcome = match verdict {
-            Verdict::UnsupportedRequest => state.suspend(hypervisor, bar),
-            Verdict::Map | Verdict::Relax => state.map(hypervisor, self, bar),
-            Verdict::Retry | Verdict::NotMine => Ok(()),
+        let resolved = match verdict {
+            Verdict::UnsupportedRequest => self.suspend(hypervisor, &mut state, bar),
+            Verdict::Map | Verdict::Relax => self.map(hypervisor, &mut state, bar),
+            Verdict::Retry | Verdict::NotMine => true,
         };
-        if let Err(failure) = outcome {
-            error!(function = self.index, bar, "memory slot: {failure}");
+        if resolved {
+            return verdict;
         }
-        verdict
+        // Trapped works in any case.
+        self.suspend(hypervisor, &mut state, bar);
+        Verdict::Retry
     }
 
     /// Resolves a memory fault of unknown address: makes every slot of the function agree with what
@@ -249,10 +307,33 @@ impl AttachedFunction {
         self.synchronise(hypervisor, &mut state);
     }
 
+    /// Gives up on mapping a BAR for the rest of the session: it goes on trapped. For one whose
+    /// memory faults again and again although its backend says that it may be mapped.
+    pub fn quarantine(&self, hypervisor: &dyn Hypervisor, bar: u8) {
+        let mut state = self.lock();
+        if self.suspend(hypervisor, &mut state, bar)
+            && state.mappings[usize::from(bar)].take().is_some()
+        {
+            let socket = self.client.path().display();
+            warn!(%socket, bar, "its memory faults without end: not mapped any more");
+        }
+    }
+
+    /// Takes every memory slot of the function away.
+    pub fn detach(&self, hypervisor: &dyn Hypervisor) {
+        self.suspend_all(hypervisor, &mut self.lock());
+    }
+
     /// Whether any BAR is mapped directly, so that a memory fault could be about this function.
     #[must_use]
     pub fn has_mapped_bars(&self) -> bool {
         self.bars.iter().any(|bar| bar.mapped)
+    }
+
+    /// Whether an access is the backend's to complete. A barkeep backend answers UR itself, and
+    /// counts and records it; any other server may not look at the Command register at all.
+    fn forwards_to(&self, window: &BarWindow) -> bool {
+        window.decodes || self.client.extensions().region_state
     }
 
     fn disable_memory(
@@ -269,7 +350,11 @@ impl AttachedFunction {
             SuspendOrder::Alternate => state.memory_clears.is_multiple_of(2),
         };
         if backing_first {
-            state.set_backing(false);
+            for mapping in state.mappings.iter().flatten() {
+                if let Err(failure) = mapping.refuse_access() {
+                    error!(function = self.index, "mprotect: {failure}");
+                }
+            }
             self.forward(hypervisor, state, offset, data);
             self.suspend_all(hypervisor, state);
         } else {
@@ -278,60 +363,110 @@ impl AttachedFunction {
         }
     }
 
-    fn forward(&self, hypervisor: &dyn Hypervisor, state: &mut State, offset: u16, data: &[u8]) {
+    /// Forwards a configuration write; whether the backend took it.
+    fn forward(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        state: &mut State,
+        offset: u16,
+        data: &[u8],
+    ) -> bool {
         let region = PciRegion::Config.index();
-        if let Err(error) = self.client.region_write(region, offset.into(), data) {
-            self.report("configuration write", &error);
+        let result = self.client.region_write(region, offset.into(), data);
+        if let Err(error) = &result {
+            self.report("configuration write", error);
             if error.ends_session() {
                 self.suspend_all(hypervisor, state);
             }
         }
+        result.is_ok()
     }
 
-    /// Reads decode and addresses back from the function and maps, moves or suspends accordingly.
+    /// Reads decode back from the function; suspends what does not decode, and maps what does where
+    /// the guest has put it.
     fn synchronise(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
-        let registers = Registers::read(&self.client)
+        let answer = Registers::read(&self.client)
             .and_then(|registers| Ok((registers, self.capabilities.in_d0(&self.client)?)));
-        match registers {
+        let registers = match answer {
             Ok((registers, in_d0)) => {
-                state.registers = registers;
-                if !in_d0 {
-                    state.registers.set_command(false, false);
-                }
+                state.enables = registers.enables();
+                state.in_d0 = in_d0;
+                Some(registers)
             }
             Err(error) => {
                 self.report("configuration read", &error);
-                state.registers.set_command(false, false);
+                state.enables = Enables::default();
+                None
             }
-        }
+        };
         for info in &self.bars {
-            let outcome = if state.registers.memory() {
-                state.map(hypervisor, self, info.bar)
-            } else {
-                state.suspend(hypervisor, info.bar)
-            };
-            // Without its slot the BAR works all the same, trapped: slower, and never wrong. A guest
-            // can cause this at will by placing a BAR over RAM.
-            if let Err(failure) = outcome {
-                tracing::debug!(function = self.index, bar = info.bar, "not mapped: {failure}");
+            if registers.as_ref().is_some_and(|registers| registers.address(info) == 0) {
+                state.placed.clear(info);
             }
         }
-        self.publish(state);
+        // A backend that names another address than the guest wrote does not decode there.
+        let agrees = |info: &BarInfo| {
+            registers.as_ref().is_some_and(|r| r.address(info) == state.placed.address(info))
+        };
+        let agreeing: Vec<u8> =
+            self.bars.iter().filter(|info| agrees(info)).map(|info| info.bar).collect();
+        self.publish(state, |bar| agreeing.contains(&bar));
+        for info in &self.bars {
+            let window = self.window(state, info);
+            let decodes = state.decodes(info.space) && agreeing.contains(&info.bar);
+            if decodes && window.is_some_and(|window| self.windows.owns(&window)) {
+                self.map(hypervisor, state, info.bar);
+            } else {
+                self.suspend(hypervisor, state, info.bar);
+            }
+        }
+    }
+
+    /// Maps a BAR where the guest has put it; whether it is reachable now.
+    fn map(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
+        let Some(info) = self.bars.iter().find(|info| info.bar == bar) else { return true };
+        let address = GuestAddress(state.placed.address(info));
+        self.change(state, bar, |mapping| mapping.map(hypervisor, address))
+    }
+
+    /// Takes a BAR's slot away; whether it is gone.
+    fn suspend(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
+        self.change(state, bar, |mapping| mapping.suspend(hypervisor))
     }
 
     fn suspend_all(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
         for info in &self.bars {
-            if let Err(failure) = state.suspend(hypervisor, info.bar) {
-                error!(function = self.index, bar = info.bar, "can't suspend: {failure}");
-            }
+            self.suspend(hypervisor, state, info.bar);
         }
+    }
+
+    /// Changes a slot and publishes where it is now. Without its slot a BAR works all the same,
+    /// trapped: slower, and never wrong. A guest can cause failures at will, by placing BARs over
+    /// each other.
+    fn change(
+        &self,
+        state: &mut State,
+        bar: u8,
+        action: impl FnOnce(&mut BarMapping) -> Result<(), MappingError>,
+    ) -> bool {
+        let Some(mapping) = &mut state.mappings[usize::from(bar)] else { return true };
+        let before = mapping.mapped_at();
+        let result = action(mapping);
+        if mapping.mapped_at() != before {
+            self.changes.fetch_add(1, Ordering::Relaxed);
+            self.windows.publish_slots(self.index, self.slots(state));
+        }
+        if let Err(failure) = &result {
+            debug!(function = self.index, bar, "memory slot: {failure}");
+        }
+        result.is_ok()
     }
 
     /// What a barkeep backend would answer to a memory fault, from the registers of one that does
     /// not know the question.
     fn ask_plainly(&self, state: &State, bar: u8) -> Option<FaultVerdict> {
         let registers = Registers::read(&self.client).ok()?;
-        let decodes = registers.memory() && self.capabilities.in_d0(&self.client).ok()?;
+        let decodes = registers.enables().memory && self.capabilities.in_d0(&self.client).ok()?;
         Some(match (decodes, &state.mappings[usize::from(bar)]) {
             (false, _) => FaultVerdict::UnsupportedRequest { epoch: 0 },
             (true, Some(_)) => FaultVerdict::Map { epoch: 0 },
@@ -339,19 +474,35 @@ impl AttachedFunction {
         })
     }
 
-    fn publish(&self, state: &State) {
-        let window = |info: &BarInfo| {
-            let (space, decodes) = match info.space {
-                AddressSpace::Memory => (AddressSpace::Memory, state.registers.memory()),
-                AddressSpace::Io => (AddressSpace::Io, state.registers.io()),
-            };
-            let start = state.registers.bar_address(info);
-            // An address that wraps is nothing that a bus could route.
-            start.checked_add(info.size - 1)?;
-            let function = self.index;
-            Some(BarWindow { space, start, len: info.size, function, bar: info.bar, decodes })
+    /// Publishes the windows; `claims` narrows which BARs decode, beyond the Command register.
+    fn publish(&self, state: &State, claims: impl Fn(u8) -> bool) {
+        let windows = self.bars.iter().filter_map(|info| self.window(state, info));
+        let windows = windows
+            .map(|window| BarWindow { decodes: window.decodes && claims(window.bar), ..window });
+        self.windows.publish(self.index, windows.collect());
+    }
+
+    /// Where the guest has put a BAR.
+    fn window(&self, state: &State, info: &BarInfo) -> Option<BarWindow> {
+        let start = state.placed.address(info);
+        // An address that wraps is nothing that a bus could route.
+        start.checked_add(info.size - 1)?;
+        Some(BarWindow {
+            space: info.space,
+            start,
+            len: info.size,
+            function: self.index,
+            bar: info.bar,
+            decodes: state.decodes(info.space),
+        })
+    }
+
+    fn slots(&self, state: &State) -> Vec<BarWindow> {
+        let slot = |info: &BarInfo| {
+            let start = state.mappings[usize::from(info.bar)].as_ref()?.mapped_at()?.0;
+            Some(BarWindow { start, ..self.window(state, info)? })
         };
-        self.windows.publish(self.index, self.bars.iter().filter_map(window).collect());
+        self.bars.iter().filter_map(slot).collect()
     }
 
     /// An access that the backend did not complete. If it is gone, its memory must not stay mapped:
@@ -366,12 +517,10 @@ impl AttachedFunction {
     /// One line when a session dies. What follows is the same news again, at the guest's pace.
     fn report(&self, what: &str, error: &ClientError) {
         let socket = self.client.path().display();
-        match error {
-            ClientError::Gone if self.client.is_dead() => {
-                tracing::debug!(%socket, "{what}: {error}");
-            }
-            error if error.ends_session() => warn!(%socket, "{what}: {error}"),
-            error => tracing::debug!(%socket, "{what}: {error}"),
+        if error.ends_session() && !self.end_told.swap(true, Ordering::Relaxed) {
+            warn!(%socket, "{what}: {error}; the function is dead to this VM");
+        } else {
+            debug!(%socket, "{what}: {error}");
         }
     }
 
@@ -385,37 +534,13 @@ impl State {
     fn slot(&self, bar: u8) -> SlotState {
         match &self.mappings[usize::from(bar)] {
             None => SlotState::Trapped,
-            Some(mapping) if mapping.is_mapped() => SlotState::Mapped,
+            Some(mapping) if mapping.mapped_at().is_some() => SlotState::Mapped,
             Some(_) => SlotState::Suspended,
         }
     }
 
-    fn map(
-        &mut self,
-        hypervisor: &dyn Hypervisor,
-        function: &AttachedFunction,
-        bar: u8,
-    ) -> Result<(), String> {
-        let Some(mapping) = &mut self.mappings[usize::from(bar)] else { return Ok(()) };
-        let Some(info) = function.bars.iter().find(|info| info.bar == bar) else { return Ok(()) };
-        let address = self.registers.bar_address(info);
-        mapping.set_backing(true).map_err(|failure| failure.to_string())?;
-        mapping.map(hypervisor, GuestAddress(address)).map_err(|failure| failure.to_string())
-    }
-
-    fn suspend(&mut self, hypervisor: &dyn Hypervisor, bar: u8) -> Result<(), String> {
-        match &mut self.mappings[usize::from(bar)] {
-            Some(mapping) => mapping.suspend(hypervisor).map_err(|failure| failure.to_string()),
-            None => Ok(()),
-        }
-    }
-
-    fn set_backing(&self, accessible: bool) {
-        for mapping in self.mappings.iter().flatten() {
-            if let Err(failure) = mapping.set_backing(accessible) {
-                error!("mprotect: {failure}");
-            }
-        }
+    fn decodes(&self, space: AddressSpace) -> bool {
+        self.in_d0 && self.enables.of(space)
     }
 }
 
@@ -437,6 +562,14 @@ fn describe_bar(
     let mut info = registers.describe(bar, region.size);
     if info.wide && bar == 5 {
         return Err(bad("it is 64 bits wide and has no upper half"));
+    }
+    let largest = match info.space {
+        AddressSpace::Io => 1 << 16,
+        AddressSpace::Memory if info.wide => 1 << 63,
+        AddressSpace::Memory => 1 << 31,
+    };
+    if region.size > largest {
+        return Err(bad("it is larger than its address space"));
     }
     let whole = region.flags.contains(RegionFlags::MMAP) && region.sparse.is_empty();
     let mapping = match file {

@@ -1,9 +1,9 @@
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use barkeep_protocol::wire::RegionInfo;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-use std::os::fd::OwnedFd;
 
 use crate::hypervisor::{
     GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId,
@@ -38,8 +38,9 @@ impl BarMapping {
         Ok(Self { memory: Arc::new(memory), slot, mapped_at: None })
     }
 
-    pub(super) fn is_mapped(&self) -> bool {
-        self.mapped_at.is_some()
+    /// Where the slot is, if it is there.
+    pub(super) fn mapped_at(&self) -> Option<GuestAddress> {
+        self.mapped_at
     }
 
     /// Makes the memory visible to the guest at `address`. Idempotent.
@@ -47,29 +48,43 @@ impl BarMapping {
         &mut self,
         hypervisor: &dyn Hypervisor,
         address: GuestAddress,
-    ) -> Result<(), HypervisorError> {
-        if self.mapped_at == Some(address) {
-            return Ok(());
+    ) -> Result<(), MappingError> {
+        if self.mapped_at != Some(address) {
+            self.suspend(hypervisor)?;
+            let memory = &self.memory;
+            let len = memory.len();
+            hypervisor.map_slot(self.slot, address, memory, 0, len, SlotAccess::ReadWrite)?;
+            self.mapped_at = Some(address);
         }
-        self.suspend(hypervisor)?;
-        let memory = &self.memory;
-        hypervisor.map_slot(self.slot, address, memory, 0, memory.len(), SlotAccess::ReadWrite)?;
-        self.mapped_at = Some(address);
-        Ok(())
+        Ok(self.memory.set_accessible(true)?)
     }
 
     /// Takes the memory away from the guest: when it returns, every access exits as MMIO. Idempotent.
-    pub(super) fn suspend(&mut self, hypervisor: &dyn Hypervisor) -> Result<(), HypervisorError> {
+    ///
+    /// A hypervisor may fail to remove a slot for lack of memory. The slot then stays with memory
+    /// that refuses access, so that no access reaches the device, and goes at the next attempt.
+    pub(super) fn suspend(&mut self, hypervisor: &dyn Hypervisor) -> Result<(), MappingError> {
         if self.mapped_at.is_some() {
-            hypervisor.unmap_slot(self.slot)?;
+            if let Err(error) = hypervisor.unmap_slot(self.slot) {
+                self.memory.set_accessible(false)?;
+                return Err(error.into());
+            }
             self.mapped_at = None;
         }
         Ok(())
     }
 
-    /// Refuses or allows access to the memory behind the slot, as vfio-pci does when a device stops
-    /// or starts to decode.
-    pub(super) fn set_backing(&self, accessible: bool) -> io::Result<()> {
-        self.memory.set_accessible(accessible)
+    /// Refuses access to the memory behind the slot, as vfio-pci does when a device stops to decode.
+    pub(super) fn refuse_access(&self) -> io::Result<()> {
+        self.memory.set_accessible(false)
     }
+}
+
+/// Why a slot is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MappingError {
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    #[error("mprotect: {0}")]
+    Protection(#[from] io::Error),
 }

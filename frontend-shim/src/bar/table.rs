@@ -37,40 +37,72 @@ pub struct Piece {
     pub len: usize,
 }
 
-/// All windows of a VM. Lookups are lock-free on a snapshot; whoever changes a function's windows
-/// publishes a new snapshot.
+/// All windows of a VM, and the memory slots in them. Lookups are lock-free on a snapshot; whoever
+/// changes a function's windows publishes a new snapshot.
 ///
-/// Overlaps are a guest's mistake with a defined result, as in a host bridge: RAM is claimed before
-/// any BAR, a BAR that decodes before one that does not, and the function attached first before the
-/// others.
+/// Overlaps are a guest's mistake with a defined result, as in a host bridge: what the VMM itself
+/// claims (RAM, ECAM) comes before any BAR, a BAR that decodes before one that does not, and the
+/// function attached first before the others.
 #[derive(Debug)]
 pub struct WindowTable {
+    windows: Published,
+    slots: Published,
+    claimed: Vec<(u64, u64)>,
+}
+
+/// Windows by function, and a sorted snapshot of them for lookups.
+#[derive(Debug, Default)]
+struct Published {
     snapshot: ArcSwap<Vec<BarWindow>>,
     by_function: Mutex<Vec<Vec<BarWindow>>>,
-    ram: Vec<(u64, u64)>,
 }
 
 impl WindowTable {
-    /// A table for a VM with RAM at these `(start, length)` ranges.
+    /// A table for a VM that claims these `(start, length)` ranges of memory itself.
     #[must_use]
-    pub fn new(ram: Vec<(u64, u64)>) -> Self {
-        Self { snapshot: ArcSwap::default(), by_function: Mutex::default(), ram }
+    pub fn new(claimed: Vec<(u64, u64)>) -> Self {
+        Self { windows: Published::default(), slots: Published::default(), claimed }
     }
 
     /// Replaces the windows of one function.
     pub fn publish(&self, function: usize, windows: Vec<BarWindow>) {
-        let mut all = self.by_function.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() <= function {
-            all.resize(function + 1, Vec::new());
-        }
-        all[function] = windows;
-        self.snapshot.store(Arc::new(self.merge(&all)));
+        self.windows.replace(function, windows, |all| self.merge(all));
+    }
+
+    /// Replaces the memory slots of one function: what the guest reaches without an exit.
+    pub fn publish_slots(&self, function: usize, slots: Vec<BarWindow>) {
+        // The hypervisor lets no two slots overlap, so there is nothing to merge.
+        self.slots.replace(function, slots, |all| sorted(all.iter().flatten().copied().collect()));
     }
 
     /// The window that claims `address`, and the offset in it.
     #[must_use]
     pub fn find(&self, space: AddressSpace, address: u64) -> Option<(BarWindow, u64)> {
-        find_in(&self.snapshot.load(), space, address)
+        find_in(&self.windows.snapshot.load(), space, address)
+    }
+
+    /// The BAR that a memory fault at `address` is about: the one whose slot is there, whatever else
+    /// claims the address by now, else the one whose window is.
+    #[must_use]
+    pub fn find_faulting(&self, address: u64) -> Option<(BarWindow, u64)> {
+        find_in(&self.slots.snapshot.load(), AddressSpace::Memory, address)
+            .or_else(|| self.find(AddressSpace::Memory, address))
+    }
+
+    /// Whether `window` lies in the table whole, with nothing else claiming a part of it. Only then
+    /// may its memory be mapped: direct accesses must reach the BAR that the table names.
+    #[must_use]
+    pub fn owns(&self, window: &BarWindow) -> bool {
+        self.find(window.space, window.start).is_some_and(|(winner, _)| {
+            (winner.function, winner.bar, winner.start, winner.len)
+                == (window.function, window.bar, window.start, window.len)
+        })
+    }
+
+    /// Whether the VMM itself claims this address.
+    #[must_use]
+    pub fn is_claimed(&self, address: u64) -> bool {
+        self.claimed.iter().any(|range| ranges_overlap((address, 1), *range))
     }
 
     /// Cuts the access of `len` bytes at `address` into pieces that each have one target: an access
@@ -81,7 +113,7 @@ impl WindowTable {
         address: u64,
         len: usize,
     ) -> impl Iterator<Item = Piece> {
-        let snapshot = self.snapshot.load_full();
+        let snapshot = self.windows.snapshot.load_full();
         let mut done = 0;
         std::iter::from_fn(move || {
             if done == len {
@@ -101,7 +133,7 @@ impl WindowTable {
 
     fn merge(&self, all: &[Vec<BarWindow>]) -> Vec<BarWindow> {
         let mut candidates: Vec<BarWindow> =
-            all.iter().flatten().filter(|window| !self.in_ram(window)).copied().collect();
+            all.iter().flatten().filter(|window| !self.over_claimed(window)).copied().collect();
         // Stable: within a rank, the order of attachment stays.
         candidates.sort_by_key(|window| !window.decodes);
         let mut merged: Vec<BarWindow> = Vec::with_capacity(candidates.len());
@@ -110,17 +142,37 @@ impl WindowTable {
                 merged.push(window);
             }
         }
-        merged.sort_by_key(|window| (window.space, window.start));
-        merged
+        sorted(merged)
     }
 
-    fn in_ram(&self, window: &BarWindow) -> bool {
+    fn over_claimed(&self, window: &BarWindow) -> bool {
+        let range = (window.start, window.len);
         window.space == AddressSpace::Memory
-            && self
-                .ram
-                .iter()
-                .any(|(start, len)| ranges_overlap((window.start, window.len), (*start, *len)))
+            && self.claimed.iter().any(|claimed| ranges_overlap(range, *claimed))
     }
+}
+
+impl Published {
+    fn replace(
+        &self,
+        function: usize,
+        windows: Vec<BarWindow>,
+        merge: impl FnOnce(&[Vec<BarWindow>]) -> Vec<BarWindow>,
+    ) {
+        let mut all = self.by_function.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() <= function {
+            all.resize(function + 1, Vec::new());
+        }
+        if all[function] != windows {
+            all[function] = windows;
+            self.snapshot.store(Arc::new(merge(&all)));
+        }
+    }
+}
+
+fn sorted(mut windows: Vec<BarWindow>) -> Vec<BarWindow> {
+    windows.sort_by_key(|window| (window.space, window.start));
+    windows
 }
 
 fn find_in(windows: &[BarWindow], space: AddressSpace, address: u64) -> Option<(BarWindow, u64)> {

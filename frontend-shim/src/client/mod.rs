@@ -18,6 +18,7 @@ use std::time::Duration;
 use barkeep_protocol::wire::{
     BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
     IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs, Version,
+    WireError,
 };
 
 use self::connection::Connection;
@@ -85,7 +86,8 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
         let query = InfoQuery { index: 0, argsz: 16 }.to_irq_bytes();
-        Ok(DeviceInfo::parse(&self.call(Command::GetInfo, query)?)?)
+        let body = self.call(Command::GetInfo, query)?;
+        self.parsed(DeviceInfo::parse(&body))
     }
 
     /// What a region is, with the file to map if it can be mapped.
@@ -98,13 +100,13 @@ impl Client {
         for _ in 0..2 {
             let query = InfoQuery { index, argsz }.to_region_bytes();
             let reply = self.call_with_fds(Command::GetRegionInfo, query, Vec::new())?;
-            let (info, needed) = RegionInfo::parse(&reply.body)?;
+            let (info, needed) = self.parsed(RegionInfo::parse(&reply.body))?;
             if needed <= argsz {
                 return Ok((info, reply.fds.into_iter().next()));
             }
             argsz = needed.min(MAX_REGION_INFO);
         }
-        Err(ClientError::Protocol("region info does not settle"))
+        Err(self.fail(ClientError::Protocol("region info does not settle")))
     }
 
     /// What an interrupt index is.
@@ -113,7 +115,8 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
         let query = InfoQuery { index, argsz: 16 }.to_irq_bytes();
-        Ok(IrqInfo::parse(&self.call(Command::GetIrqInfo, query)?)?)
+        let body = self.call(Command::GetIrqInfo, query)?;
+        self.parsed(IrqInfo::parse(&body))
     }
 
     /// Configures interrupts.
@@ -155,7 +158,7 @@ impl Client {
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
         let body = self.call(Command::RegionRead, access.to_bytes())?;
-        let reply = RegionData::parse(&body)?;
+        let reply = self.parsed(RegionData::parse(&body))?;
         if reply.data.len() != data.len() {
             return Err(self.fail(ClientError::Protocol("read reply of another length")));
         }
@@ -190,7 +193,8 @@ impl Client {
         if !self.extensions.memory_fault {
             return Err(ClientError::NotOffered("memory_fault"));
         }
-        Ok(FaultVerdict::parse(&self.call(Command::MemoryFault, report.to_bytes())?)?)
+        let body = self.call(Command::MemoryFault, report.to_bytes())?;
+        self.parsed(FaultVerdict::parse(&body))
     }
 
     /// Decode, epoch and counters of a region (extension `region_state`).
@@ -202,7 +206,8 @@ impl Client {
             return Err(ClientError::NotOffered("region_state"));
         }
         let query = RegionStateQuery { region }.to_bytes();
-        Ok(RegionState::parse(&self.call(Command::RegionState, query)?)?)
+        let body = self.call(Command::RegionState, query)?;
+        self.parsed(RegionState::parse(&body))
     }
 
     fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {
@@ -229,6 +234,11 @@ impl Client {
             return Err(ClientError::Gone);
         }
         connection.call(command, body, fds).map_err(|error| self.fail(error))
+    }
+
+    /// A reply that can't be read ends the session like one that does not come.
+    fn parsed<T>(&self, result: Result<T, WireError>) -> Result<T, ClientError> {
+        result.map_err(|error| self.fail(error.into()))
     }
 
     /// Marks the session dead unless the backend just said no.

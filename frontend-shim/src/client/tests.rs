@@ -4,7 +4,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
 
 use barkeep_protocol::transport::{Frame, Received, Receiver, Sender};
-use barkeep_protocol::wire::{Capabilities, Errno, MessageId};
+use barkeep_protocol::wire::{Capabilities, Errno, MessageId, MessageKind};
 
 use super::*;
 
@@ -159,6 +159,7 @@ fn a_short_read_reply_is_no_data() {
     });
     let client = connect(&script);
     assert!(matches!(read(&client), Err(ClientError::Malformed(_))));
+    assert!(client.is_dead(), "its words can't be trusted");
     script.thread.join().unwrap();
 }
 
@@ -188,6 +189,45 @@ fn extensions_are_not_used_with_a_server_that_did_not_offer_them() {
     let client = connect(&script);
     assert!(matches!(client.region_state(0), Err(ClientError::NotOffered(_))));
     assert!(!client.is_dead());
+    drop(client);
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn a_backend_that_talks_without_answering_gains_no_time() {
+    let script = serve("flood", |server| {
+        server.answer_version(&plain());
+        server.request();
+        let mut chatter = Frame::command(MessageId(1), Command::DmaRead, vec![0; 16]);
+        chatter.header.kind = MessageKind::Command { no_reply: true };
+        let bytes = [&chatter.header.to_bytes()[..], &chatter.body].concat();
+        // Until the client gives up and closes.
+        while std::io::Write::write_all(&mut &server.socket, &bytes).is_ok() {}
+    });
+    let client = Client::connect(&script.path, Duration::from_millis(50)).unwrap();
+    assert!(matches!(read(&client), Err(ClientError::Deadline(_))));
+    drop(client);
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn a_backend_that_drips_bytes_gains_no_time() {
+    let script = serve("drip", |server| {
+        server.answer_version(&plain());
+        let header = server.request().unwrap().header;
+        let mut reply = Frame::reply(&header, vec![0; 1 << 20]).header.to_bytes().to_vec();
+        reply.extend_from_slice(&[0; 4096]);
+        for byte in reply {
+            if std::io::Write::write_all(&mut &server.socket, &[byte]).is_err() {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        // Never the rest: the client closes.
+        while server.request().is_some() {}
+    });
+    let client = Client::connect(&script.path, Duration::from_millis(50)).unwrap();
+    assert!(matches!(read(&client), Err(ClientError::Deadline(_))));
     drop(client);
     script.thread.join().unwrap();
 }

@@ -3,12 +3,19 @@ use thiserror::Error;
 /// Stops a vCPU from faulting on the same spot for ever.
 ///
 /// Every resolved fault must let the instruction go on, or something must have changed meanwhile.
-/// The same address again and again, with no other exit in between, is a bug of ours or of the
-/// hypervisor: it is reported and escalated instead of spinning.
+/// The same address again and again while nothing changes, with no other exit in between, is a bug
+/// of ours or of the hypervisor, or a backend that lies: it is escalated instead of spinning.
 #[derive(Debug, Default)]
 pub struct ProgressGuard {
-    address: Option<u64>,
+    last: Option<Seen>,
     repeats: u32,
+}
+
+/// What tells one fault from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    address: Option<u64>,
+    changes: u64,
 }
 
 /// The same fault again, too often.
@@ -20,26 +27,23 @@ pub struct NoProgress {
 }
 
 impl ProgressGuard {
-    /// Faults on one address in a row that are still bearable: a race lost to another vCPU that
-    /// toggles decode as fast as it can is lost a few times, not this often.
+    /// Faults in a row that are still bearable. A fault can be spurious, or resolved by another vCPU
+    /// while it is on its way here, a few times, and not this often.
     pub const BOUND: u32 = 64;
 
-    /// Notes a fault.
+    /// Notes a fault. `changes` is a counter that moves when something is mapped or suspended.
     ///
     /// # Errors
     /// [`NoProgress`] when it is one too many.
-    pub fn fault(&mut self, address: Option<u64>) -> Result<(), NoProgress> {
-        if self.repeats > 0 && self.address == address {
-            self.repeats += 1;
-        } else {
-            self.address = address;
-            self.repeats = 1;
-        }
+    pub fn fault(&mut self, address: Option<u64>, changes: u64) -> Result<(), NoProgress> {
+        let seen = Seen { address, changes };
+        self.repeats = if self.last == Some(seen) { self.repeats + 1 } else { 1 };
+        self.last = Some(seen);
         if self.repeats > Self::BOUND { Err(NoProgress { address }) } else { Ok(()) }
     }
 
     /// Notes that the vCPU got on: any exit that is no memory fault.
     pub fn progress(&mut self) {
-        self.repeats = 0;
+        self.last = None;
     }
 }

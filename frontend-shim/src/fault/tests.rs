@@ -33,19 +33,22 @@ fn every_answer_meets_every_slot_state_with_a_defined_verdict() {
 fn a_fault_that_repeats_without_progress_is_escalated() {
     let mut guard = ProgressGuard::default();
     for _ in 0..ProgressGuard::BOUND {
-        guard.fault(Some(0x1000)).unwrap();
+        guard.fault(Some(0x1000), 7).unwrap();
     }
-    assert_eq!(guard.fault(Some(0x1000)), Err(NoProgress { address: Some(0x1000) }));
+    assert_eq!(guard.fault(Some(0x1000), 7), Err(NoProgress { address: Some(0x1000) }));
 }
 
 #[test]
-fn progress_or_another_address_starts_the_count_anew() {
+fn progress_a_change_or_another_address_starts_the_count_anew() {
     let mut guard = ProgressGuard::default();
-    for round in 0..4 * ProgressGuard::BOUND {
-        guard.fault(Some(u64::from(round / 2))).unwrap();
+    for round in 0..4 * u64::from(ProgressGuard::BOUND) {
+        guard.fault(Some(round / 2), 0).unwrap();
+    }
+    for changes in 0..4 * u64::from(ProgressGuard::BOUND) {
+        guard.fault(None, changes / 2).unwrap();
     }
     for _ in 0..2 * ProgressGuard::BOUND {
-        guard.fault(None).unwrap();
+        guard.fault(None, 0).unwrap();
         guard.progress();
     }
 }

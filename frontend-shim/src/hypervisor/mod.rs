@@ -111,18 +111,23 @@ pub enum VcpuExit<'a> {
         /// What the guest writes; little endian.
         data: &'a [u8],
     },
-    /// The guest executes IN.
+    /// The guest executes IN or INS.
     PioRead {
         /// I/O port.
         port: u16,
-        /// To be filled in by the caller; little endian.
+        /// Bytes of one access: 1, 2 or 4.
+        width: usize,
+        /// To be filled in by the caller, little endian: one access, or with REP INS several to the
+        /// same port, one after the other.
         data: &'a mut [u8],
     },
-    /// The guest executes OUT.
+    /// The guest executes OUT or OUTS.
     PioWrite {
         /// I/O port.
         port: u16,
-        /// What the guest writes; little endian.
+        /// Bytes of one access: 1, 2 or 4.
+        width: usize,
+        /// What the guest writes, little endian: one access, or with REP OUTS several.
         data: &'a [u8],
     },
     /// A slot is mapped there, but its memory can't be accessed.
@@ -164,10 +169,10 @@ impl fmt::Display for VcpuExit<'_> {
             VcpuExit::MmioWrite { address, data } => {
                 write!(f, "write of {} bytes at {address}", data.len())
             }
-            VcpuExit::PioRead { port, data } => {
+            VcpuExit::PioRead { port, data, .. } => {
                 write!(f, "read of {} bytes from port {port:#x}", data.len())
             }
-            VcpuExit::PioWrite { port, data } => {
+            VcpuExit::PioWrite { port, data, .. } => {
                 write!(f, "write of {} bytes to port {port:#x}", data.len())
             }
             VcpuExit::MemoryFault(fault) => fault.fmt(f),

@@ -81,7 +81,7 @@ fn a_bar_is_memory_while_its_slot_is_mapped_and_mmio_otherwise() {
                     VcpuExit::MmioWrite { address, data } => {
                         exits.push(("write", address.0, data.len()));
                     }
-                    VcpuExit::PioWrite { port: 0x10, data } => {
+                    VcpuExit::PioWrite { port: 0x10, data, .. } => {
                         let expected = if access.is_some() { round } else { 0xff };
                         assert_eq!(u64::from(data[0]), expected, "{kind} round {round}");
                         break;

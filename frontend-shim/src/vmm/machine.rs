@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use barkeep_protocol::wire::{DmaAccess, DmaMap};
@@ -8,7 +9,7 @@ use thiserror::Error;
 
 use super::guest::{self, GuestError, Parameters, Program as GuestProgram, RAM_SIZE};
 use super::monitor::Monitor;
-use super::pci_host::{ECAM_BASE, PciHost};
+use super::pci_host::{ECAM_BASE, ECAM_SIZE, PciHost};
 use super::placement::Placement;
 use super::report::{self, Report};
 use super::vcpu::{VcpuEnd, VcpuThread};
@@ -73,6 +74,9 @@ pub enum MachineError {
         /// Its length in bytes.
         size: u64,
     },
+    /// The program needs functions that are not attached.
+    #[error("--program {0:?}: it needs an edu function, and toggle an ivshmem function as well")]
+    NothingToDo(Program),
     /// The guest program.
     #[error("guest: {0}")]
     Guest(#[from] GuestError),
@@ -102,7 +106,8 @@ impl Machine {
         vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite)?;
 
         let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
-        let mut frontend = Frontend::new(hypervisor, vec![(0, RAM_SIZE)], FIRST_BAR_SLOT);
+        let claimed = vec![(0, RAM_SIZE), (ECAM_BASE, ECAM_SIZE)];
+        let mut frontend = Frontend::new(hypervisor, claimed, FIRST_BAR_SLOT);
         let deadline = Duration::from_secs(arguments.deadline);
         for path in &arguments.devices {
             let index = frontend
@@ -127,16 +132,20 @@ impl Machine {
     pub fn run(&self, arguments: &Arguments) -> Result<Report, MachineError> {
         let frontend = self.host.frontend();
         self.placement.enable(frontend, COMMAND_ON);
+        let devices = match arguments.program {
+            Program::Toggle => self.placement.pairs(),
+            Program::Edu | Program::Probe => self.placement.edu_alone(),
+        };
+        if devices.is_empty() && arguments.program != Program::Probe {
+            return Err(MachineError::NothingToDo(arguments.program));
+        }
         Parameters {
             cycles: arguments.cycles,
             command_on: COMMAND_ON,
             command_off: COMMAND_OFF,
             ecam: GuestAddress(ECAM_BASE),
             poll_limit: POLL_LIMIT,
-            devices: match arguments.program {
-                Program::Toggle => self.placement.pairs(frontend),
-                Program::Edu | Program::Probe => self.placement.edu_alone(frontend),
-            },
+            devices,
         }
         .install(&self.ram)?;
 
@@ -169,18 +178,24 @@ impl Machine {
             vcpus.push((id, self.vm.create_vcpu(id, &program.entry(id)?)?));
         }
         let monitor = Monitor::new(&self.ram, arguments);
-        let ends = std::thread::scope(|scope| {
-            let threads: Vec<_> = vcpus
-                .into_iter()
-                .map(|(id, vcpu)| {
-                    let thread = VcpuThread::new(id, vcpu, &self.host, &self.ram, monitor.bell());
-                    scope.spawn(move || thread.run())
-                })
-                .collect();
+        std::thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (id, vcpu) in vcpus {
+                let thread = VcpuThread::new(id, vcpu, &self.host, &self.ram, monitor.bell());
+                let named = std::thread::Builder::new().name(format!("vcpu{id}"));
+                let spawned = named.spawn_scoped(scope, move || thread.run()).map_err(|source| {
+                    // Those that run already would wait for the missing one for ever.
+                    request_stop(&self.ram);
+                    MachineError::Host { what: "vCPU thread", source }
+                });
+                threads.push(spawned?);
+            }
             monitor.watch();
-            threads.into_iter().map(|thread| thread.join().unwrap_or(VcpuEnd::panicked())).collect()
-        });
-        Ok(ends)
+            let end = |thread: ScopedJoinHandle<'_, VcpuEnd>| {
+                thread.join().unwrap_or(VcpuEnd::panicked())
+            };
+            Ok(threads.into_iter().map(end).collect())
+        })
     }
 }
 

@@ -7,7 +7,8 @@ use crate::bar::AddressSpace;
 
 /// ECAM of segment 0, buses 0 to 255 (PCI Firmware 3.0, 4.1.1).
 pub(super) const ECAM_BASE: u64 = 0xb000_0000;
-const ECAM_SIZE: u64 = 256 << 20;
+/// Length of ECAM in bytes.
+pub(super) const ECAM_SIZE: u64 = 256 << 20;
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;

@@ -9,8 +9,16 @@ use crate::hypervisor::GuestAddress;
 /// Where the BARs are.
 #[derive(Debug)]
 pub(super) struct Placement {
-    /// By function, then in the order of its BARs.
-    addresses: Vec<Vec<(u8, u64)>>,
+    functions: Vec<Placed>,
+}
+
+/// One function, as firmware found it.
+#[derive(Debug)]
+struct Placed {
+    /// Vendor and device.
+    ids: (u16, u16),
+    /// BAR number and address, in the order of its BARs.
+    bars: Vec<(u8, u64)>,
 }
 
 /// 32-bit memory BARs: between ECAM and the local APIC.
@@ -41,10 +49,10 @@ impl Placement {
         let mut low = Pool { next: LOW_MEMORY.0, end: LOW_MEMORY.1 };
         let mut high = Pool { next: MMIO_WINDOW.0, end: MMIO_WINDOW.0 + MMIO_WINDOW_SIZE };
         let mut io = Pool { next: IO_PORTS.0, end: IO_PORTS.1 };
-        let mut addresses = Vec::new();
+        let mut functions = Vec::new();
         for (index, function) in frontend.functions().iter().enumerate() {
             frontend.config_write(index, COMMAND, &[0, 0]);
-            let mut placed = Vec::new();
+            let mut bars = Vec::new();
             for info in function.bars() {
                 let pool = match info.space {
                     AddressSpace::Io => &mut io,
@@ -57,31 +65,29 @@ impl Placement {
                     size: info.size,
                 })?;
                 write_bar(frontend, index, info, address);
-                placed.push((info.bar, address));
+                bars.push((info.bar, address));
             }
-            addresses.push(placed);
+            functions.push(Placed { ids: read_ids(frontend, index), bars });
         }
-        Ok(Self { addresses })
+        Ok(Self { functions })
     }
 
     /// Lets every function decode.
     pub(super) fn enable(&self, frontend: &Frontend, command: u16) {
-        for index in 0..self.addresses.len() {
+        for index in 0..self.functions.len() {
             frontend.config_write(index, COMMAND, &command.to_le_bytes());
         }
     }
 
     /// The rows of the device table for `toggle`: each edu function with the next ivshmem function.
-    pub(super) fn pairs(&self, frontend: &Frontend) -> Vec<Device> {
-        let ivshmem = self.with_ids(frontend, IVSHMEM);
+    pub(super) fn pairs(&self) -> Vec<Device> {
         let row = |(edu, ivshmem): (usize, usize)| self.row(edu, (ivshmem, 2));
-        self.edu_functions(frontend).into_iter().zip(ivshmem).filter_map(row).collect()
+        self.edu_functions().zip(self.with_ids(IVSHMEM)).filter_map(row).collect()
     }
 
     /// The rows for `edu`, which looks at nothing else: each function is its own partner.
-    pub(super) fn edu_alone(&self, frontend: &Frontend) -> Vec<Device> {
-        let functions = self.edu_functions(frontend).into_iter();
-        functions.filter_map(|edu| self.row(edu, (edu, 0))).collect()
+    pub(super) fn edu_alone(&self) -> Vec<Device> {
+        self.edu_functions().filter_map(|edu| self.row(edu, (edu, 0))).collect()
     }
 
     fn row(&self, edu: usize, (mapped, mapped_bar): (usize, u8)) -> Option<Device> {
@@ -94,23 +100,27 @@ impl Placement {
     }
 
     /// Functions whose trapped BAR0 the guest programs write to.
-    pub(super) fn edu_functions(&self, frontend: &Frontend) -> Vec<usize> {
-        self.with_ids(frontend, EDU)
+    pub(super) fn edu_functions(&self) -> impl Iterator<Item = usize> {
+        self.with_ids(EDU)
     }
 
-    fn with_ids(&self, frontend: &Frontend, ids: (u16, u16)) -> Vec<usize> {
-        let has_ids = |index: &usize| {
-            let mut data = [0; 4];
-            frontend.config_read(*index, 0, &mut data);
-            let [a, b, c, d] = data;
-            (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])) == ids
-        };
-        (0..self.addresses.len()).filter(has_ids).collect()
+    /// Functions whose mapped BAR2 they write to.
+    pub(super) fn ivshmem_functions(&self) -> impl Iterator<Item = usize> {
+        self.with_ids(IVSHMEM)
+    }
+
+    fn with_ids(&self, ids: (u16, u16)) -> impl Iterator<Item = usize> {
+        let functions = self.functions.iter().enumerate();
+        functions.filter(move |(_, placed)| placed.ids == ids).map(|(index, _)| index)
     }
 
     fn bar(&self, function: usize, bar: u8) -> Option<u64> {
-        let placed = self.addresses.get(function)?;
-        placed.iter().find(|(number, _)| *number == bar).map(|(_, address)| *address)
+        self.functions
+            .get(function)?
+            .bars
+            .iter()
+            .find(|(number, _)| *number == bar)
+            .map(|(_, address)| *address)
     }
 }
 
@@ -118,6 +128,13 @@ impl Placement {
 const EDU: (u16, u16) = (0x1234, 0x11e8);
 /// Vendor and device of ivshmem.
 const IVSHMEM: (u16, u16) = (0x1af4, 0x1110);
+
+fn read_ids(frontend: &Frontend, function: usize) -> (u16, u16) {
+    let mut data = [0; 4];
+    frontend.config_read(function, 0, &mut data);
+    let [a, b, c, d] = data;
+    (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
+}
 
 fn write_bar(frontend: &Frontend, function: usize, info: &BarInfo, address: u64) {
     let register = BAR0 + 4 * u16::from(info.bar);

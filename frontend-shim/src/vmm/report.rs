@@ -4,10 +4,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use barkeep_protocol::wire::RegionState;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::guest::{EduReport, ProbeReport, StatBlock};
+use super::guest::{EduReport, ProbeReport, RunState, StatBlock};
 use super::placement::Placement;
 use super::vcpu::VcpuEnd;
 use super::{Arguments, MachineError, Program};
@@ -48,12 +49,17 @@ pub struct Report {
     pub reads: u64,
     /// Those of them that completed as Unsupported Request.
     pub reads_ur: u64,
+    /// Reads of trapped BARs in widths that the device answers with all ones, decoding or not. Part of
+    /// `reads`, never of `reads_ur`.
+    pub narrow_reads: u64,
     /// Writes to trapped BARs by the guest.
     pub trapped_writes: u64,
     /// Writes to mapped BARs by the guest.
     pub mapped_writes: u64,
     /// Memory faults that were resolved.
     pub memory_faults: u64,
+    /// How often a memory slot came or went.
+    pub slot_changes: u64,
     /// Values that no correct machine returns.
     pub wrong_values: u64,
     /// The backends' side of the trapped BARs.
@@ -68,13 +74,16 @@ pub struct Report {
     pub findings: Vec<String>,
 }
 
-/// What backends counted on trapped BARs.
+/// What backends counted on the BARs that the guest program uses.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Backends {
     /// Writes that reached a device.
     pub writes_applied: u64,
     /// Writes that were dropped: Unsupported Request.
     pub writes_dropped: u64,
+    /// Reads that completed as Unsupported Request, of trapped BARs and of mapped BARs without their
+    /// slot.
+    pub reads_ur: u64,
 }
 
 /// Percentiles in nanoseconds.
@@ -105,6 +114,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         vcpus: u32::try_from(ends.len()).unwrap_or(u32::MAX),
         functions: frontend.functions().len(),
         memory_faults: frontend.memory_faults(),
+        slot_changes: frontend.slot_changes(),
         seconds: elapsed.as_secs_f64(),
         ..Report::default()
     };
@@ -125,7 +135,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         };
     }
     report.ask_backends(frontend, placement);
-    report.add_findings(arguments, ram, placement.edu_functions(frontend).len());
+    report.add_findings(arguments, ram, placement);
     report
 }
 
@@ -166,11 +176,15 @@ impl Report {
             Ok(block) => block,
             Err(error) => return self.failures.push(format!("vCPU {vcpu}: {error}")),
         };
+        if block.state != RunState::Finished {
+            self.failures.push(format!("vCPU {vcpu} did not finish: {:?}", block.state));
+        }
         if vcpu == 0 {
             self.cycles = block.progress;
         }
         self.reads += block.reads;
         self.reads_ur += block.reads_ur;
+        self.narrow_reads += block.narrow_reads;
         self.trapped_writes += block.trapped_writes;
         self.mapped_writes += block.mapped_writes;
         self.wrong_values += block.wrong;
@@ -184,16 +198,16 @@ impl Report {
 
     /// Every write of the guest must have arrived, applied or dropped, exactly once.
     fn ask_backends(&mut self, frontend: &Frontend, placement: &Placement) {
-        for index in placement.edu_functions(frontend) {
-            match frontend.functions()[index].client().region_state(0) {
-                Ok(state) => {
-                    self.backends.writes_applied += state.writes;
-                    self.backends.writes_dropped += state.writes_dropped;
-                }
-                Err(error) => self.failures.push(format!("function {index}: {error}")),
-            }
+        for index in placement.edu_functions() {
+            let state = self.ask_backend(frontend, index, 0);
+            self.backends.writes_applied += state.writes;
+            self.backends.writes_dropped += state.writes_dropped;
+            self.backends.reads_ur += state.reads_ur;
         }
-        let Backends { writes_applied, writes_dropped } = self.backends;
+        for index in placement.ivshmem_functions() {
+            self.backends.reads_ur += self.ask_backend(frontend, index, 2).reads_ur;
+        }
+        let Backends { writes_applied, writes_dropped, .. } = self.backends;
         if writes_applied + writes_dropped != self.trapped_writes {
             self.failures.push(format!(
                 "the guest wrote {} times to trapped BARs, the backends applied {writes_applied} and dropped {writes_dropped}",
@@ -202,15 +216,45 @@ impl Report {
         }
     }
 
-    fn add_findings(&mut self, arguments: &Arguments, ram: &HostMapping, edu_functions: usize) {
+    fn ask_backend(&mut self, frontend: &Frontend, function: usize, bar: u32) -> RegionState {
+        frontend.functions()[function].client().region_state(bar).unwrap_or_else(|error| {
+            self.failures.push(format!("function {function}: {error}"));
+            RegionState::default()
+        })
+    }
+
+    fn add_findings(&mut self, arguments: &Arguments, ram: &HostMapping, placement: &Placement) {
         match arguments.program {
             Program::Probe => self.add_probe(ram),
-            Program::Edu => (0..edu_functions).for_each(|device| self.add_edu(ram, device)),
-            Program::Toggle => {
-                if self.cycles != arguments.cycles {
-                    let (done, total) = (self.cycles, arguments.cycles);
-                    self.failures.push(format!("toggle ended after {done} of {total} cycles"));
-                }
+            Program::Edu => {
+                let count = placement.edu_functions().count();
+                (0..count).for_each(|device| self.add_edu(ram, device));
+            }
+            Program::Toggle => self.check_toggle(arguments, placement.pairs().len() as u64),
+        }
+    }
+
+    /// A run in which nothing happened has shown nothing: every cycle reads and writes each pair with
+    /// decode off, and maps and suspends the directly mapped BAR.
+    fn check_toggle(&mut self, arguments: &Arguments, pairs: u64) {
+        let reads_ur = self.backends.reads_ur;
+        if !(self.reads_ur..=self.reads_ur + self.narrow_reads).contains(&reads_ur) {
+            self.failures.push(format!(
+                "the guest saw {} reads as UR and {} of undefined width, the backends gave {reads_ur}",
+                self.reads_ur, self.narrow_reads
+            ));
+        }
+        let least = arguments.cycles * pairs;
+        let rows = [
+            ("cycles", self.cycles, arguments.cycles),
+            ("reads as UR", self.reads_ur, 2 * least),
+            ("dropped writes", self.backends.writes_dropped, least),
+            ("applied writes", self.backends.writes_applied, least),
+            ("changes of memory slots", self.slot_changes, 2 * least),
+        ];
+        for (what, seen, least) in rows {
+            if seen < least {
+                self.failures.push(format!("{seen} {what}, not {least} or more"));
             }
         }
     }

@@ -72,15 +72,15 @@ impl<'a> VcpuThread<'a> {
                     guard.progress();
                     measure(latency, || self.host.mmio_write(address.0, data));
                 }
-                VcpuExit::PioRead { port, data } => {
+                VcpuExit::PioRead { port, width, data } => {
                     guard.progress();
-                    self.host.port_read(port, data);
+                    data.chunks_exact_mut(width).for_each(|item| self.host.port_read(port, item));
                 }
                 // What a program found is in its own counters.
                 VcpuExit::PioWrite { port: EXIT_PORT, .. } => guard.progress(),
-                VcpuExit::PioWrite { port, data } => {
+                VcpuExit::PioWrite { port, width, data } => {
                     guard.progress();
-                    self.host.port_write(port, data);
+                    data.chunks_exact(width).for_each(|item| self.host.port_write(port, item));
                 }
                 VcpuExit::MemoryFault(fault) => resolve(self.host, &mut guard, &fault)?,
                 VcpuExit::Interrupted => {}
@@ -93,8 +93,14 @@ impl<'a> VcpuThread<'a> {
 }
 
 fn resolve(host: &PciHost, guard: &mut ProgressGuard, fault: &MemoryFault) -> Result<(), String> {
-    guard.fault(fault.address.map(|address| address.0)).map_err(|error| error.to_string())?;
-    match host.frontend().memory_fault(fault) {
+    let frontend = host.frontend();
+    let address = fault.address.map(|address| address.0);
+    if let Err(error) = guard.fault(address, frontend.slot_changes()) {
+        // Trapped, the BAR needs no memory that could fault.
+        guard.progress();
+        return if frontend.quarantine(fault) { Ok(()) } else { Err(error.to_string()) };
+    }
+    match frontend.memory_fault(fault) {
         FaultOutcome::Reenter(_) => Ok(()),
         FaultOutcome::NotMine => Err(format!("memory fault outside of every BAR: {fault:x?}")),
     }

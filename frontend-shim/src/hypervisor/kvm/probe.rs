@@ -35,7 +35,9 @@ pub(super) fn run() -> Result<(), HypervisorError> {
     let mut answered = false;
     for _ in 0..MAX_INTERRUPTIONS {
         match vcpu.run()? {
-            VcpuExit::PioWrite { port, data } if port == u16::from(PORT) && data == [ANSWER] => {
+            VcpuExit::PioWrite { port, data, .. }
+                if port == u16::from(PORT) && data == [ANSWER] =>
+            {
                 answered = true;
             }
             VcpuExit::Halted if answered => return Ok(()),

@@ -103,8 +103,23 @@ impl Vcpu for KvmVcpu {
             Ok(kvm_ioctls::VcpuExit::MmioWrite(address, data)) => {
                 Ok(VcpuExit::MmioWrite { address: GuestAddress(address), data })
             }
-            Ok(kvm_ioctls::VcpuExit::IoIn(port, data)) => Ok(VcpuExit::PioRead { port, data }),
-            Ok(kvm_ioctls::VcpuExit::IoOut(port, data)) => Ok(VcpuExit::PioWrite { port, data }),
+            Ok(kvm_ioctls::VcpuExit::IoIn(port, data)) => {
+                let (start, len) = (data.as_mut_ptr(), data.len());
+                // SAFETY: `data` is not used any more; what follows it points to the same bytes.
+                let width = pio_width(unsafe { &mut *fd }, len);
+                // SAFETY: KVM puts the data on a page of its own behind `struct kvm_run`, mapped as
+                // long as the fd, which the result borrows.
+                let data = unsafe { std::slice::from_raw_parts_mut(start, len) };
+                Ok(VcpuExit::PioRead { port, width, data })
+            }
+            Ok(kvm_ioctls::VcpuExit::IoOut(port, data)) => {
+                let (start, len) = (data.as_ptr(), data.len());
+                // SAFETY: as for IoIn.
+                let width = pio_width(unsafe { &mut *fd }, len);
+                // SAFETY: as for IoIn.
+                let data = unsafe { std::slice::from_raw_parts(start, len) };
+                Ok(VcpuExit::PioWrite { port, width, data })
+            }
             Ok(kvm_ioctls::VcpuExit::MemoryFault { flags, gpa, size }) => {
                 Ok(VcpuExit::MemoryFault(MemoryFault {
                     address: Some(GuestAddress(gpa)),
@@ -126,7 +141,7 @@ impl Vcpu for KvmVcpu {
                 Ok(internal_error(unsafe { &mut *fd }))
             }
             Ok(_) => {
-                // SAFETY: as above; the exits that hold a borrow are all named before.
+                // SAFETY: whatever such an exit borrows is not used any more.
                 let reason = unsafe { &mut *fd }.get_kvm_run().exit_reason;
                 Ok(VcpuExit::Unexpected { reason })
             }
@@ -143,6 +158,14 @@ impl Vcpu for KvmVcpu {
             },
         }
     }
+}
+
+/// Bytes of one access: with REP INS and REP OUTS, one exit has several.
+fn pio_width(fd: &mut VcpuFd, len: usize) -> usize {
+    // SAFETY: the exit reason was KVM_EXIT_IO, so `io` is the field that is set.
+    let width = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };
+    // Never 0, which would divide the data into nothing.
+    usize::from(width).clamp(1, len.max(1))
 }
 
 fn internal_error(fd: &mut VcpuFd) -> VcpuExit<'static> {

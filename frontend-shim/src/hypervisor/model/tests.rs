@@ -53,11 +53,13 @@ fn exits(vcpu: &mut dyn Vcpu) -> Vec<String> {
             VcpuExit::MmioWrite { address, data } => {
                 seen.push(format!("write {address} {data:02x?}"))
             }
-            VcpuExit::PioRead { port, data } => {
+            VcpuExit::PioRead { port, data, .. } => {
                 seen.push(format!("in {port:#x} {}", data.len()));
                 data.copy_from_slice(&0x4433_2211_u32.to_le_bytes()[..data.len()]);
             }
-            VcpuExit::PioWrite { port, data } => seen.push(format!("out {port:#x} {data:02x?}")),
+            VcpuExit::PioWrite { port, data, .. } => {
+                seen.push(format!("out {port:#x} {data:02x?}"))
+            }
             other => panic!("{other:?}"),
         }
     }

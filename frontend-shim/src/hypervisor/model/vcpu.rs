@@ -103,8 +103,8 @@ fn exit(access: &mut Access) -> VcpuExit<'_> {
         (Target::Memory(address), true) => {
             VcpuExit::MmioWrite { address: GuestAddress(address), data }
         }
-        (Target::Port(port), false) => VcpuExit::PioRead { port, data },
-        (Target::Port(port), true) => VcpuExit::PioWrite { port, data },
+        (Target::Port(port), false) => VcpuExit::PioRead { port, width: data.len(), data },
+        (Target::Port(port), true) => VcpuExit::PioWrite { port, width: data.len(), data },
     }
 }
 

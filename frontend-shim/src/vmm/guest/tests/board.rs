@@ -133,11 +133,11 @@ impl Board {
                             VcpuExit::MmioWrite { address, data } => {
                                 self.mmio_write(address.0, data.len(), number(data));
                             }
-                            VcpuExit::PioRead { port, data } => {
+                            VcpuExit::PioRead { port, data, .. } => {
                                 let value = self.port_read(port);
                                 data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
                             }
-                            VcpuExit::PioWrite { port, data } => {
+                            VcpuExit::PioWrite { port, data, .. } => {
                                 self.port_write(port, number(data))
                             }
                             VcpuExit::Interrupted => {}
