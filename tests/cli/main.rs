@@ -1,5 +1,7 @@
-//! The binary `barkeep serve`, as an operator and a service manager see it.
+//! The binary `barkeep`, as an operator and a service manager see it.
 
+mod demo;
+mod logs;
 mod process;
 mod signals;
 mod sockets;

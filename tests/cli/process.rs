@@ -21,9 +21,19 @@ pub(crate) struct Sidecar {
 impl Sidecar {
     /// Starts it on sockets, each with a device, and waits until all of them are there.
     pub(crate) fn start(functions: &[(&Path, &str)]) -> Self {
+        Self::start_with(functions, &[], Stdio::piped())
+    }
+
+    /// Starts it with further options, and with its logs going somewhere.
+    pub(crate) fn start_with(
+        functions: &[(&Path, &str)],
+        options: &[&str],
+        stderr: impl Into<Stdio>,
+    ) -> Self {
         let mut child = serve(&arguments(functions))
+            .args(options)
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .expect("barkeep starts");
         let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
@@ -41,11 +51,14 @@ impl Sidecar {
         kill_process(self.pid(), signal).expect("it is our child");
     }
 
-    /// Waits for it to end. `None` is an end by a signal.
+    /// Waits for it to end, without another word on standard output. `None` is an end by a signal.
     pub(crate) fn wait(mut self) -> Option<i32> {
         let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).expect("it is our child");
         let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&DEADLINE));
         assert_eq!(ended, Ok(1), "barkeep does not end");
+        let mut more = String::new();
+        self.stdout.read_to_string(&mut more).expect("a pipe");
+        assert_eq!(more, "", "standard output is for the ready lines");
         self.child.wait().expect("it is our child").code()
     }
 

@@ -107,17 +107,18 @@ fn a_window_may_end_where_addresses_do() {
 }
 
 #[test]
-fn unmapping_takes_exactly_what_was_mapped_and_repeats_it() {
+fn unmapping_takes_no_part_of_a_window_and_repeats_the_request() {
     let backend = Backend::serve(&["edu"]);
     let mut peer = backend.client();
     peer.map(BOTH, 0x10000, 0x4000, shrinkable(0x4000).as_fd());
     for (name, errno, body) in [
-        ("only its start", Errno::NOENT, dma_unmap(0, 0x10000, 0x1000)),
-        ("only its end", Errno::NOENT, dma_unmap(0, 0x13000, 0x1000)),
-        ("more than it", Errno::NOENT, dma_unmap(0, 0x10000, 0x5000)),
+        ("only its start", Errno::INVAL, dma_unmap(0, 0x10000, 0x1000)),
+        ("only its end", Errno::INVAL, dma_unmap(0, 0x13000, 0x1000)),
+        ("its middle", Errno::INVAL, dma_unmap(0, 0x11000, 0x2000)),
+        ("all but its first byte", Errno::INVAL, dma_unmap(0, 0x10001, 0x8000)),
         ("never mapped", Errno::NOENT, dma_unmap(0, 0x4000_0000, 0x1000)),
-        // What QEMU asks under a vIOMMU: everything, by address.
-        ("all there is", Errno::NOENT, dma_unmap(0, 0, u64::MAX)),
+        ("nothing", Errno::NOENT, dma_unmap(0, 0x10000, 0)),
+        ("past 2^64", Errno::INVAL, dma_unmap(0, 0x10000, u64::MAX)),
         ("ALL of a range", Errno::INVAL, dma_unmap(UNMAP_ALL, 0x10000, 0x4000)),
         ("a dirty bitmap", Errno::INVAL, dma_unmap(1, 0x10000, 0x4000)),
         ("an unknown flag", Errno::INVAL, dma_unmap(4, 0x10000, 0x4000)),
@@ -131,6 +132,46 @@ fn unmapping_takes_exactly_what_was_mapped_and_repeats_it() {
     let reply = peer.call(command::DMA_UNMAP, &request).success();
     assert_eq!(reply, Payload::new().u32(24).u32(0).u64(0x10000).u64(0x4000).done());
     peer.expect_errno(command::DMA_UNMAP, &request, Errno::NOENT);
+}
+
+/// QEMU's vIOMMU withdraws what a guest invalidates, as one range: larger than what was mapped, and
+/// with holes. A window that stayed would be memory that the guest has taken back.
+#[test]
+fn unmapping_a_range_withdraws_every_window_in_it() {
+    for (address, size) in [(0x2000, 0x8000), (0, 1 << 48), (0, u64::MAX)] {
+        let backend = Backend::serve(&["edu"]);
+        let mut peer = backend.client();
+        edu::enable(&mut peer);
+        let source = page(shrinkable(0x1000), b"source");
+        let target = page(shrinkable(0x2000), b"target");
+        peer.map(BOTH, 0x1000, 0x1000, source.as_fd());
+        edu::load(&mut peer, 0x1000, 6);
+        let _ = peer.call(command::DMA_UNMAP, &dma_unmap(0, 0x1000, 0x1000)).success();
+        for at in [0x2000, 0x8000] {
+            peer.map(BOTH, at, 0x1000, target.as_fd());
+        }
+        let request = dma_unmap(0, address, size);
+        assert_eq!(peer.call(command::DMA_UNMAP, &request).success(), request);
+        for at in [0x2000, 0x8000] {
+            edu::store(&mut peer, at, 6);
+            assert_eq!(bytes_at(&target, 0, 6), b"target", "window {at:#x} of {size:#x}");
+            peer.map(BOTH, at, 0x1000, target.as_fd());
+        }
+    }
+}
+
+/// SPDK's client sends the descriptor of the memory with both.
+#[test]
+fn unmapping_may_bring_the_descriptor_of_the_window() {
+    let backend = Backend::serve(&["edu"]);
+    let mut peer = backend.client();
+    let file = shrinkable(0x1000);
+    for _ in 0..3 {
+        peer.map(BOTH, 0x1000, 0x1000, file.as_fd());
+        let request = dma_unmap(0, 0x1000, 0x1000);
+        let reply = peer.call_with_fds(command::DMA_UNMAP, &request, &[file.as_fd()]);
+        assert_eq!(reply.success(), request);
+    }
 }
 
 #[test]

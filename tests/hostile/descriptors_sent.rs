@@ -17,7 +17,6 @@ fn a_command_that_takes_no_descriptors_is_refused_with_one() {
     let mut peer = backend.client();
     let file = shrinkable(4096);
     for (command, body) in [
-        (command::DMA_UNMAP, dma_unmap(0, 0, 4096)),
         (command::GET_INFO, info(16, 0)),
         (command::GET_REGION_INFO, region_info(32, 0)),
         (command::GET_IRQ_INFO, info(16, 0)),
@@ -29,6 +28,11 @@ fn a_command_that_takes_no_descriptors_is_refused_with_one() {
             peer.call_with_fds(command, &body, &vec![file.as_fd(); count]).failure(Errno::INVAL);
         }
     }
+    let unmap = dma_unmap(0, 0, 4096);
+    peer.map(0b11, 0, 4096, file.as_fd());
+    let two = [file.as_fd(); 2];
+    peer.call_with_fds(command::DMA_UNMAP, &unmap, &two).failure(Errno::INVAL);
+    let _ = peer.call(command::DMA_UNMAP, &unmap).success();
     assert_eq!(peer.config_u16(4), 0, "nothing was written");
     drop(peer);
     edu::assert_served(backend.socket());

@@ -1,15 +1,19 @@
 //! Peers that hang up in the middle of everything.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
+use barkeep_backend::devices::{Context, Device};
+use barkeep_backend::pci::{BarIndex, ClassCode, FunctionSpec, Ids};
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu;
 use barkeep_tests::event_counter::EventCounter;
 use barkeep_tests::memory::shrinkable;
 use barkeep_tests::peer::Peer;
-use barkeep_tests::peer::message::{COMMAND, command, header, message};
+use barkeep_tests::peer::message::{COMMAND, REPLY, command, header, message};
 use barkeep_tests::peer::requests::{access, dma_map, info, irq::INTX};
 use barkeep_tests::peer::version_body;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 #[test]
 fn a_peer_may_leave_at_any_byte_of_a_message() {
@@ -76,4 +80,54 @@ fn a_peer_that_only_stops_sending_still_gets_its_replies() {
     peer.expect_closed();
     drop(peer);
     edu::assert_served(backend.socket());
+}
+
+/// A device that looks at its client's end of the connection when it has to let go of memory.
+struct Witness {
+    client: Arc<Mutex<Option<OwnedFd>>>,
+    saw: Arc<Mutex<Vec<PollFlags>>>,
+}
+
+impl Device for Witness {
+    fn spec(&self) -> FunctionSpec {
+        let class = ClassCode { base: 0xff, sub: 0, interface: 0 };
+        FunctionSpec::new(Ids {
+            vendor: 0x1234,
+            device: 1,
+            subsystem_vendor: 0,
+            subsystem: 0,
+            revision: 0,
+            class,
+        })
+    }
+
+    fn bar_read(&mut self, _: BarIndex, _: u64, _: &mut [u8], _: &mut Context<'_>) {}
+
+    fn bar_write(&mut self, _: BarIndex, _: u64, _: &[u8], _: &mut Context<'_>) {}
+
+    fn quiesce(&mut self) {
+        if let Some(client) = &*self.client.lock().expect("no panic") {
+            let mut events = [PollFd::new(client, PollFlags::RDHUP)];
+            poll(&mut events, Some(&Timespec::default())).expect("a socket");
+            self.saw.lock().expect("no panic").push(events[0].revents());
+        }
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// So a client that waits for the end of the connection may use its memory for something else.
+#[test]
+fn memory_is_given_back_before_the_connection_ends() {
+    let (client, saw) = (Arc::default(), Arc::default());
+    let witness = Witness { client: Arc::clone(&client), saw: Arc::clone(&saw) };
+    let backend = Backend::host(vec![Box::new(witness)]);
+    let mut peer = backend.client();
+    let end = peer.as_fd().try_clone_to_owned().expect("a descriptor");
+    *client.lock().expect("no panic") = Some(end);
+    // A reply to nothing, which ends the session.
+    peer.send(&header(1, command::GET_INFO, 16, REPLY));
+    peer.drain();
+    let saw = saw.lock().expect("no panic");
+    assert!(!saw.is_empty() && saw.iter().all(|events| events.is_empty()), "{saw:?}");
 }

@@ -2,13 +2,14 @@
 
 #[cfg(feature = "demo")]
 mod demo;
+mod log;
 mod serve;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tracing_subscriber::EnvFilter;
 
 /// PCI devices in sidecar processes that cannot take the VM down.
@@ -19,9 +20,9 @@ struct Arguments {
     #[arg(long, global = true, env = "BARKEEP_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
 
-    /// Stop when the process that started this one ends
-    #[arg(long, hide = true)]
-    die_with_parent: bool,
+    /// Stop when the process that started this one ends: its process ID
+    #[arg(long, hide = true, value_name = "PID")]
+    die_with_parent: Option<u32>,
 
     #[command(subcommand)]
     command: Command,
@@ -49,15 +50,17 @@ fn main() -> ExitCode {
         Ok(filter) => filter,
         Err(error) => return usage_error(&format!("--log: {error}")),
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    if arguments.die_with_parent
-        && let Err(errno) = set_parent_process_death_signal(Some(Signal::TERM))
-    {
-        tracing::warn!("will not stop with the parent process: {errno}");
+    // Dropped after everything else, so that the last lines are written.
+    let _log = log::start(filter);
+    if let Some(parent) = arguments.die_with_parent {
+        match die_with_parent(parent) {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::error!("the process that started this one has ended");
+                return ExitCode::FAILURE;
+            }
+            Err(errno) => tracing::warn!("will not stop with the parent process: {errno}"),
+        }
     }
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments),
@@ -68,9 +71,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// Has the kernel end this process with `parent`. Returns whether the parent was still there: the
+/// kernel says nothing about an end before it was asked.
+fn die_with_parent(parent: u32) -> Result<bool, Errno> {
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    let parent = i32::try_from(parent).ok().and_then(Pid::from_raw);
+    Ok(parent.is_some() && getppid() == parent)
+}
+
 /// One line on standard error that names the option and the reason.
-#[expect(clippy::print_stderr, reason = "the command line's own answer")]
 fn usage_error(message: &str) -> ExitCode {
-    eprintln!("barkeep: {message}");
+    log::say(&format!("barkeep: {message}"));
     ExitCode::from(EXIT_USAGE)
 }

@@ -1,8 +1,8 @@
 //! Guest memory as a function sees it: the windows that the client announced with DMA_MAP.
 //!
 //! A window's file belongs to the client, who may shrink it at any time; touching a mapping behind
-//! the end of its file raises SIGBUS. Files that are sealed against shrinking are accessed directly,
-//! all others through the kernel, which reports the hole as an error (see `window.rs`).
+//! the end of its file raises SIGBUS. A memfd that is sealed against shrinking is accessed directly,
+//! any other file through the kernel, which reports the hole as an error (see `window.rs`).
 
 mod mapping;
 mod table;
@@ -50,7 +50,10 @@ pub enum DmaError {
     /// The file is shorter than the window, or it can't be mapped.
     #[error("file can't back the window: {0}")]
     Backing(Errno),
-    /// No window has exactly this address and size.
+    /// A range to unmap starts or ends inside a window.
+    #[error("range splits a window")]
+    Bisected,
+    /// No window lies in the range to unmap.
     #[error("no such window")]
     NoSuchWindow,
     /// A transfer to an address that no window covers.
@@ -81,6 +84,7 @@ impl DmaError {
             Self::Backing(errno) => *errno,
             Self::Unaligned
             | Self::Overflow
+            | Self::Bisected
             | Self::Unmapped(_)
             | Self::Denied(_)
             | Self::NotShared(_)

@@ -46,18 +46,21 @@ impl DmaTable {
         Ok(())
     }
 
-    /// Removes the window with exactly this address and size. When it returns, nothing of the
-    /// window's memory is mapped any more.
+    /// Removes every window in the range. When it returns, nothing of their memory is mapped any
+    /// more. This is what VFIO's type 1 IOMMU does (docs/decisions/0008-unmap-by-range.md).
     ///
     /// # Errors
-    /// [`DmaError::NoSuchWindow`] when there is none.
+    /// Nothing has changed: [`DmaError::Bisected`] when a window lies only partly in the range,
+    /// [`DmaError::NoSuchWindow`] when none lies in it, [`DmaError::Overflow`] when the range wraps.
     pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
-        match self.windows.get(&iova) {
-            Some(window) if window.size() == size => {
-                self.windows.remove(&iova);
-                Ok(())
-            }
-            _ => Err(DmaError::NoSuchWindow),
+        let reach = size.checked_sub(1).ok_or(DmaError::NoSuchWindow)?;
+        let last = iova.0.checked_add(reach).ok_or(DmaError::Overflow)?;
+        if self.bisects(iova.0) || last.checked_add(1).is_some_and(|end| self.bisects(end)) {
+            return Err(DmaError::Bisected);
+        }
+        match self.windows.extract_if(iova..=Iova(last), |_, _| true).count() {
+            0 => Err(DmaError::NoSuchWindow),
+            _ => Ok(()),
         }
     }
 
@@ -94,6 +97,12 @@ impl DmaTable {
             done += length;
         }
         Ok(())
+    }
+
+    /// Whether a window starts below `address` and reaches it.
+    fn bisects(&self, address: u64) -> bool {
+        let below = self.windows.range(..Iova(address)).next_back();
+        below.is_some_and(|(start, window)| address - start.0 < window.size())
     }
 
     /// The window that covers `address`, the offset in it, and how much of `length` lies in it.

@@ -1,7 +1,10 @@
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::ProtFlags;
+use vm_memory::Bytes;
 
+use super::mapping::Mapping;
 use super::*;
 
 const READ_WRITE: DmaAccess = DmaAccess::all();
@@ -50,15 +53,101 @@ fn the_number_of_windows_is_bounded() {
     assert_eq!(error.errno(), Errno::NOSPC);
 }
 
+/// A name, a range to unmap, and which windows are left or why it is refused.
+type UnmapRow = (&'static str, u64, u64, Result<&'static [u64], DmaError>);
+
 #[test]
-fn unmap_takes_exactly_a_window() {
-    let mut table = DmaTable::new(10);
-    table.map(Iova(0x4000), 0x2000, READ_WRITE, shared(0x2000)).unwrap();
-    for (address, size) in [(0x4000, 0x1000), (0x5000, 0x1000), (0x3000, 0x2000), (0, 0)] {
-        assert_eq!(table.unmap(Iova(address), size), Err(DmaError::NoSuchWindow));
+fn unmap_takes_whole_windows_and_never_a_part_of_one() {
+    const LAST_PAGE: u64 = 0xffff_ffff_ffff_f000;
+    let all = [0x4000, 0x6000, 0x9000, LAST_PAGE];
+    let rows: &[UnmapRow] = &[
+        ("one of them", 0x4000, 0x2000, Ok(&[0x6000, 0x9000, LAST_PAGE])),
+        ("two neighbours", 0x4000, 0x3000, Ok(&[0x9000, LAST_PAGE])),
+        ("more than there is", 0x1000, 0x7000, Ok(&[0x9000, LAST_PAGE])),
+        ("with a hole", 0x6000, 0x4000, Ok(&[0x4000, LAST_PAGE])),
+        ("all but the last byte of it", 0, LAST_PAGE, Ok(&[LAST_PAGE])),
+        ("the end of the address space", LAST_PAGE, 0x1000, Ok(&[0x4000, 0x6000, 0x9000])),
+        ("from one on", 0x1000, 0xffff_ffff_ffff_f000, Ok(&[])),
+        ("its first page", 0x4000, 0x1000, Err(DmaError::Bisected)),
+        ("its last page", 0x5000, 0x1000, Err(DmaError::Bisected)),
+        ("from its middle on", 0x5000, 0x2000, Err(DmaError::Bisected)),
+        ("up to its middle", 0x1000, 0x4000, Err(DmaError::Bisected)),
+        ("one and half of the next", 0x3000, 0x3fff, Err(DmaError::Bisected)),
+        ("a hole", 0x7000, 0x2000, Err(DmaError::NoSuchWindow)),
+        ("nothing", 0x4000, 0, Err(DmaError::NoSuchWindow)),
+        ("past the end", LAST_PAGE, 0x2000, Err(DmaError::Overflow)),
+    ];
+    for (what, address, size, expected) in rows {
+        let mut table = DmaTable::new(10);
+        for (start, size) in all.into_iter().zip([0x2000, 0x1000, 0x1000, 0x1000]) {
+            table.map(Iova(start), size, READ_WRITE, shared(size)).unwrap();
+        }
+        let result = table.unmap(Iova(*address), *size);
+        let there = |start: &u64| table.read(Iova(*start), &mut [0]).is_ok();
+        let left: Vec<u64> = all.into_iter().filter(there).collect();
+        match expected {
+            Ok(remaining) => assert_eq!((result, &left[..]), (Ok(()), *remaining), "{what}"),
+            Err(error) => assert_eq!((result, &left[..]), (Err(error.clone()), &all[..]), "{what}"),
+        }
     }
-    table.unmap(Iova(0x4000), 0x2000).unwrap();
-    assert_eq!(table.read(Iova(0x4000), &mut [0]), Err(DmaError::Unmapped(0x4000)));
+}
+
+/// Lines of this process's memory map that name a file.
+fn mappings_of(name: &str) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(name)).count()
+}
+
+#[test]
+fn a_part_of_a_huge_page_is_mapped_with_the_rest_of_it_and_unmapped_as_a_whole() {
+    const HUGE: usize = 2 << 20;
+    // Plain memory that is treated as if it had huge pages: those of this machine may be none.
+    let file = memfd_create("part-of-a-huge-page", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 3 * HUGE as u64).unwrap();
+    for (offset, size) in [(0xc0000, 0x1000), (0x1f_f000, 0x2000), (0, HUGE), (0x20_0000, 0x1000)] {
+        let page = rustix::io::pwrite(&file, b"here", offset);
+        assert_eq!(page, Ok(4));
+        let mapping = Mapping::new(file.as_fd(), offset, size, HUGE, ProtFlags::READ).unwrap();
+        let mut text = [0; 4];
+        mapping.slice(0, 4).unwrap().read_slice(&mut text, 0).unwrap();
+        assert_eq!(&text, b"here", "offset {offset:#x}");
+        let (first, slice) = (mapping.address(0, 4).unwrap(), mapping.slice(0, 4).unwrap());
+        assert_eq!(first, slice.ptr_guard().as_ptr().addr());
+        assert!(mapping.slice(size - 3, 4).is_none() && mapping.address(size - 3, 4).is_none());
+        assert!(mapping.slice(usize::MAX, 4).is_none(), "wraps");
+        assert_eq!(mappings_of("part-of-a-huge-page"), 1);
+        drop(mapping);
+        assert_eq!(mappings_of("part-of-a-huge-page"), 0);
+    }
+}
+
+/// A hugetlbfs file reserves no page for a window, and touching one that the pool does not have
+/// raises SIGBUS, sealed or not.
+#[test]
+fn huge_pages_that_the_pool_does_not_have_are_errors_and_nobody_dies() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    // A kernel without hugetlbfs has nothing to die of.
+    let Ok(file) = memfd_create("huge-dma", flags) else { return };
+    ftruncate(&file, 4 << 20).unwrap();
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    let mut table = DmaTable::new(10);
+    // Where QEMU's second window of RAM starts, in the middle of a huge page.
+    table.map(Iova(0xc0000), 0x1000, READ_WRITE, Some((file, 0xc0000))).unwrap();
+    assert_eq!(mappings_of("huge-dma"), 1);
+    // Pages that the pool does have are as good.
+    let mut back = [0; 4];
+    match table.write(Iova(0xc0800), b"huge") {
+        Ok(()) => {
+            table.read(Iova(0xc0800), &mut back).unwrap();
+            assert_eq!(&back, b"huge");
+        }
+        Err(error) => {
+            assert_eq!(error, DmaError::Vanished(0xc0800));
+            assert_eq!(table.read(Iova(0xc0800), &mut back), Err(DmaError::Vanished(0xc0800)));
+        }
+    }
+    table.unmap(Iova(0xc0000), 0x1000).unwrap();
+    assert_eq!(mappings_of("huge-dma"), 0);
 }
 
 #[test]

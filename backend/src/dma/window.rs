@@ -3,13 +3,16 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::fs::{SealFlags, StatFs, fcntl_get_seals, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 use vm_memory::Bytes;
 
 use super::mapping::Mapping;
 use super::{DmaAccess, DmaError};
+
+/// The granularity of windows, and the page size of x86-64.
+const PAGE_SIZE: usize = 4096;
 
 /// One window of client memory.
 #[derive(Debug)]
@@ -28,11 +31,12 @@ struct Memory {
 /// Whether touching the mapping can raise SIGBUS.
 #[derive(Debug)]
 enum Trust {
-    /// The file is sealed against shrinking: every page of the window exists for ever.
+    /// A memfd that is sealed against shrinking: every page of the window exists for ever.
     Sealed,
-    /// The client may truncate the file. Transfers go through `process_vm_readv`/`writev` on this
-    /// process itself, where the kernel answers EFAULT for a page that is gone.
-    Shrinkable,
+    /// The client may truncate the file, or the kernel may have no page for it: a hugetlbfs file
+    /// reserves none here, and its pool can be empty. Transfers go through
+    /// `process_vm_readv`/`writev` on this process itself, where the kernel answers EFAULT instead.
+    Doubtful,
 }
 
 impl Window {
@@ -70,7 +74,7 @@ impl Window {
 
 impl Memory {
     fn map(fd: &OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Self, DmaError> {
-        if !offset.is_multiple_of(4096) {
+        if !offset.is_multiple_of(PAGE_SIZE as u64) {
             return Err(DmaError::Unaligned);
         }
         let end = offset.checked_add(size).ok_or(DmaError::Overflow)?;
@@ -78,16 +82,21 @@ impl Memory {
         if u64::try_from(length).unwrap_or(0) < end {
             return Err(DmaError::Backing(Errno::INVAL));
         }
+        let file_system = fstatfs(fd).map_err(DmaError::Backing)?;
         let trust = match fcntl_get_seals(fd) {
-            Ok(seals) if seals.contains(SealFlags::SHRINK) => Trust::Sealed,
-            _ => Trust::Shrinkable,
+            Ok(seals)
+                if seals.contains(SealFlags::SHRINK) && file_system.f_type == libc::TMPFS_MAGIC =>
+            {
+                Trust::Sealed
+            }
+            _ => Trust::Doubtful,
         };
         let size = usize::try_from(size).map_err(|_| DmaError::Overflow)?;
         let mut protection = ProtFlags::empty();
         protection.set(ProtFlags::READ, access.contains(DmaAccess::READ));
         protection.set(ProtFlags::WRITE, access.contains(DmaAccess::WRITE));
-        let mapping =
-            Mapping::new(fd.as_fd(), offset, size, protection).map_err(DmaError::Backing)?;
+        let mapping = Mapping::new(fd.as_fd(), offset, size, page_size(&file_system), protection)
+            .map_err(DmaError::Backing)?;
         Ok(Self { mapping, trust })
     }
 
@@ -96,7 +105,7 @@ impl Memory {
         let len = data.len();
         match self.trust {
             Trust::Sealed => self.mapping.slice(start, len)?.read_slice(data, 0).ok(),
-            Trust::Shrinkable => {
+            Trust::Doubtful => {
                 let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
                 let local = &mut [IoSliceMut::new(data)];
                 let copied = process_vm_readv(Pid::this(), local, &[remote]).ok()?;
@@ -110,7 +119,7 @@ impl Memory {
         let len = data.len();
         match self.trust {
             Trust::Sealed => self.mapping.slice(start, len)?.write_slice(data, 0).ok(),
-            Trust::Shrinkable => {
+            Trust::Doubtful => {
                 let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
                 let local = &[IoSlice::new(data)];
                 let copied = process_vm_writev(Pid::this(), local, &[remote]).ok()?;
@@ -118,4 +127,11 @@ impl Memory {
             }
         }
     }
+}
+
+/// The size of the pages that a file of this file system is mapped in.
+fn page_size(file_system: &StatFs) -> usize {
+    let huge = usize::try_from(file_system.f_bsize).ok();
+    huge.filter(|size| file_system.f_type == libc::HUGETLBFS_MAGIC && size.is_power_of_two())
+        .unwrap_or(PAGE_SIZE)
 }

@@ -51,6 +51,16 @@ impl std::fmt::Debug for HostedFunction {
     }
 }
 
+/// What an access that nobody claimed wanted.
+#[derive(Clone, Copy)]
+enum Direction {
+    Read,
+    /// To memory space.
+    Write,
+    /// To I/O space: the requester waits for its completion.
+    IoWrite,
+}
+
 /// A region that exists, by what serves it.
 #[derive(Clone, Copy)]
 enum Target {
@@ -80,6 +90,7 @@ impl HostedFunction {
     /// The client has gone: its memory and eventfds are given back and the function is as at
     /// power-on for the next one.
     pub fn client_left(&mut self) {
+        // Before the windows go, whatever the reset does.
         self.device.quiesce();
         self.dma.unmap_all();
         self.interrupts.disconnect();
@@ -143,7 +154,7 @@ impl HostedFunction {
                     device.bar_read(bar, access.offset, data, &mut context);
                     self.counters(access.region).reads += 1;
                 } else {
-                    self.unsupported(access, RequestKind::NonPosted);
+                    self.unsupported(access, Direction::Read);
                 }
             }
         }
@@ -166,16 +177,13 @@ impl HostedFunction {
             }
             Target::Bar(bar) => {
                 let io = self.function.bar(bar).is_some_and(|bar| bar.kind == BarKind::Io);
-                let kind = if io { RequestKind::NonPosted } else { RequestKind::Posted };
-                self.counters(access.region).writes_dropped += 1;
-                self.record_unsupported(access, kind, "write");
+                self.unsupported(access, if io { Direction::IoWrite } else { Direction::Write });
             }
         }
         Ok(Reply::body(access.to_bytes()))
     }
 
     pub(super) fn device_reset(&mut self) -> Reply {
-        self.device.quiesce();
         self.reset_function();
         Reply::default()
     }
@@ -267,12 +275,8 @@ impl HostedFunction {
     }
 
     fn reset_function(&mut self) {
-        // The device may hold more than its registers show, so it is reset whatever they say.
         let effects = self.function.reset(ResetKind::Device);
         self.apply(&effects);
-        if effects.reset.is_none() {
-            self.device.reset();
-        }
     }
 
     fn split(&mut self) -> (&mut dyn Device, Context<'_>) {
@@ -304,12 +308,15 @@ impl HostedFunction {
         }
     }
 
-    fn unsupported(&mut self, access: &RegionAccess, kind: RequestKind) {
-        self.counters(access.region).reads_ur += 1;
-        self.record_unsupported(access, kind, "read");
-    }
-
-    fn record_unsupported(&mut self, access: &RegionAccess, kind: RequestKind, what: &str) {
+    /// Counts, records and logs an access to a BAR that does not decode.
+    fn unsupported(&mut self, access: &RegionAccess, direction: Direction) {
+        let counters = self.counters(access.region);
+        let (counter, kind, what) = match direction {
+            Direction::Read => (&mut counters.reads_ur, RequestKind::NonPosted, "read"),
+            Direction::Write => (&mut counters.writes_dropped, RequestKind::Posted, "write"),
+            Direction::IoWrite => (&mut counters.writes_dropped, RequestKind::NonPosted, "write"),
+        };
+        *counter += 1;
         self.function.record_unsupported_request(kind);
         if let Some(suppressed) = self.log.admit() {
             let RegionAccess { offset, region, count } = *access;

@@ -20,14 +20,15 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
-use tracing::info;
+use tracing::{info, warn};
 
 use self::event_loop::{Epoll, Interest, Token};
 use self::rate_limit::RateLimit;
 use self::session::{Session, SessionEnd};
 
-/// How long a client may take from connecting to its VERSION message. The next one is waiting.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+/// How long a client may take from being accepted to its VERSION message. The next one is waiting,
+/// and has patience of its own: QEMU's is 5 seconds, so it outlasts a few that stay silent.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(1);
 /// How long accepting pauses when the process is out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -45,7 +46,8 @@ struct Port {
     function: HostedFunction,
     session: Option<Session>,
     accept_again_at: Option<Instant>,
-    log: RateLimit,
+    client_log: RateLimit,
+    accept_log: RateLimit,
 }
 
 impl Server {
@@ -64,8 +66,14 @@ impl Server {
     pub fn add(&mut self, socket: SocketPath, function: HostedFunction) -> io::Result<()> {
         let token = Token::listener(self.ports.len());
         self.epoll.add(socket.listener(), token, Interest::Read)?;
-        let (session, accept_again_at, log) = Default::default();
-        self.ports.push(Port { socket, function, session, accept_again_at, log });
+        self.ports.push(Port {
+            socket,
+            function,
+            session: None,
+            accept_again_at: None,
+            client_log: RateLimit::default(),
+            accept_log: RateLimit::default(),
+        });
         Ok(())
     }
 
@@ -95,6 +103,9 @@ impl Server {
 
     fn stop(&mut self) {
         for port in &mut self.ports {
+            if let Some(session) = &mut port.session {
+                session.flush();
+            }
             port.function.client_left();
         }
         info!("stopped");
@@ -136,7 +147,10 @@ impl Port {
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
             Err(errno) => {
                 // The connection stays in the backlog; trying again at once would spin.
-                log_client(&mut self.log, &self.socket, &format!("can't accept: {errno}"));
+                if let Some(suppressed) = self.accept_log.admit() {
+                    let socket = &self.socket;
+                    warn!(%socket, suppressed, "can't accept a client: {errno}");
+                }
                 epoll.remove(self.socket.listener())?;
                 self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                 Ok(())
@@ -159,7 +173,7 @@ impl Port {
         let end = match session.serve(&mut self.function) {
             Ok(interest) => {
                 if !greeted && session.handshake_deadline().is_none() {
-                    log_client(&mut self.log, &self.socket, "client connected");
+                    log_client(&mut self.client_log, &self.socket, "client connected");
                 }
                 return session.watch(epoll, token, interest);
             }
@@ -169,14 +183,17 @@ impl Port {
     }
 
     fn end_session(&mut self, epoll: &Epoll, token: Token, end: &SessionEnd) -> io::Result<()> {
-        if let Some(session) = self.session.take() {
+        let session = self.session.take();
+        if let Some(session) = &session {
             epoll.remove(session.as_fd())?;
             // A probe that connects and leaves without a word is no client.
             if session.handshake_deadline().is_none() || !matches!(end, SessionEnd::Left) {
-                log_client(&mut self.log, &self.socket, &format!("client gone: {end}"));
+                log_client(&mut self.client_log, &self.socket, &format!("client gone: {end}"));
             }
         }
         self.function.client_left();
+        // Not earlier: the end of the connection tells the client that its memory is given back.
+        drop(session);
         self.listen(epoll, Token::listener(token.port()))
     }
 

@@ -16,8 +16,11 @@ use super::request_error::RequestError;
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
-/// Replies that may wait for a client that does not read; beyond, its requests are not read either.
+/// Bytes of replies that may wait for a client that does not read; beyond, its requests are not read
+/// either.
 const MAX_QUEUED: usize = 4 << 20;
+/// The same for descriptors, of which a process has far fewer.
+const MAX_QUEUED_FDS: usize = 8;
 
 /// One client's connection.
 #[derive(Debug)]
@@ -90,9 +93,7 @@ impl Session {
     /// wait for next.
     pub(super) fn serve(&mut self, function: &mut HostedFunction) -> Result<Interest, SessionEnd> {
         for _ in 0..BATCH {
-            if self.sender.flush(&self.socket)? == Flush::Blocked
-                && self.sender.queued_bytes() > MAX_QUEUED
-            {
+            if self.sender.flush(&self.socket)? == Flush::Blocked && self.holds_too_much() {
                 return Ok(Interest::Write);
             }
             let outcome = match self.receiver.receive(&self.socket) {
@@ -112,6 +113,16 @@ impl Session {
             Flush::Done => Interest::Read,
             Flush::Blocked => Interest::ReadWrite,
         })
+    }
+
+    /// Hands over what the socket takes of the replies that still wait. For the end of the server,
+    /// which waits for nobody.
+    pub(super) fn flush(&mut self) {
+        let _ = self.sender.flush(&self.socket);
+    }
+
+    fn holds_too_much(&self) -> bool {
+        self.sender.queued_bytes() > MAX_QUEUED || self.sender.queued_fds() > MAX_QUEUED_FDS
     }
 
     fn handle(&mut self, frame: Frame, function: &mut HostedFunction) -> Result<(), SessionEnd> {

@@ -1,6 +1,8 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, flock, open, statat};
 use rustix::io::Errno;
@@ -11,6 +13,10 @@ use thiserror::Error;
 
 /// Clients that wait while another one is served; further ones get EAGAIN or wait in connect.
 const BACKLOG: i32 = 16;
+
+/// How often and how long to wait for another starter, who needs the lock for a moment: a second.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A listening socket and its place in the file system, which is removed when this is dropped.
 #[derive(Debug)]
@@ -26,6 +32,9 @@ pub enum SocketError {
     /// A process listens there.
     #[error("in use by another process")]
     InUse,
+    /// Another process keeps the directory locked.
+    #[error("directory is locked by another process")]
+    Locked,
     /// Something that is not a socket has this name; it is not ours to remove.
     #[error("exists and is not a socket")]
     NotASocket,
@@ -45,7 +54,7 @@ impl SocketPath {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-        flock(&directory, FlockOperation::LockExclusive)?;
+        lock(&directory)?;
 
         let address = SocketAddrUnix::new(path)?;
         remove_stale(path, &address)?;
@@ -76,6 +85,18 @@ impl Drop for SocketPath {
             let _ = rustix::fs::unlink(&self.path);
         }
     }
+}
+
+/// Takes the lock as soon as it is free. Everybody who can read the directory can hold it, for as
+/// long as they like, so patience ends.
+fn lock(directory: &OwnedFd) -> Result<(), SocketError> {
+    for _ in 0..LOCK_TRIES {
+        match flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => thread::sleep(LOCK_PAUSE),
+            result => return Ok(result?),
+        }
+    }
+    Err(SocketError::Locked)
 }
 
 fn unix_socket() -> Result<OwnedFd, Errno> {

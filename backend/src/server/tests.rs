@@ -37,6 +37,17 @@ fn a_live_socket_is_not_stolen_and_a_stale_one_is_replaced() {
 }
 
 #[test]
+fn a_directory_that_somebody_keeps_locked_is_not_waited_for_for_ever() {
+    let (directory, path) = directory();
+    let holder = std::fs::File::open(directory.path()).unwrap();
+    holder.lock().unwrap();
+    assert_eq!(SocketPath::claim(&path).unwrap_err(), SocketError::Locked);
+    assert!(!path.exists());
+    holder.unlock().unwrap();
+    let _socket = SocketPath::claim(&path).unwrap();
+}
+
+#[test]
 fn a_socket_that_somebody_replaced_is_left_to_them() {
     let (_directory, path) = directory();
     let first = SocketPath::claim(&path).unwrap();

@@ -44,7 +44,7 @@ impl<'a> Monitor<'a> {
             if done != seen.0 {
                 seen = (done, Instant::now());
             } else if seen.1.elapsed() > STALL_LIMIT {
-                tracing::error!("the guest made no progress for {STALL_LIMIT:?}: it hangs");
+                report::say(&format!("the guest made no progress for {STALL_LIMIT:?}: it hangs"));
                 std::process::exit(1);
             }
         }

@@ -299,10 +299,14 @@ pub(super) fn print_line(line: &Line) {
 }
 
 /// One line on standard error, and the exit status of an operator's mistake.
-#[expect(clippy::print_stderr, reason = "the command line's own answer")]
 pub(super) fn start_failure(error: &MachineError) -> ExitCode {
-    eprintln!("barkeep-vmm: {error}");
+    say(&error.to_string());
     ExitCode::from(2)
+}
+
+/// One line on standard error, written before this returns. It is lost if nobody can take it.
+pub(super) fn say(message: &str) {
+    let _ = writeln!(std::io::stderr(), "barkeep-vmm: {message}");
 }
 
 /// Whoever started us may have stopped listening; that is no reason to fail.

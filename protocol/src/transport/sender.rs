@@ -24,6 +24,7 @@ pub enum Flush {
 pub struct Sender {
     queue: VecDeque<Outgoing>,
     queued_bytes: usize,
+    queued_fds: usize,
 }
 
 #[derive(Debug)]
@@ -41,13 +42,21 @@ impl Sender {
         bytes.extend_from_slice(&frame.header.to_bytes());
         bytes.extend_from_slice(&frame.body);
         self.queued_bytes += bytes.len();
+        self.queued_fds += frame.fds.len();
         self.queue.push_back(Outgoing { bytes, fds: frame.fds, sent: 0 });
     }
 
-    /// Bytes that wait for the peer to read: what back-pressure is decided on.
+    /// Bytes that wait for the peer to read. Back-pressure is decided on these and on
+    /// [`queued_fds`](Self::queued_fds).
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.queued_bytes
+    }
+
+    /// File descriptors that wait with them, open in this process until they are sent.
+    #[must_use]
+    pub fn queued_fds(&self) -> usize {
+        self.queued_fds
     }
 
     /// Writes as much as the socket takes.
@@ -57,8 +66,10 @@ impl Sender {
     pub fn flush(&mut self, socket: impl AsFd) -> Result<Flush, TransportError> {
         let socket = socket.as_fd();
         while let Some(front) = self.queue.front_mut() {
+            let fds = front.fds.len();
             match front.write(socket) {
                 Ok(count) => {
+                    self.queued_fds -= fds - front.fds.len();
                     front.sent += count;
                     self.queued_bytes -= count;
                     if front.sent == front.bytes.len() {

@@ -153,10 +153,13 @@ fn a_sender_stops_where_the_socket_does_and_goes_on_there() {
     assert_eq!(sender.flush(&a).unwrap(), Flush::Blocked);
     let waiting = sender.queued_bytes();
     assert!(waiting > 0 && waiting < (1 << 20) + 16 + 20, "{waiting}");
+    assert_eq!(sender.queued_fds(), 0, "the descriptor went with the first bytes");
+    sender.queue(command(3, b"more").with_fds(vec![memfd(), memfd()]));
+    assert_eq!(sender.queued_fds(), 2);
 
     let mut receiver = Receiver::default();
     let mut frames = Vec::new();
-    while frames.len() < 2 {
+    while frames.len() < 3 {
         match receiver.receive(&b).unwrap() {
             Received::Frame(frame) => frames.push(frame),
             Received::Pending => {
@@ -168,7 +171,8 @@ fn a_sender_stops_where_the_socket_does_and_goes_on_there() {
     assert_eq!(frames[0].body, body);
     assert_eq!(frames[0].fds.len(), 1);
     assert_eq!(frames[1].body, b"tail");
-    assert_eq!(sender.queued_bytes(), 0);
+    assert_eq!(frames[2].fds.len(), 2);
+    assert_eq!((sender.queued_bytes(), sender.queued_fds()), (0, 0));
 }
 
 proptest! {

@@ -66,19 +66,19 @@ impl<'a> Request<'a> {
             Command::DmaMap => Self::DmaMap(DmaMap::parse(body)?),
             Command::DmaUnmap => Self::DmaUnmap(DmaUnmap::parse(body)?),
             Command::GetInfo => {
-                let raw: RawInfo = exact(body)?;
+                let raw: RawInfo = prefix(body)?;
                 with_argsz::<RawInfo>(raw.argsz)?;
                 Self::GetInfo
             }
             Command::GetRegionInfo => {
-                let raw: RawRegionQuery = exact(body)?;
+                let raw: RawRegionQuery = prefix(body)?;
                 if raw.argsz < RegionInfo::FIXED_SIZE {
                     return Err(WireError::ArgumentSize(raw.argsz));
                 }
                 Self::GetRegionInfo(InfoQuery { index: raw.index, argsz: raw.argsz })
             }
             Command::GetIrqInfo => {
-                let raw: RawInfo = exact(body)?;
+                let raw: RawInfo = prefix(body)?;
                 with_argsz::<RawInfo>(raw.argsz)?;
                 Self::GetIrqInfo(InfoQuery { index: raw.first, argsz: raw.argsz })
             }
@@ -107,7 +107,8 @@ impl<'a> Request<'a> {
     #[must_use]
     pub fn max_fds(&self) -> usize {
         match self {
-            Self::DmaMap(_) => 1,
+            // SPDK's client sends the window's descriptor again when it withdraws the window.
+            Self::DmaMap(_) | Self::DmaUnmap(_) => 1,
             Self::SetIrqs(_) => super::limits::MAX_MESSAGE_FDS,
             _ => 0,
         }
@@ -130,6 +131,13 @@ impl InfoQuery {
         let Self { index, argsz } = self;
         RawInfo { argsz, flags: 0, first: index, second: 0 }.as_bytes().to_vec()
     }
+}
+
+/// A payload that may be longer than its structure: SPDK's client sends its queries with the room
+/// that it has for the answer, padded with zeros.
+fn prefix<T: FromBytes>(body: &[u8]) -> Result<T, WireError> {
+    let short = |_| WireError::Length { expected: size_of::<T>(), actual: body.len() };
+    T::read_from_prefix(body).map(|(structure, _)| structure).map_err(short)
 }
 
 /// A payload that must have exactly the length of its structure.

@@ -10,8 +10,11 @@ mod sidecar;
 mod vm;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use barkeep_shim::vmm::{HypervisorChoice, Order};
+use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::error;
 
 use outcome::Outcome;
@@ -55,6 +58,8 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn play(arguments: &Arguments) -> Result<Outcome, String> {
+    // Before there is anything to clean up: from here on a signal ends the demo, not its cleanup.
+    let interrupted = interruption()?;
     let directory = tempfile::Builder::new()
         .prefix("barkeep-demo-")
         .tempdir()
@@ -63,8 +68,28 @@ fn play(arguments: &Arguments) -> Result<Outcome, String> {
         .map(|number| Sidecar::start(directory.path(), number))
         .collect::<Result<Vec<_>, _>>()?;
     let sockets: Vec<_> = sidecars.iter().flat_map(Sidecar::sockets).collect();
-    let (report, vm_alive) = vm::run(arguments, &sockets)?;
+    if interrupted.load(Ordering::Relaxed) {
+        return Err(INTERRUPTED.into());
+    }
+    let (report, vm_alive) = vm::run(arguments, &sockets, &interrupted)?;
     // A sidecar that died has been noticed by the guest's counts; how it ended is told as well.
-    let failures = sidecars.into_iter().filter_map(|sidecar| sidecar.stop().err()).collect();
+    let mut failures: Vec<_> =
+        sidecars.into_iter().filter_map(|sidecar| sidecar.stop().err()).collect();
+    if interrupted.load(Ordering::Relaxed) {
+        // A terminal tells the sidecars too, so that they have ended is no news.
+        failures = vec![INTERRUPTED.into()];
+    }
     Ok(Outcome::new(arguments, report, vm_alive, failures))
+}
+
+const INTERRUPTED: &str = "interrupted";
+
+/// Becomes true with SIGINT or SIGTERM.
+fn interruption() -> Result<Arc<AtomicBool>, String> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .map_err(|failure| format!("can't handle signals: {failure}"))?;
+    }
+    Ok(interrupted)
 }
