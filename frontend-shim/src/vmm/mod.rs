@@ -34,7 +34,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: u32,
     /// Rounds of `toggle`
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     pub cycles: u64,
     /// Hypervisor to run on
     #[arg(long, value_enum, default_value_t = HypervisorChoice::Auto)]

@@ -24,10 +24,10 @@ use sidecar::Sidecar;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Cycles of clearing and setting PCI_COMMAND.MEM on every function
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
     cycles: u64,
     /// Virtual CPUs: one toggles, the others access the BARs
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=64))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     vcpus: u32,
     /// Devices, each in a process of its own: an edu function with a trapped BAR and an ivshmem
     /// function with a directly mapped one
