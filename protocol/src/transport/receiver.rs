@@ -59,8 +59,21 @@ impl Receiver {
     /// # Errors
     /// [`TransportError`] when the stream can't go on.
     pub fn receive(&mut self, socket: impl AsFd) -> Result<Received, TransportError> {
+        self.receive_within(socket, READS_PER_CALL)
+    }
+
+    /// As [`receive`](Self::receive), with at most `reads` reads: on a blocking socket, each may take
+    /// the socket's timeout.
+    ///
+    /// # Errors
+    /// [`TransportError`] when the stream can't go on.
+    pub fn receive_within(
+        &mut self,
+        socket: impl AsFd,
+        reads: usize,
+    ) -> Result<Received, TransportError> {
         let socket = socket.as_fd();
-        for _ in 0..READS_PER_CALL {
+        for _ in 0..reads {
             if let Some(done) = self.step()? {
                 return Ok(done);
             }
