@@ -24,16 +24,21 @@ fn random_bytes_cost_a_session() {
                 if greeted {
                     peer.greet();
                 }
-                // The backend may hang up at any byte of it.
-                let _ = peer.try_send(&bytes);
-                peer.finish_sending();
-                peer.drain();
-                drop(peer);
-                edu::assert_served(backend.socket());
+                send_and_leave(peer, &bytes, &backend);
                 Ok(())
             })
             .expect("the next client is served");
     }
+}
+
+/// Sends bytes of any kind, reads what comes and leaves; the next client must be served.
+fn send_and_leave(mut peer: Peer, bytes: &[u8], backend: &Backend) {
+    // The backend may hang up at any byte of it.
+    let _ = peer.try_send(bytes);
+    peer.finish_sending();
+    peer.drain();
+    drop(peer);
+    edu::assert_served(backend.socket());
 }
 
 /// Payloads that are nearly right: of about the right length, with small numbers in the fields.
@@ -89,12 +94,7 @@ fn a_flipped_byte_costs_at_most_a_session() {
         .run(&(0..stream.len(), 1u8..), |(at, flip)| {
             let mut bytes = stream.clone();
             bytes[at] ^= flip;
-            let mut peer = backend.client();
-            let _ = peer.try_send(&bytes);
-            peer.finish_sending();
-            peer.drain();
-            drop(peer);
-            edu::assert_served(backend.socket());
+            send_and_leave(backend.client(), &bytes, &backend);
             Ok(())
         })
         .expect("the next client is served");

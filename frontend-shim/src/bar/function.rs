@@ -385,9 +385,7 @@ impl AttachedFunction {
     /// Reads decode back from the function; suspends what does not decode, and maps what does where
     /// the guest has put it.
     fn synchronise(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
-        let answer = Registers::read(&self.client)
-            .and_then(|registers| Ok((registers, self.capabilities.in_d0(&self.client)?)));
-        let registers = match answer {
+        let registers = match self.ask_registers() {
             Ok((registers, in_d0)) => {
                 state.enables = registers.enables();
                 state.in_d0 = in_d0;
@@ -420,6 +418,11 @@ impl AttachedFunction {
                 self.suspend(hypervisor, state, info.bar);
             }
         }
+    }
+
+    /// Command and BARs, and whether the function is in D0.
+    fn ask_registers(&self) -> Result<(Registers, bool), ClientError> {
+        Ok((Registers::read(&self.client)?, self.capabilities.in_d0(&self.client)?))
     }
 
     /// Maps a BAR where the guest has put it; whether it is reachable now.
@@ -465,8 +468,8 @@ impl AttachedFunction {
     /// What a barkeep backend would answer to a memory fault, from the registers of one that does
     /// not know the question.
     fn ask_plainly(&self, state: &State, bar: u8) -> Option<FaultVerdict> {
-        let registers = Registers::read(&self.client).ok()?;
-        let decodes = registers.enables().memory && self.capabilities.in_d0(&self.client).ok()?;
+        let (registers, in_d0) = self.ask_registers().ok()?;
+        let decodes = registers.enables().memory && in_d0;
         Some(match (decodes, &state.mappings[usize::from(bar)]) {
             (false, _) => FaultVerdict::UnsupportedRequest { epoch: 0 },
             (true, Some(_)) => FaultVerdict::Map { epoch: 0 },
