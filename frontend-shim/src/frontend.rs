@@ -9,7 +9,7 @@ use barkeep_protocol::wire;
 
 use crate::bar::{AddressSpace, AttachError, AttachedFunction, SuspendOrder, WindowTable};
 use crate::fault::Verdict;
-use crate::hypervisor::{FaultAccess, Hypervisor, MemoryFault, SlotId};
+use crate::hypervisor::{FaultAccess, GuestAccess, Hypervisor, MemoryFault, SlotId};
 
 /// All functions of a VM that live in backend processes.
 ///
@@ -138,9 +138,9 @@ impl Frontend {
         if fault.private {
             return FaultOutcome::NotMine;
         }
-        let outcome = match fault.address {
-            Some(address) => self.located_fault(address.0, fault),
-            None => self.unlocated_fault(),
+        let outcome = match fault.candidates() {
+            [] => self.unlocated_fault(),
+            candidates => self.located_fault(candidates),
         };
         if outcome != FaultOutcome::NotMine {
             self.memory_faults.fetch_add(1, Ordering::Relaxed);
@@ -158,11 +158,16 @@ impl Frontend {
     /// The way out for a fault that repeats without progress: if it is about a BAR, the BAR is not
     /// mapped any more and goes on trapped. `false` if it is not, or the address is unknown.
     pub fn quarantine(&self, fault: &MemoryFault) -> bool {
-        let found = fault.address.and_then(|address| self.windows.find_faulting(address.0));
-        let Some((window, _)) = found else { return false };
-        let Some(function) = self.functions.get(window.function) else { return false };
-        function.quarantine(self.hypervisor.as_ref(), window.bar);
-        true
+        let mut found = false;
+        for access in fault.candidates() {
+            if let Some((window, _)) = self.windows.find_faulting(access.address.0)
+                && let Some(function) = self.functions.get(window.function)
+            {
+                function.quarantine(self.hypervisor.as_ref(), window.bar);
+                found = true;
+            }
+        }
+        found
     }
 
     /// Resets every function, as a reset of the machine does.
@@ -174,18 +179,26 @@ impl Frontend {
         }
     }
 
-    fn located_fault(&self, address: u64, fault: &MemoryFault) -> FaultOutcome {
-        if let Some((window, offset)) = self.windows.find_faulting(address)
-            && let Some(function) = self.functions.get(window.function)
-        {
+    /// One of `candidates` has faulted. All that could have are asked about: resolving one that has
+    /// not faulted does no harm.
+    fn located_fault(&self, candidates: &[GuestAccess]) -> FaultOutcome {
+        let mut verdict = None;
+        for access in candidates {
+            let address = access.address.0;
+            let Some((window, offset)) = self.windows.find_faulting(address) else { continue };
+            let Some(function) = self.functions.get(window.function) else { continue };
             let hypervisor = self.hypervisor.as_ref();
-            let access = wire_access(fault.access);
-            let verdict = function.memory_fault(hypervisor, window.bar, offset, fault.size, access);
+            let kind = wire_access(access.kind);
+            let found = function.memory_fault(hypervisor, window.bar, offset, access.size, kind);
+            verdict = verdict.or(Some(found));
+        }
+        if let Some(verdict) = verdict {
             return FaultOutcome::Reenter(verdict);
         }
         // Another vCPU may have moved the BAR away while this fault was on its way here. Nothing of
         // the VMM's own is there, so the access exits as MMIO now, or faults again and is bounded.
-        if self.has_mapped_bars() && !self.windows.is_claimed(address) {
+        let claimed = candidates.iter().any(|access| self.windows.is_claimed(access.address.0));
+        if self.has_mapped_bars() && !claimed {
             return FaultOutcome::Reenter(Verdict::Retry);
         }
         FaultOutcome::NotMine

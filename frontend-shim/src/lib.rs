@@ -5,11 +5,16 @@
 //! decode. A VMM implements [`hypervisor::Hypervisor`] for its own hypervisor, two methods about
 //! memory slots, or uses an adapter that is here.
 
+mod address;
 pub mod bar;
 pub mod client;
 pub mod fault;
 mod frontend;
 pub mod hypervisor;
+#[cfg(feature = "x86")]
 pub mod vmm;
+#[cfg(feature = "x86")]
+mod x86;
 
+pub use address::GuestAddress;
 pub use frontend::{FaultOutcome, Frontend};

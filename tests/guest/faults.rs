@@ -37,7 +37,7 @@ fn is_mapped(model: &Model) -> bool {
 }
 
 fn fault(address: u64) -> MemoryFault {
-    MemoryFault { address: Some(GuestAddress(address)), size: 4096, private: false, access: None }
+    MemoryFault::reported(GuestAddress(address), 4096, None)
 }
 
 fn read(frontend: &Frontend, address: u64) -> u32 {

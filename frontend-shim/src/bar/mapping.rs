@@ -6,7 +6,7 @@ use barkeep_protocol::wire::RegionInfo;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotId, SlotMapping,
 };
 
 /// A BAR whose memory the backend shares: the host mapping and its slot.
@@ -34,7 +34,7 @@ impl BarMapping {
                 "the backend's memory is not sealed: if its file is truncated, this VM dies"
             );
         }
-        let memory = HostMapping::from_fd(file, region.file_offset, region.size, true)?;
+        let memory = HostMapping::from_fd(file, region.file_offset, region.size, true)?.of_device();
         Ok(Self { memory: Arc::new(memory), slot, mapped_at: None })
     }
 
@@ -51,9 +51,7 @@ impl BarMapping {
     ) -> Result<(), MappingError> {
         if self.mapped_at != Some(address) {
             self.suspend(hypervisor)?;
-            let memory = &self.memory;
-            let len = memory.len();
-            hypervisor.map_slot(self.slot, address, memory, 0, len, SlotAccess::ReadWrite)?;
+            hypervisor.map_slot(self.slot, SlotMapping::whole(address, &self.memory))?;
             self.mapped_at = Some(address);
         }
         Ok(self.memory.set_accessible(true)?)

@@ -6,10 +6,12 @@
 #![forbid(unsafe_code)]
 
 mod progress;
+mod report;
 mod verdict;
 
 #[cfg(test)]
 mod tests;
 
 pub use progress::{NoProgress, ProgressGuard};
+pub use report::{FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated};
 pub use verdict::{SlotState, Verdict, decide};

@@ -1,5 +1,7 @@
 use thiserror::Error;
 
+use super::MemoryFault;
+
 /// Stops a vCPU from faulting on the same spot for ever.
 ///
 /// Every resolved fault must let the instruction go on, or something must have changed meanwhile.
@@ -7,23 +9,16 @@ use thiserror::Error;
 /// of ours or of the hypervisor, or a backend that lies: it is escalated instead of spinning.
 #[derive(Debug, Default)]
 pub struct ProgressGuard {
-    last: Option<Seen>,
+    last: Option<(MemoryFault, u64)>,
     repeats: u32,
 }
 
-/// What tells one fault from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    address: Option<u64>,
-    changes: u64,
-}
-
 /// The same fault again, too often.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("memory fault at {address:#x?} repeats without progress")]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{fault} repeats without progress")]
 pub struct NoProgress {
-    /// Guest-physical address, if it was known.
-    pub address: Option<u64>,
+    /// The fault.
+    pub fault: MemoryFault,
 }
 
 impl ProgressGuard {
@@ -35,11 +30,14 @@ impl ProgressGuard {
     ///
     /// # Errors
     /// [`NoProgress`] when it is one too many.
-    pub fn fault(&mut self, address: Option<u64>, changes: u64) -> Result<(), NoProgress> {
-        let seen = Seen { address, changes };
-        self.repeats = if self.last == Some(seen) { self.repeats + 1 } else { 1 };
-        self.last = Some(seen);
-        if self.repeats > Self::BOUND { Err(NoProgress { address }) } else { Ok(()) }
+    pub fn fault(&mut self, fault: &MemoryFault, changes: u64) -> Result<(), NoProgress> {
+        if self.last.as_ref().is_some_and(|(last, at)| (last, *at) == (fault, changes)) {
+            self.repeats += 1;
+        } else {
+            self.last = Some((fault.clone(), changes));
+            self.repeats = 1;
+        }
+        if self.repeats > Self::BOUND { Err(NoProgress { fault: fault.clone() }) } else { Ok(()) }
     }
 
     /// Notes that the vCPU got on: any exit that is no memory fault.

@@ -1,6 +1,7 @@
 use barkeep_protocol::wire::FaultVerdict;
 
 use super::*;
+use crate::GuestAddress;
 
 const UR: Option<FaultVerdict> = Some(FaultVerdict::UnsupportedRequest { epoch: 1 });
 const MAP: Option<FaultVerdict> = Some(FaultVerdict::Map { epoch: 1 });
@@ -29,26 +30,31 @@ fn every_answer_meets_every_slot_state_with_a_defined_verdict() {
     }
 }
 
+fn fault(address: u64) -> MemoryFault {
+    MemoryFault::reported(GuestAddress(address), 4096, None)
+}
+
 #[test]
 fn a_fault_that_repeats_without_progress_is_escalated() {
     let mut guard = ProgressGuard::default();
     for _ in 0..ProgressGuard::BOUND {
-        guard.fault(Some(0x1000), 7).unwrap();
+        guard.fault(&fault(0x1000), 7).unwrap();
     }
-    assert_eq!(guard.fault(Some(0x1000), 7), Err(NoProgress { address: Some(0x1000) }));
+    assert_eq!(guard.fault(&fault(0x1000), 7), Err(NoProgress { fault: fault(0x1000) }));
 }
 
 #[test]
 fn progress_a_change_or_another_address_starts_the_count_anew() {
     let mut guard = ProgressGuard::default();
     for round in 0..4 * u64::from(ProgressGuard::BOUND) {
-        guard.fault(Some(round / 2), 0).unwrap();
+        guard.fault(&fault(round / 2), 0).unwrap();
     }
+    let unknown = MemoryFault::unknown(Unlocated::NotTried);
     for changes in 0..4 * u64::from(ProgressGuard::BOUND) {
-        guard.fault(None, changes / 2).unwrap();
+        guard.fault(&unknown, changes / 2).unwrap();
     }
     for _ in 0..2 * ProgressGuard::BOUND {
-        guard.fault(None, 0).unwrap();
+        guard.fault(&unknown, 0).unwrap();
         guard.progress();
     }
 }

@@ -26,6 +26,7 @@ pub struct HostMapping {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    of_device: bool,
     /// Whether the pages may be touched. Held for reading around every access of ours, so that
     /// [`set_accessible`](Self::set_accessible) can't pull the pages away in the middle of one.
     accessible: RwLock<bool>,
@@ -116,7 +117,19 @@ impl HostMapping {
 
     fn new(base: *mut u8, len: usize, writable: bool) -> io::Result<HostMapping> {
         let base = NonNull::new(base).ok_or(io::ErrorKind::InvalidData)?;
-        Ok(HostMapping { base, len, writable, accessible: RwLock::new(true) })
+        Ok(HostMapping { base, len, writable, of_device: false, accessible: RwLock::new(true) })
+    }
+
+    /// Marks the memory as a device's: reading it may have effects, so that nobody reads it on a guess.
+    #[must_use]
+    pub fn of_device(mut self) -> HostMapping {
+        self.of_device = true;
+        self
+    }
+
+    /// Whether it is a device's memory: a BAR. Everything else is RAM.
+    pub fn is_of_device(&self) -> bool {
+        self.of_device
     }
 
     /// Size in bytes.

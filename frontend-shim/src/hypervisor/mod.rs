@@ -6,17 +6,22 @@
 //! Two adapters are here: [`kvm`] for Linux KVM, and [`model`], a software hypervisor that executes the
 //! same guest code on machines without KVM.
 
+#[cfg(feature = "x86")]
 pub mod kvm;
 pub mod memory;
+#[cfg(feature = "x86")]
 pub mod model;
+#[cfg(feature = "x86")]
 mod slots;
-#[cfg(test)]
+#[cfg(all(test, feature = "x86"))]
 mod tests;
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+pub use crate::address::GuestAddress;
+pub use crate::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault};
 pub use memory::{AccessError, HostMapping};
 
 /// Size and alignment of everything a memory slot is made of.
@@ -29,24 +34,14 @@ pub trait Hypervisor: Send + Sync {
     /// Which hypervisor this is.
     fn kind(&self) -> HypervisorKind;
 
-    /// Maps `len` bytes of `memory`, from `offset` on, at guest-physical address `guest`.
-    ///
-    /// The hypervisor keeps `memory` alive for as long as the slot exists. `guest`, `offset` and `len`
-    /// are multiples of [`PAGE_SIZE`].
+    /// Maps host memory into the guest. The hypervisor keeps the memory alive for as long as the slot
+    /// exists.
     ///
     /// # Errors
     /// [`HypervisorError::Misaligned`], [`HypervisorError::BadRange`], [`HypervisorError::SlotInUse`]
     /// and [`HypervisorError::SlotOverlap`] for a request that can't be right whatever the hypervisor;
     /// [`HypervisorError::TooManySlots`] and [`HypervisorError::Call`] where the hypervisor refuses.
-    fn map_slot(
-        &self,
-        slot: SlotId,
-        guest: GuestAddress,
-        memory: &Arc<HostMapping>,
-        offset: u64,
-        len: u64,
-        access: SlotAccess,
-    ) -> Result<(), HypervisorError>;
+    fn map_slot(&self, slot: SlotId, mapping: SlotMapping) -> Result<(), HypervisorError>;
 
     /// Removes a slot. When this returns, no guest access reaches its memory any more: later ones
     /// exit as MMIO, and none that began earlier is still under way.
@@ -197,58 +192,6 @@ impl fmt::Display for VcpuExit<'_> {
     }
 }
 
-/// A guest access that the hypervisor could not complete although a slot is mapped there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryFault {
-    /// Address the guest accessed. `None` for the bare EFAULT that released kernels give: somebody
-    /// has to locate it first.
-    pub address: Option<GuestAddress>,
-    /// Size of the range in bytes, as reported; zero if unknown. KVM reports a page or more, never the
-    /// width of the access.
-    pub size: u64,
-    /// The fault asks for a conversion between private and shared memory (confidential guests).
-    pub private: bool,
-    /// What the guest wanted to do, where the report tells.
-    pub access: Option<FaultAccess>,
-}
-
-impl fmt::Display for MemoryFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let access = match self.access {
-            Some(FaultAccess::Read) => " (read)",
-            Some(FaultAccess::Write) => " (write)",
-            Some(FaultAccess::Execute) => " (execute)",
-            None => "",
-        };
-        let private = if self.private { ", private memory" } else { "" };
-        match self.address {
-            Some(address) => write!(f, "memory fault at {address}{access}{private}"),
-            None => write!(f, "memory fault at an unknown address{access}{private}"),
-        }
-    }
-}
-
-/// Direction of a faulting access.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FaultAccess {
-    /// Data read.
-    Read,
-    /// Data write, or the write half of a read-modify-write.
-    Write,
-    /// Instruction fetch.
-    Execute,
-}
-
-/// Guest-physical address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GuestAddress(pub u64);
-
-impl fmt::Display for GuestAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
 /// Number of a memory slot, chosen by whoever maps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub u32);
@@ -256,6 +199,29 @@ pub struct SlotId(pub u32);
 impl fmt::Display for SlotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+/// What a slot maps, and where. Addresses, offset and length are multiples of [`PAGE_SIZE`].
+#[derive(Debug, Clone)]
+pub struct SlotMapping {
+    /// Guest-physical address of the first byte.
+    pub guest: GuestAddress,
+    /// Host memory behind it.
+    pub memory: Arc<HostMapping>,
+    /// Where in the host memory it begins, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// What the guest may do.
+    pub access: SlotAccess,
+}
+
+impl SlotMapping {
+    /// All of `memory` at `guest`, for reads and writes.
+    pub fn whole(guest: GuestAddress, memory: &Arc<HostMapping>) -> SlotMapping {
+        let (memory, len) = (Arc::clone(memory), memory.len());
+        SlotMapping { guest, memory, offset: 0, len, access: SlotAccess::ReadWrite }
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{GuestAddress, HostMapping, HypervisorError, PAGE_SIZE, SlotAccess, SlotId};
+use super::{
+    GuestAddress, HostMapping, HypervisorError, PAGE_SIZE, SlotAccess, SlotId, SlotMapping,
+};
 
 /// Mapped slots, sorted by guest-physical address; no two overlap.
 #[derive(Debug, Clone, Default)]
@@ -23,14 +25,8 @@ pub(super) struct Slot {
 
 impl Slot {
     /// Checks everything about a slot that does not depend on other slots.
-    pub(super) fn new(
-        id: SlotId,
-        guest: GuestAddress,
-        memory: &Arc<HostMapping>,
-        offset: u64,
-        len: u64,
-        access: SlotAccess,
-    ) -> Result<Slot, HypervisorError> {
+    pub(super) fn new(id: SlotId, mapping: SlotMapping) -> Result<Slot, HypervisorError> {
+        let SlotMapping { guest, memory, offset, len, access } = mapping;
         for (what, value) in [("guest address", guest.0), ("offset", offset), ("length", len)] {
             if value % PAGE_SIZE != 0 {
                 return Err(HypervisorError::Misaligned { slot: id, what, value });
@@ -42,7 +38,7 @@ impl Slot {
         if len == 0 || !fits_memory || !fits_guest {
             return Err(HypervisorError::BadRange { slot: id, guest, offset, len, available });
         }
-        Ok(Slot { id, guest: guest.0, len, memory: Arc::clone(memory), offset, access })
+        Ok(Slot { id, guest: guest.0, len, memory, offset, access })
     }
 
     /// End of the guest-physical range, exclusive.
@@ -103,7 +99,8 @@ mod tests {
 
     fn slot(id: u32, guest: u64, offset: u64, len: u64) -> Result<Slot, HypervisorError> {
         let memory = Arc::new(HostMapping::anonymous(4 * PAGE).unwrap());
-        Slot::new(SlotId(id), GuestAddress(guest), &memory, offset, len, SlotAccess::ReadWrite)
+        let (guest, access) = (GuestAddress(guest), SlotAccess::ReadWrite);
+        Slot::new(SlotId(id), SlotMapping { guest, memory, offset, len, access })
     }
 
     #[test]

@@ -31,7 +31,7 @@ fn ram(vm: &dyn Vm, code: &[u8]) -> Arc<HostMapping> {
     ram.store_u64(TABLES + 0x1000, (TABLES + 0x2000) | TABLE).unwrap();
     ram.store_u64(TABLES + 0x2000, LARGE_PAGE).unwrap();
     ram.write(CODE, code).unwrap();
-    vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite).unwrap();
+    vm.map_slot(RAM_SLOT, SlotMapping::whole(GuestAddress(0), &ram)).unwrap();
     ram
 }
 
@@ -58,7 +58,12 @@ fn a_bar_is_memory_while_its_slot_is_mapped_and_mmio_otherwise() {
         let kind = vm.kind();
         let _ram = ram(vm, &code);
         let bar = Arc::new(HostMapping::anonymous(PAGE_SIZE).unwrap());
-        let map = |access| vm.map_slot(BAR_SLOT, GuestAddress(BAR), &bar, 0, PAGE_SIZE, access);
+        let map = |access| {
+            vm.map_slot(
+                BAR_SLOT,
+                SlotMapping { access, ..SlotMapping::whole(GuestAddress(BAR), &bar) },
+            )
+        };
         let mut vcpu = vcpu(vm, 0, BAR);
         for (round, access) in [
             (1, None),
@@ -110,7 +115,8 @@ fn slots_that_can_not_be_are_refused_and_change_nothing() {
     on_every_hypervisor(|vm| {
         let ram = ram(vm, &[0xf4]);
         let map = |slot, guest, len| {
-            vm.map_slot(SlotId(slot), GuestAddress(guest), &ram, 0, len, SlotAccess::ReadWrite)
+            let whole = SlotMapping::whole(GuestAddress(guest), &ram);
+            vm.map_slot(SlotId(slot), SlotMapping { len, ..whole })
         };
         assert!(matches!(map(1, BAR + 1, PAGE_SIZE), Err(HypervisorError::Misaligned { .. })));
         assert!(matches!(map(1, BAR, 2 * RAM_SIZE), Err(HypervisorError::BadRange { .. })));
@@ -133,15 +139,16 @@ fn memory_that_is_taken_away_faults_or_exits_and_works_again_when_it_is_back() {
         let _ram = ram(vm, &code);
         let bar = Arc::new(HostMapping::anonymous(PAGE_SIZE).unwrap());
         bar.store_u64(0, 42).unwrap();
-        vm.map_slot(BAR_SLOT, GuestAddress(BAR), &bar, 0, PAGE_SIZE, SlotAccess::ReadWrite)
-            .unwrap();
+        vm.map_slot(BAR_SLOT, SlotMapping::whole(GuestAddress(BAR), &bar)).unwrap();
         bar.set_accessible(false).unwrap();
         let mut vcpu = vcpu(vm, 0, BAR);
         let expected = loop {
             match vcpu.run().unwrap() {
                 VcpuExit::MemoryFault(fault) => {
                     println!("{}: {fault:?}", vm.kind());
-                    assert!(fault.address.is_none_or(|address| address == GuestAddress(BAR)));
+                    assert!(
+                        fault.candidates().iter().all(|access| access.address == GuestAddress(BAR))
+                    );
                     break 42;
                 }
                 // A KVM that emulates every instruction can't tell refused memory from none at all.

@@ -20,7 +20,7 @@ use crate::client::ClientError;
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::model::Model;
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotAccess, SlotId, Vm,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotId, SlotMapping, Vm,
 };
 
 /// A VM that is set up: RAM mapped, functions attached and their BARs placed.
@@ -103,7 +103,7 @@ impl Machine {
         let vm = choose_hypervisor(arguments.hypervisor)?;
         let (ram_file, ram) = create_ram()
             .map_err(|errno| MachineError::Host { what: "guest memory", source: errno.into() })?;
-        vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite)?;
+        vm.map_slot(RAM_SLOT, SlotMapping::whole(GuestAddress(0), &ram))?;
 
         let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
         let claimed = vec![(0, RAM_SIZE), (ECAM_BASE, ECAM_SIZE)];

@@ -94,15 +94,14 @@ impl<'a> VcpuThread<'a> {
 
 fn resolve(host: &PciHost, guard: &mut ProgressGuard, fault: &MemoryFault) -> Result<(), String> {
     let frontend = host.frontend();
-    let address = fault.address.map(|address| address.0);
-    if let Err(error) = guard.fault(address, frontend.slot_changes()) {
+    if let Err(error) = guard.fault(fault, frontend.slot_changes()) {
         // Trapped, the BAR needs no memory that could fault.
         guard.progress();
         return if frontend.quarantine(fault) { Ok(()) } else { Err(error.to_string()) };
     }
     match frontend.memory_fault(fault) {
         FaultOutcome::Reenter(_) => Ok(()),
-        FaultOutcome::NotMine => Err(format!("memory fault outside of every BAR: {fault:x?}")),
+        FaultOutcome::NotMine => Err(format!("{fault} outside of every BAR")),
     }
 }
 

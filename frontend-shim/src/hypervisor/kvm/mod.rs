@@ -19,8 +19,8 @@ use kvm_ioctls::{Cap, VmFd};
 use self::vcpu::KvmVcpu;
 use super::slots::{Slot, SlotTable};
 use super::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId,
-    Vcpu, VcpuEntry, Vm,
+    Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId, SlotMapping, Vcpu, VcpuEntry,
+    Vm,
 };
 
 /// Where Intel processors without unrestricted guest mode keep three pages of their own; out of the
@@ -124,19 +124,11 @@ impl Hypervisor for Kvm {
         HypervisorKind::Kvm
     }
 
-    fn map_slot(
-        &self,
-        slot: SlotId,
-        guest: GuestAddress,
-        memory: &Arc<HostMapping>,
-        offset: u64,
-        len: u64,
-        access: SlotAccess,
-    ) -> Result<(), HypervisorError> {
+    fn map_slot(&self, slot: SlotId, mapping: SlotMapping) -> Result<(), HypervisorError> {
         if slot.0 >= self.slot_limit {
             return Err(HypervisorError::TooManySlots { slot, limit: self.slot_limit });
         }
-        let slot = Slot::new(slot, guest, memory, offset, len, access)?;
+        let slot = Slot::new(slot, mapping)?;
         let mut slots = self.machine.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.admits(&slot)?;
         self.machine.set_region(&slot, slot.len)?;

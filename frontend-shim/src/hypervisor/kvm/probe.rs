@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Kvm;
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, PAGE_SIZE, SlotAccess, SlotId, Vcpu,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, PAGE_SIZE, SlotId, SlotMapping, Vcpu,
     VcpuExit,
 };
 
@@ -21,14 +21,8 @@ pub(super) fn run() -> Result<(), HypervisorError> {
     let memory = HostMapping::anonymous(PAGE_SIZE)
         .map_err(|source| HypervisorError::Call { call: "mmap", source })?;
     memory.write(0, &GUEST).expect("five bytes fit a page");
-    kvm.map_slot(
-        SlotId(0),
-        GuestAddress(GUEST_ADDRESS),
-        &Arc::new(memory),
-        0,
-        PAGE_SIZE,
-        SlotAccess::ReadWrite,
-    )?;
+    let mapping = SlotMapping::whole(GuestAddress(GUEST_ADDRESS), &Arc::new(memory));
+    kvm.map_slot(SlotId(0), mapping)?;
     let mut vcpu = kvm.reset_vcpu(0)?;
     vcpu.enter_real_mode(GUEST_ADDRESS)?;
 

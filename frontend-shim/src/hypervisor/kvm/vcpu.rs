@@ -7,6 +7,7 @@ use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 
 use super::{Machine, failed};
+use crate::fault::Unlocated;
 use crate::hypervisor::{GuestAddress, HypervisorError, MemoryFault, Vcpu, VcpuEntry, VcpuExit};
 
 /// Bits of CR0, CR4 and EFER that make 64-bit mode (AMD64 APM volume 2, 14.6).
@@ -121,12 +122,9 @@ impl Vcpu for KvmVcpu {
                 Ok(VcpuExit::PioWrite { port, width, data })
             }
             Ok(kvm_ioctls::VcpuExit::MemoryFault { flags, gpa, size }) => {
-                Ok(VcpuExit::MemoryFault(MemoryFault {
-                    address: Some(GuestAddress(gpa)),
-                    size,
-                    private: flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0,
-                    access: None,
-                }))
+                let fault = MemoryFault::reported(GuestAddress(gpa), size, None);
+                let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
+                Ok(VcpuExit::MemoryFault(MemoryFault { private, ..fault }))
             }
             Ok(kvm_ioctls::VcpuExit::Hlt) => Ok(VcpuExit::Halted),
             Ok(kvm_ioctls::VcpuExit::Shutdown | kvm_ioctls::VcpuExit::SystemEvent(..)) => {
@@ -148,12 +146,9 @@ impl Vcpu for KvmVcpu {
             Err(error) => match Errno::from_raw_os_error(error.errno()) {
                 Errno::INTR | Errno::AGAIN => Ok(VcpuExit::Interrupted),
                 // Released kernels say no more than this when the memory of a slot refuses the access.
-                Errno::FAULT => Ok(VcpuExit::MemoryFault(MemoryFault {
-                    address: None,
-                    size: 0,
-                    private: false,
-                    access: None,
-                })),
+                Errno::FAULT => {
+                    Ok(VcpuExit::MemoryFault(MemoryFault::unknown(Unlocated::NotTried)))
+                }
                 _ => Err(failed("KVM_RUN")(error)),
             },
         }

@@ -9,16 +9,18 @@ use super::slots::Snapshot;
 use crate::hypervisor::memory::AccessError;
 use crate::hypervisor::slots::Slot;
 use crate::hypervisor::{FaultAccess, GuestAddress, MemoryFault, PAGE_SIZE, SlotAccess};
+use crate::x86;
 
-/// Why an attempt at an instruction stopped before its end.
+/// Why the bus stopped an instruction before its end.
 #[derive(Debug)]
-pub(super) enum Stop {
+pub(super) enum Interruption {
     /// The machine has to complete an access first.
     Exit(Access),
     Fault(MemoryFault),
-    Halt,
-    Unsupported(&'static str),
 }
+
+/// How an attempt at an instruction stopped.
+pub(super) type Stop = x86::Stop<Interruption>;
 
 /// An access that leaves the virtual CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,8 +65,43 @@ impl<'a> Bus<'a> {
         Bus { snapshot, completed: &completed.accesses }
     }
 
-    /// Reads `len` (1, 2, 4, 8) bytes of memory.
-    pub(super) fn read(&mut self, address: u64, len: usize) -> Result<u64, Stop> {
+    fn writable_slot(&self, address: u64) -> Option<&'a Slot> {
+        self.snapshot.table().find(address).filter(|slot| slot.access == SlotAccess::ReadWrite)
+    }
+
+    /// Whether the next completed exit is this access: a slot that appeared in the meantime must not
+    /// make the instruction access memory a second time.
+    fn was_exit(&self, address: u64, write: bool, len: usize) -> bool {
+        self.completed.first().is_some_and(|access| {
+            access.target == Target::Memory(address) && access.write == write && access.len == len
+        })
+    }
+
+    /// The data of an exit that is completed already, or a stop that asks for it.
+    fn exit(&mut self, target: Target, write: Option<&[u8]>, len: usize) -> Result<[u8; 8], Stop> {
+        let mut wanted = Access { target, write: write.is_some(), len, data: [0; 8] };
+        if let Some(data) = write {
+            wanted.data[..len].copy_from_slice(data);
+        }
+        match self.completed {
+            [] => Err(Stop::Bus(Interruption::Exit(wanted))),
+            [done, rest @ ..] => {
+                if (done.target, done.write, done.len) != (target, wanted.write, len) {
+                    return Err(Stop::Unsupported(
+                        "slots changed within an access that spans pages",
+                    ));
+                }
+                self.completed = rest;
+                Ok(done.data)
+            }
+        }
+    }
+}
+
+impl x86::Bus for Bus<'_> {
+    type Error = Interruption;
+
+    fn read(&mut self, address: u64, len: usize) -> Result<u64, Stop> {
         let mut data = [0; 8];
         for (address, range) in fragments(address, len) {
             let part = &mut data[range];
@@ -84,8 +121,7 @@ impl<'a> Bus<'a> {
         Ok(u64::from_le_bytes(data))
     }
 
-    /// Writes the low `len` (1, 2, 4, 8) bytes of `value` to memory.
-    pub(super) fn write(&mut self, address: u64, len: usize, value: u64) -> Result<(), Stop> {
+    fn write(&mut self, address: u64, len: usize, value: u64) -> Result<(), Stop> {
         let data = value.to_le_bytes();
         for (address, range) in fragments(address, len) {
             let part = &data[range];
@@ -104,11 +140,9 @@ impl<'a> Bus<'a> {
         Ok(())
     }
 
-    /// Replaces `len` bytes at `address` by what `update` makes of them, and returns what was there.
-    ///
     /// In a slot this is atomic, with or without a LOCK prefix. Elsewhere it is a read exit followed by a
     /// write exit.
-    pub(super) fn modify(
+    fn modify(
         &mut self,
         address: u64,
         len: usize,
@@ -141,44 +175,12 @@ impl<'a> Bus<'a> {
         }
     }
 
-    pub(super) fn port_read(&mut self, port: u16, len: usize) -> Result<u64, Stop> {
+    fn port_read(&mut self, port: u16, len: usize) -> Result<u64, Stop> {
         self.exit(Target::Port(port), None, len).map(u64::from_le_bytes)
     }
 
-    pub(super) fn port_write(&mut self, port: u16, len: usize, value: u64) -> Result<(), Stop> {
+    fn port_write(&mut self, port: u16, len: usize, value: u64) -> Result<(), Stop> {
         self.exit(Target::Port(port), Some(&value.to_le_bytes()[..len]), len).map(|_| ())
-    }
-
-    fn writable_slot(&self, address: u64) -> Option<&'a Slot> {
-        self.snapshot.table().find(address).filter(|slot| slot.access == SlotAccess::ReadWrite)
-    }
-
-    /// Whether the next completed exit is this access: a slot that appeared in the meantime must not
-    /// make the instruction access memory a second time.
-    fn was_exit(&self, address: u64, write: bool, len: usize) -> bool {
-        self.completed.first().is_some_and(|access| {
-            access.target == Target::Memory(address) && access.write == write && access.len == len
-        })
-    }
-
-    /// The data of an exit that is completed already, or a stop that asks for it.
-    fn exit(&mut self, target: Target, write: Option<&[u8]>, len: usize) -> Result<[u8; 8], Stop> {
-        let mut wanted = Access { target, write: write.is_some(), len, data: [0; 8] };
-        if let Some(data) = write {
-            wanted.data[..len].copy_from_slice(data);
-        }
-        match self.completed {
-            [] => Err(Stop::Exit(wanted)),
-            [done, rest @ ..] => {
-                if (done.target, done.write, done.len) != (target, wanted.write, len) {
-                    return Err(Stop::Unsupported(
-                        "slots changed within an access that spans pages",
-                    ));
-                }
-                self.completed = rest;
-                Ok(done.data)
-            }
-        }
     }
 }
 
@@ -192,12 +194,11 @@ fn fragments(address: u64, len: usize) -> impl Iterator<Item = (u64, std::ops::R
 
 fn fault(error: AccessError, address: u64, access: FaultAccess) -> Stop {
     match error {
-        AccessError::Inaccessible | AccessError::ReadOnly => Stop::Fault(MemoryFault {
-            address: Some(GuestAddress(address & !(PAGE_SIZE - 1))),
-            size: PAGE_SIZE,
-            private: false,
-            access: Some(access),
-        }),
+        AccessError::Inaccessible | AccessError::ReadOnly => {
+            let page = GuestAddress(address & !(PAGE_SIZE - 1));
+            let fault = MemoryFault::reported(page, PAGE_SIZE, Some(access));
+            Stop::Bus(Interruption::Fault(fault))
+        }
         AccessError::OutOfBounds { .. } | AccessError::Misaligned { .. } => {
             Stop::Unsupported("a slot that passes the end of its memory")
         }

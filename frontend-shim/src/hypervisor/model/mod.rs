@@ -10,10 +10,7 @@
 //! Memory is ordered at least as strongly as on x86: loads acquire, stores release, locked
 //! instructions are sequentially consistent.
 
-mod alu;
 mod bus;
-mod execute;
-mod operand;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -25,8 +22,7 @@ use self::slots::SharedSlots;
 use self::vcpu::ModelVcpu;
 use super::slots::Slot;
 use super::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId,
-    Vcpu, VcpuEntry, Vm,
+    Hypervisor, HypervisorError, HypervisorKind, SlotId, SlotMapping, Vcpu, VcpuEntry, Vm,
 };
 
 /// A virtual machine in software.
@@ -47,16 +43,8 @@ impl Hypervisor for Model {
         HypervisorKind::Model
     }
 
-    fn map_slot(
-        &self,
-        slot: SlotId,
-        guest: GuestAddress,
-        memory: &Arc<HostMapping>,
-        offset: u64,
-        len: u64,
-        access: SlotAccess,
-    ) -> Result<(), HypervisorError> {
-        let slot = Slot::new(slot, guest, memory, offset, len, access)?;
+    fn map_slot(&self, slot: SlotId, mapping: SlotMapping) -> Result<(), HypervisorError> {
+        let slot = Slot::new(slot, mapping)?;
         self.slots.change(|table| table.insert(slot))
     }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::hypervisor::{FaultAccess, MemoryFault, PAGE_SIZE, VcpuExit};
+use crate::hypervisor::{GuestAddress, HostMapping, SlotAccess};
 
 const CODE: u64 = 0x1000;
 const DATA: u64 = 0x2000;
@@ -19,7 +20,10 @@ fn machine(code: &[u8]) -> (Model, Arc<HostMapping>) {
         if slot == CODE_SLOT {
             memory.write(0, code).unwrap();
             let at = GuestAddress(CODE);
-            model.map_slot(slot, at, &memory, 0, PAGE_SIZE, SlotAccess::ReadOnly).unwrap();
+            let access = SlotAccess::ReadOnly;
+            model
+                .map_slot(slot, SlotMapping { access, ..SlotMapping::whole(at, &memory) })
+                .unwrap();
         } else {
             map_data(&model, &memory);
             return (model, memory);
@@ -30,7 +34,7 @@ fn machine(code: &[u8]) -> (Model, Arc<HostMapping>) {
 
 fn map_data(model: &Model, memory: &Arc<HostMapping>) {
     let at = GuestAddress(DATA);
-    model.map_slot(DATA_SLOT, at, memory, 0, PAGE_SIZE, SlotAccess::ReadWrite).unwrap();
+    model.map_slot(DATA_SLOT, SlotMapping::whole(at, memory)).unwrap();
 }
 
 /// A virtual CPU at [`CODE`] with `rdi` as given.
@@ -167,12 +171,7 @@ fn an_inaccessible_slot_faults_and_the_instruction_is_executed_again() {
             match vcpu.run().unwrap() {
                 VcpuExit::MemoryFault(fault) => assert_eq!(
                     fault,
-                    MemoryFault {
-                        address: Some(GuestAddress(DATA)),
-                        size: PAGE_SIZE,
-                        private: false,
-                        access: Some(access),
-                    },
+                    MemoryFault::reported(GuestAddress(DATA), PAGE_SIZE, Some(access)),
                     "{name}, attempt {attempt}"
                 ),
                 other => panic!("{name}: {other:?}"),
@@ -204,7 +203,9 @@ fn memory_that_is_read_only_faults_on_writes_alone() {
     model.unmap_slot(DATA_SLOT).unwrap();
     map_data(&model, &memory);
     match vcpu(&model, DATA).run().unwrap() {
-        VcpuExit::MemoryFault(fault) => assert_eq!(fault.access, Some(FaultAccess::Write)),
+        VcpuExit::MemoryFault(fault) => {
+            assert_eq!(fault.candidates()[0].kind, Some(FaultAccess::Write))
+        }
         other => panic!("{other:?}"),
     };
 }

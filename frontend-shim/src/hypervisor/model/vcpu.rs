@@ -2,14 +2,13 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
 
-use super::bus::{Access, Bus, Completed, Stop, Target};
-use super::execute::execute;
-use super::operand::Registers;
+use super::bus::{Access, Bus, Completed, Interruption, Stop, Target};
 use super::slots::{SlotReader, Snapshot};
 use crate::hypervisor::memory::AccessError;
 use crate::hypervisor::{
     FaultAccess, GuestAddress, HypervisorError, MemoryFault, PAGE_SIZE, Vcpu, VcpuEntry, VcpuExit,
 };
+use crate::x86::{Registers, execute};
 
 /// Longest instruction in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -81,8 +80,12 @@ impl Vcpu for ModelVcpu {
         for _ in 0..QUANTUM {
             match self.step() {
                 Ok(()) => {}
-                Err(Stop::Exit(access)) => return Ok(exit(self.pending.insert(access))),
-                Err(Stop::Fault(fault)) => return Ok(VcpuExit::MemoryFault(fault)),
+                Err(Stop::Bus(Interruption::Exit(access))) => {
+                    return Ok(exit(self.pending.insert(access)));
+                }
+                Err(Stop::Bus(Interruption::Fault(fault))) => {
+                    return Ok(VcpuExit::MemoryFault(fault));
+                }
                 Err(Stop::Halt) => {
                     self.halted = true;
                     return Ok(VcpuExit::Halted);
@@ -145,12 +148,11 @@ fn fetch(rip: u64, snapshot: &Snapshot<'_>) -> Result<([u8; MAX_INSTRUCTION], us
     let mut bytes = [0; MAX_INSTRUCTION];
     match slot.memory.read(slot.offset + offset, &mut bytes[..len]) {
         Ok(()) => Ok((bytes, len)),
-        Err(AccessError::Inaccessible) => Err(Stop::Fault(MemoryFault {
-            address: Some(GuestAddress(rip & !(PAGE_SIZE - 1))),
-            size: PAGE_SIZE,
-            private: false,
-            access: Some(FaultAccess::Execute),
-        })),
+        Err(AccessError::Inaccessible) => {
+            let page = GuestAddress(rip & !(PAGE_SIZE - 1));
+            let fault = MemoryFault::reported(page, PAGE_SIZE, Some(FaultAccess::Execute));
+            Err(Stop::Bus(Interruption::Fault(fault)))
+        }
         Err(_) => Err(OUTSIDE),
     }
 }

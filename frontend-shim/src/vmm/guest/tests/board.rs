@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::super::*;
-use crate::hypervisor::{SlotAccess, SlotId, VcpuExit, Vm};
+use crate::hypervisor::{SlotId, SlotMapping, VcpuExit, Vm};
 
 pub(super) const ON: u16 = 0x0006;
 pub(super) const OFF: u16 = 0x0004;
@@ -72,7 +72,7 @@ impl Board {
     /// With the same two functions in several rows of the device table.
     pub(super) fn with_rows(vm: Arc<dyn Vm>, cycles: u64, bug: Bug, rows: usize) -> Board {
         let ram = Arc::new(HostMapping::anonymous(RAM_SIZE).unwrap());
-        vm.map_slot(RAM_SLOT, GuestAddress(0), &ram, 0, RAM_SIZE, SlotAccess::ReadWrite).unwrap();
+        vm.map_slot(RAM_SLOT, SlotMapping::whole(GuestAddress(0), &ram)).unwrap();
         let parameters = Parameters {
             cycles,
             command_on: ON,
@@ -112,9 +112,7 @@ impl Board {
 
     fn map_cells(&self) {
         let at = GuestAddress(CELL_BAR);
-        self.vm
-            .map_slot(CELL_SLOT, at, &self.cells, 0, CELL_BAR_SIZE, SlotAccess::ReadWrite)
-            .unwrap();
+        self.vm.map_slot(CELL_SLOT, SlotMapping::whole(at, &self.cells)).unwrap();
     }
 
     /// Runs programs, one per virtual CPU, until all have halted.

@@ -4,15 +4,19 @@
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::{self, ALWAYS, CF, OF, STATUS, Shift, ZF, sign_extend, truncate};
-use super::bus::{Bus, Stop};
 use super::operand::{
     self, Registers, address, modify, read, register, set_register, width, write,
 };
+use super::{Bus, Stop, Unsupported};
 
 /// Executes `instruction` on `registers`, whose `rip` is already that of the next one.
 ///
 /// On `Err` the registers are to be thrown away.
-pub(super) fn execute(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+pub(crate) fn execute<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
     match i.mnemonic() {
         Mnemonic::Mov | Mnemonic::Movzx => {
             let value = read(r, i, 1, bus)?;
@@ -86,7 +90,7 @@ pub(super) fn execute(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> 
             r.rip = pop(r, bus)?;
             let release = if i.op_count() == 1 { i.immediate(0) } else { 0 };
             let rsp = register(r, Register::RSP)?;
-            set_register(r, Register::RSP, rsp.wrapping_add(release))
+            Ok(set_register(r, Register::RSP, rsp.wrapping_add(release))?)
         }
         Mnemonic::Push => {
             if i.stack_pointer_increment() != -8 {
@@ -140,12 +144,16 @@ pub(super) fn execute(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> 
 }
 
 /// Jcc, SETcc and CMOVcc.
-fn conditional(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
-    const UNKNOWN: Stop = Stop::Unsupported("instruction outside the model's subset");
+fn conditional<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
+    const UNKNOWN: Unsupported = Unsupported("instruction outside the model's subset");
     let holds = alu::condition(i.condition_code(), r.flags).ok_or(UNKNOWN)?;
     if i.flow_control() == FlowControl::ConditionalBranch {
         if matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) {
-            return Err(UNKNOWN);
+            return Err(UNKNOWN.into());
         }
         if holds {
             r.rip = i.near_branch_target();
@@ -160,16 +168,16 @@ fn conditional(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<
             let value = if holds { source } else { read(r, i, 0, bus)? };
             write(r, i, 0, value, bus)
         }
-        _ => Err(UNKNOWN),
+        _ => Err(UNKNOWN.into()),
     }
 }
 
-fn binary(
+fn binary<B: Bus>(
     r: &mut Registers,
     i: &Instruction,
-    bus: &mut Bus<'_>,
+    bus: &mut B,
     operation: impl Fn(u64, u64, u64, usize) -> (u64, u64),
-) -> Result<(), Stop> {
+) -> Result<(), Stop<B::Error>> {
     let w = width(i, 0);
     let b = truncate(read(r, i, 1, bus)?, w);
     let before = r.flags;
@@ -178,12 +186,12 @@ fn binary(
     Ok(())
 }
 
-fn unary(
+fn unary<B: Bus>(
     r: &mut Registers,
     i: &Instruction,
-    bus: &mut Bus<'_>,
+    bus: &mut B,
     operation: impl Fn(u64, u64, usize) -> (u64, u64),
-) -> Result<(), Stop> {
+) -> Result<(), Stop<B::Error>> {
     let w = width(i, 0);
     let before = r.flags;
     let a = modify(r, i, 0, i.has_lock_prefix(), bus, |a| operation(a, before, w).0)?;
@@ -191,12 +199,12 @@ fn unary(
     Ok(())
 }
 
-fn compare(
+fn compare<B: Bus>(
     r: &mut Registers,
     i: &Instruction,
-    bus: &mut Bus<'_>,
+    bus: &mut B,
     flags: impl Fn(u64, u64, usize) -> u64,
-) -> Result<(), Stop> {
+) -> Result<(), Stop<B::Error>> {
     let w = width(i, 0);
     let a = read(r, i, 0, bus)?;
     let b = truncate(read(r, i, 1, bus)?, w);
@@ -204,7 +212,12 @@ fn compare(
     Ok(())
 }
 
-fn shift(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>, kind: Shift) -> Result<(), Stop> {
+fn shift<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+    kind: Shift,
+) -> Result<(), Stop<B::Error>> {
     let w = width(i, 0);
     let count = truncate(read(r, i, 1, bus)?, 1);
     let shifted = |a| alu::shift(kind, a, count, w);
@@ -215,7 +228,11 @@ fn shift(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>, kind: Shift) -> 
     Ok(())
 }
 
-fn compare_exchange(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+fn compare_exchange<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
     let w = width(i, 0);
     let accumulator = match w {
         1 => Register::AL,
@@ -229,10 +246,13 @@ fn compare_exchange(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Re
     let old = modify(r, i, 0, i.has_lock_prefix(), bus, |a| if a == expected { new } else { a })?;
     let flags = alu::sub(expected, old, false, w).1;
     set_status(r, flags);
-    if flags & ZF == 0 { set_register(r, accumulator, old) } else { Ok(()) }
+    if flags & ZF == 0 {
+        set_register(r, accumulator, old)?;
+    }
+    Ok(())
 }
 
-fn jump(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+fn jump<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), Stop<B::Error>> {
     r.rip = match i.op0_kind() {
         OpKind::NearBranch64 => i.near_branch_target(),
         OpKind::Register => register(r, i.op0_register())?,
@@ -242,27 +262,32 @@ fn jump(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Sto
     Ok(())
 }
 
-fn push(r: &mut Registers, value: u64, bus: &mut Bus<'_>) -> Result<(), Stop> {
+fn push<B: Bus>(r: &mut Registers, value: u64, bus: &mut B) -> Result<(), Stop<B::Error>> {
     let rsp = register(r, Register::RSP)?.wrapping_sub(8);
     bus.write(rsp, 8, value)?;
-    set_register(r, Register::RSP, rsp)
+    Ok(set_register(r, Register::RSP, rsp)?)
 }
 
-fn pop(r: &mut Registers, bus: &mut Bus<'_>) -> Result<u64, Stop> {
+fn pop<B: Bus>(r: &mut Registers, bus: &mut B) -> Result<u64, Stop<B::Error>> {
     let rsp = register(r, Register::RSP)?;
     let value = bus.read(rsp, 8)?;
     set_register(r, Register::RSP, rsp.wrapping_add(8))?;
     Ok(value)
 }
 
-fn port(r: &Registers, i: &Instruction, operand: u32, bus: &mut Bus<'_>) -> Result<u16, Stop> {
+fn port<B: Bus>(
+    r: &Registers,
+    i: &Instruction,
+    operand: u32,
+    bus: &mut B,
+) -> Result<u16, Stop<B::Error>> {
     // An immediate port is one byte; iced does not sign-extend it.
     let port = truncate(read(r, i, operand, bus)?, 2);
     u16::try_from(port).map_err(|_| Stop::Unsupported("port number"))
 }
 
 /// One iteration of MOVS or STOS; with REP the instruction is its own successor until RCX is zero.
-fn string(r: &mut Registers, i: &Instruction, bus: &mut Bus<'_>) -> Result<(), Stop> {
+fn string<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), Stop<B::Error>> {
     if i.has_rep_prefix() {
         match register(r, Register::RCX)? {
             0 => return Ok(()),

@@ -3,30 +3,30 @@
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::alu::{ALWAYS, truncate};
-use super::bus::{Bus, Stop};
+use super::{Bus, Stop, Unsupported};
 
 /// What an instruction reads and changes of the virtual CPU.
 #[derive(Debug, Clone)]
-pub(super) struct Registers {
+pub(crate) struct Registers {
     general: [u64; 16],
-    pub(super) rip: u64,
-    pub(super) flags: u64,
+    pub(crate) rip: u64,
+    pub(crate) flags: u64,
 }
 
 impl Registers {
-    pub(super) fn new(rip: u64) -> Registers {
+    pub(crate) fn new(rip: u64) -> Registers {
         Registers { general: [0; 16], rip, flags: ALWAYS }
     }
 
     /// Value of a general-purpose register of any width, zero-extended; `None` for any other register.
-    pub(super) fn get(&self, register: Register) -> Option<u64> {
+    pub(crate) fn get(&self, register: Register) -> Option<u64> {
         let value = *self.general.get(index(register)?)?;
         Some(truncate(value >> shift(register), register.size()))
     }
 
     /// Sets a general-purpose register as the processor does: 4 bytes clear the upper half, 1 and 2
     /// bytes keep the rest.
-    pub(super) fn set(&mut self, register: Register, value: u64) -> Option<()> {
+    pub(crate) fn set(&mut self, register: Register, value: u64) -> Option<()> {
         let full = self.general.get_mut(index(register)?)?;
         match register.size() {
             8 => *full = value,
@@ -60,14 +60,14 @@ pub(super) fn width(instruction: &Instruction, operand: u32) -> usize {
 }
 
 /// Value of an operand. Immediates are sign-extended: truncate to the width of the operation.
-pub(super) fn read(
+pub(super) fn read<B: Bus>(
     registers: &Registers,
     instruction: &Instruction,
     operand: u32,
-    bus: &mut Bus<'_>,
-) -> Result<u64, Stop> {
+    bus: &mut B,
+) -> Result<u64, Stop<B::Error>> {
     match instruction.op_kind(operand) {
-        OpKind::Register => register(registers, instruction.op_register(operand)),
+        OpKind::Register => Ok(register(registers, instruction.op_register(operand))?),
         kind if is_memory(kind) => {
             let address = address(registers, instruction, operand)?;
             bus.read(address, memory_width(instruction)?)
@@ -76,15 +76,15 @@ pub(super) fn read(
     }
 }
 
-pub(super) fn write(
+pub(super) fn write<B: Bus>(
     registers: &mut Registers,
     instruction: &Instruction,
     operand: u32,
     value: u64,
-    bus: &mut Bus<'_>,
-) -> Result<(), Stop> {
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
     match instruction.op_kind(operand) {
-        OpKind::Register => set_register(registers, instruction.op_register(operand), value),
+        OpKind::Register => Ok(set_register(registers, instruction.op_register(operand), value)?),
         kind if is_memory(kind) => {
             let address = address(registers, instruction, operand)?;
             bus.write(address, memory_width(instruction)?, value)
@@ -94,14 +94,14 @@ pub(super) fn write(
 }
 
 /// Replaces an operand by what `update` makes of it and returns its old value.
-pub(super) fn modify(
+pub(super) fn modify<B: Bus>(
     registers: &mut Registers,
     instruction: &Instruction,
     operand: u32,
     locked: bool,
-    bus: &mut Bus<'_>,
+    bus: &mut B,
     update: impl FnMut(u64) -> u64,
-) -> Result<u64, Stop> {
+) -> Result<u64, Stop<B::Error>> {
     let mut update = update;
     if is_memory(instruction.op_kind(operand)) {
         let address = address(registers, instruction, operand)?;
@@ -112,18 +112,16 @@ pub(super) fn modify(
     Ok(old)
 }
 
-pub(super) fn register(registers: &Registers, register: Register) -> Result<u64, Stop> {
-    registers.get(register).ok_or(Stop::Unsupported("register other than a general-purpose one"))
+pub(super) fn register(registers: &Registers, register: Register) -> Result<u64, Unsupported> {
+    registers.get(register).ok_or(Unsupported("register other than a general-purpose one"))
 }
 
 pub(super) fn set_register(
     registers: &mut Registers,
     register: Register,
     value: u64,
-) -> Result<(), Stop> {
-    registers
-        .set(register, value)
-        .ok_or(Stop::Unsupported("register other than a general-purpose one"))
+) -> Result<(), Unsupported> {
+    registers.set(register, value).ok_or(Unsupported("register other than a general-purpose one"))
 }
 
 /// Effective address; segments are flat.
@@ -131,20 +129,20 @@ pub(super) fn address(
     registers: &Registers,
     instruction: &Instruction,
     operand: u32,
-) -> Result<u64, Stop> {
+) -> Result<u64, Unsupported> {
     let value = |register: Register, _, _| {
         if register.is_segment_register() { Some(0) } else { registers.get(register) }
     };
-    instruction.virtual_address(operand, 0, value).ok_or(Stop::Unsupported("addressing mode"))
+    instruction.virtual_address(operand, 0, value).ok_or(Unsupported("addressing mode"))
 }
 
 fn is_memory(kind: OpKind) -> bool {
     matches!(kind, OpKind::Memory | OpKind::MemorySegRSI | OpKind::MemoryESRDI)
 }
 
-fn memory_width(instruction: &Instruction) -> Result<usize, Stop> {
+fn memory_width(instruction: &Instruction) -> Result<usize, Unsupported> {
     match instruction.memory_size().size() {
         width @ (1 | 2 | 4 | 8) => Ok(width),
-        _ => Err(Stop::Unsupported("width of a memory operand")),
+        _ => Err(Unsupported("width of a memory operand")),
     }
 }
