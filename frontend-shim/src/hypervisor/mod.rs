@@ -13,7 +13,8 @@ pub mod memory;
 pub mod model;
 #[cfg(feature = "x86")]
 mod slots;
-#[cfg(all(test, feature = "x86"))]
+#[cfg(test)]
+#[cfg(feature = "x86")]
 mod tests;
 
 use std::fmt;
