@@ -2,26 +2,24 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use barkeep_protocol::wire;
-
-use crate::bar::{AddressSpace, AttachError, AttachedFunction, SuspendOrder, WindowTable};
-use crate::fault::Verdict;
-use crate::hypervisor::{FaultAccess, GuestAccess, Hypervisor, MemoryFault, SlotId};
+use crate::bar::{AddressSpace, AttachError, AttachedFunction, Backend, SuspendOrder, WindowTable};
+use crate::client::Client;
+use crate::fault::{BarTarget, FaultCounters, MemoryFault, Route, Verdict};
+use crate::hypervisor::{Hypervisor, SlotId};
 
 /// All functions of a VM that live in backend processes.
 ///
 /// A VMM forwards to it: configuration accesses, MMIO and port exits that none of its own devices
 /// claims, and memory faults. All methods but [`attach`](Self::attach) may be called by any number
 /// of vCPU threads at a time.
-pub struct Frontend {
+pub struct Frontend<B: Backend = Client> {
     hypervisor: Arc<dyn Hypervisor>,
     windows: Arc<WindowTable>,
-    functions: Vec<AttachedFunction>,
+    functions: Vec<AttachedFunction<B>>,
     next_slot: u32,
-    memory_faults: AtomicU64,
+    counters: FaultCounters,
 }
 
 /// What a VMM does after a memory fault.
@@ -33,7 +31,33 @@ pub enum FaultOutcome {
     NotMine,
 }
 
+impl FaultOutcome {
+    /// The verdict behind it.
+    #[must_use]
+    pub fn verdict(self) -> Verdict {
+        match self {
+            Self::Reenter(verdict) => verdict,
+            Self::NotMine => Verdict::NotMine,
+        }
+    }
+}
+
 impl Frontend {
+    /// Attaches the function that the backend at `path` serves; returns its index.
+    ///
+    /// # Errors
+    /// [`AttachError`] with the reason.
+    pub fn attach(
+        &mut self,
+        path: &Path,
+        deadline: Duration,
+        suspend_order: SuspendOrder,
+    ) -> Result<usize, AttachError> {
+        self.attach_backend(Client::connect(path, deadline)?, suspend_order)
+    }
+}
+
+impl<B: Backend> Frontend<B> {
     /// A VM without functions yet. `claimed` are the `(start, length)` ranges of memory that the VMM
     /// itself claims before any BAR: RAM, ECAM and the like. Memory slots are numbered from
     /// `first_slot` on.
@@ -48,18 +72,17 @@ impl Frontend {
             windows: Arc::new(WindowTable::new(claimed)),
             functions: Vec::new(),
             next_slot: first_slot.0,
-            memory_faults: AtomicU64::new(0),
+            counters: FaultCounters::default(),
         }
     }
 
-    /// Attaches the function that the backend at `path` serves; returns its index.
+    /// Attaches the function that `backend` owns; returns its index.
     ///
     /// # Errors
     /// [`AttachError`] with the reason.
-    pub fn attach(
+    pub fn attach_backend(
         &mut self,
-        path: &Path,
-        deadline: Duration,
+        backend: B,
         suspend_order: SuspendOrder,
     ) -> Result<usize, AttachError> {
         let index = self.functions.len();
@@ -70,22 +93,28 @@ impl Frontend {
             *next_slot += 1;
             slot
         };
-        let function =
-            AttachedFunction::attach(index, path, deadline, suspend_order, windows, &mut slots)?;
+        let function = AttachedFunction::over(index, backend, suspend_order, windows, &mut slots)?;
         self.functions.push(function);
         Ok(index)
     }
 
     /// The attached functions, by index.
     #[must_use]
-    pub fn functions(&self) -> &[AttachedFunction] {
+    pub fn functions(&self) -> &[AttachedFunction<B>] {
         &self.functions
     }
 
-    /// Memory faults that were resolved so far.
+    /// What memory faults there were so far, and what became of them.
     #[must_use]
-    pub fn memory_faults(&self) -> u64 {
-        self.memory_faults.load(Ordering::Relaxed)
+    pub fn fault_counters(&self) -> &FaultCounters {
+        &self.counters
+    }
+
+    /// Whether the VMM itself claims this address of memory, so that no BAR can be there. An exit as
+    /// MMIO there is a genuine fault of the VMM's own memory.
+    #[must_use]
+    pub fn is_claimed(&self, address: u64) -> bool {
+        self.windows.is_claimed(address)
     }
 
     /// Reads configuration space of a function. One that does not exist reads as all ones.
@@ -135,21 +164,48 @@ impl Frontend {
     /// Resolves a memory fault. The caller bounds repetition with a
     /// [`ProgressGuard`](crate::fault::ProgressGuard) for each vCPU.
     pub fn memory_fault(&self, fault: &MemoryFault) -> FaultOutcome {
-        if fault.private {
-            return FaultOutcome::NotMine;
-        }
-        let outcome = match fault.candidates() {
-            [] => self.unlocated_fault(),
-            candidates => self.located_fault(candidates),
+        let outcome = match self.windows.route(fault) {
+            Route::NotMine => FaultOutcome::NotMine,
+            Route::Bars(targets) => FaultOutcome::Reenter(self.resolve(&targets)),
+            // Nothing of the VMM's own is there, so the access exits as MMIO now, or faults again
+            // and is bounded.
+            Route::Nowhere if self.has_mapped_bars() => FaultOutcome::Reenter(Verdict::Retry),
+            Route::Anywhere if self.has_mapped_bars() => {
+                // If the fault was about something else it comes again, and the caller's bound
+                // ends it.
+                let mapped = self.functions.iter().filter(|function| function.has_mapped_bars());
+                mapped.for_each(|function| function.recheck(self.hypervisor.as_ref()));
+                FaultOutcome::Reenter(Verdict::Retry)
+            }
+            Route::Nowhere | Route::Anywhere => FaultOutcome::NotMine,
         };
-        if outcome != FaultOutcome::NotMine {
-            self.memory_faults.fetch_add(1, Ordering::Relaxed);
-        }
+        self.counters.count(fault, outcome.verdict());
         outcome
     }
 
-    /// A counter that moves whenever a memory slot comes or goes: a fault that repeats while it
-    /// stands still makes no progress.
+    /// Asks about all BARs that the fault can be about: to resolve one that has not faulted does no
+    /// harm. Returns what changed something, if anything did.
+    fn resolve(&self, targets: &[BarTarget]) -> Verdict {
+        let mut result = Verdict::Retry;
+        for target in targets {
+            let Some(function) = self.functions.get(target.function) else { continue };
+            let verdict = function.memory_fault(self.hypervisor.as_ref(), target);
+            if result == Verdict::Retry {
+                result = verdict;
+            }
+        }
+        result
+    }
+
+    /// A counter that moves whenever a memory slot comes or goes, or a backend tells of another
+    /// epoch: a fault that repeats while it stands still makes no progress.
+    #[must_use]
+    pub fn progress(&self) -> u64 {
+        let progress = self.functions.iter().map(AttachedFunction::progress);
+        progress.fold(0, u64::wrapping_add)
+    }
+
+    /// How often a memory slot came or went.
     #[must_use]
     pub fn slot_changes(&self) -> u64 {
         self.functions.iter().map(AttachedFunction::slot_changes).sum()
@@ -158,71 +214,30 @@ impl Frontend {
     /// The way out for a fault that repeats without progress: if it is about a BAR, the BAR is not
     /// mapped any more and goes on trapped. `false` if it is not, or the address is unknown.
     pub fn quarantine(&self, fault: &MemoryFault) -> bool {
-        let mut found = false;
-        for access in fault.candidates() {
-            if let Some((window, _)) = self.windows.find_faulting(access.address.0)
-                && let Some(function) = self.functions.get(window.function)
-            {
-                function.quarantine(self.hypervisor.as_ref(), window.bar);
-                found = true;
+        let Route::Bars(targets) = self.windows.route(fault) else { return false };
+        for target in &targets {
+            if let Some(function) = self.functions.get(target.function) {
+                function.quarantine(self.hypervisor.as_ref(), target.bar);
             }
         }
-        found
+        true
     }
 
     /// Resets every function, as a reset of the machine does.
     pub fn reset(&self) {
         for function in &self.functions {
             if let Err(error) = function.reset(self.hypervisor.as_ref()) {
-                tracing::warn!(socket = %function.client().path().display(), "reset: {error}");
+                tracing::warn!(socket = %function.backend().name(), "reset: {error}");
             }
         }
     }
 
-    /// One of `candidates` has faulted. All that could have are asked about: resolving one that has
-    /// not faulted does no harm.
-    fn located_fault(&self, candidates: &[GuestAccess]) -> FaultOutcome {
-        let mut verdict = None;
-        for access in candidates {
-            let address = access.address.0;
-            let Some((window, offset)) = self.windows.find_faulting(address) else { continue };
-            let Some(function) = self.functions.get(window.function) else { continue };
-            let hypervisor = self.hypervisor.as_ref();
-            let kind = wire_access(access.kind);
-            let found = function.memory_fault(hypervisor, window.bar, offset, access.size, kind);
-            verdict = verdict.or(Some(found));
-        }
-        if let Some(verdict) = verdict {
-            return FaultOutcome::Reenter(verdict);
-        }
-        // Another vCPU may have moved the BAR away while this fault was on its way here. Nothing of
-        // the VMM's own is there, so the access exits as MMIO now, or faults again and is bounded.
-        let claimed = candidates.iter().any(|access| self.windows.is_claimed(access.address.0));
-        if self.has_mapped_bars() && !claimed {
-            return FaultOutcome::Reenter(Verdict::Retry);
-        }
-        FaultOutcome::NotMine
-    }
-
-    /// The bare EFAULT of released kernels tells no address. Every function whose memory could have
-    /// faulted is asked; if the fault was about something else, it comes again, and the caller's
-    /// bound ends it.
-    fn unlocated_fault(&self) -> FaultOutcome {
-        if !self.has_mapped_bars() {
-            return FaultOutcome::NotMine;
-        }
-        for function in self.functions.iter().filter(|function| function.has_mapped_bars()) {
-            function.recheck(self.hypervisor.as_ref());
-        }
-        FaultOutcome::Reenter(Verdict::Retry)
-    }
-
     fn has_mapped_bars(&self) -> bool {
-        self.functions.iter().any(AttachedFunction::has_mapped_bars)
+        self.functions.iter().any(|function| function.has_mapped_bars())
     }
 }
 
-impl Drop for Frontend {
+impl<B: Backend> Drop for Frontend<B> {
     /// The memory of backends leaves the VM with their functions.
     fn drop(&mut self) {
         for function in &self.functions {
@@ -231,16 +246,7 @@ impl Drop for Frontend {
     }
 }
 
-fn wire_access(access: Option<FaultAccess>) -> wire::FaultAccess {
-    match access {
-        None => wire::FaultAccess::empty(),
-        Some(FaultAccess::Read) => wire::FaultAccess::READ,
-        Some(FaultAccess::Write) => wire::FaultAccess::WRITE,
-        Some(FaultAccess::Execute) => wire::FaultAccess::EXECUTE,
-    }
-}
-
-impl std::fmt::Debug for Frontend {
+impl<B: Backend> std::fmt::Debug for Frontend<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Frontend").field("functions", &self.functions).finish_non_exhaustive()
     }

@@ -11,6 +11,7 @@ pub mod client;
 pub mod fault;
 mod frontend;
 pub mod hypervisor;
+mod sync;
 #[cfg(feature = "x86")]
 pub mod vmm;
 #[cfg(feature = "x86")]

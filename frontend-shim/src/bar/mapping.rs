@@ -2,48 +2,80 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use barkeep_protocol::wire::RegionInfo;
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use barkeep_protocol::wire::{RegionInfo, SparseArea};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
 
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotId, SlotMapping,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, PAGE_SIZE, SlotId, SlotMapping,
 };
 
-/// A BAR whose memory the backend shares: the host mapping and its slot.
+/// A BAR whose memory the backend shares: the host mappings and their slots.
 #[derive(Debug)]
 pub(super) struct BarMapping {
-    memory: Arc<HostMapping>,
-    slot: SlotId,
+    /// The parts that may be mapped, by offset; they don't overlap.
+    areas: Vec<Area>,
     mapped_at: Option<GuestAddress>,
 }
+
+/// A part of a BAR: usually all of it, or what lies around an MSI-X table.
+#[derive(Debug)]
+struct Area {
+    offset: u64,
+    memory: Arc<HostMapping>,
+    slot: SlotId,
+    /// Whether the hypervisor has the slot.
+    present: bool,
+}
+
+/// More parts than any device leaves: a page of vectors cuts a BAR in two.
+const MAX_AREAS: usize = 16;
 
 impl BarMapping {
     /// Maps the file that a backend sent for a region.
     ///
-    /// The file must be as long as the region; that it stays so is certain only for one sealed
-    /// against shrinking. Others are taken too, with a warning: a shared file can't be sealed.
-    pub(super) fn new(region: &RegionInfo, file: &OwnedFd, slot: SlotId) -> io::Result<Self> {
-        let end = region.file_offset.checked_add(region.size);
-        let length = u64::try_from(fstat(file)?.st_size).unwrap_or(0);
-        if end.is_none_or(|end| end > length) {
-            return Err(io::Error::other(format!("file of {length} bytes is shorter than it")));
+    /// A regular file must be as long as the region; that it stays so is certain only for one sealed
+    /// against shrinking. Others are taken too, with a warning: a shared file can't be sealed. A
+    /// device (vfio) has no length; its driver checks the range.
+    pub(super) fn new(
+        region: &RegionInfo,
+        file: &OwnedFd,
+        slots: &mut dyn FnMut() -> SlotId,
+    ) -> io::Result<Self> {
+        let stat = fstat(file)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+            let end = region.file_offset.checked_add(region.size);
+            let length = u64::try_from(stat.st_size).unwrap_or(0);
+            if end.is_none_or(|end| end > length) {
+                return Err(io::Error::other(format!("file of {length} bytes is shorter than it")));
+            }
+            if !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+                tracing::warn!(
+                    region = region.index,
+                    "the backend's memory is not sealed: if its file is truncated, this VM dies"
+                );
+            }
         }
-        if !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-            tracing::warn!(
-                region = region.index,
-                "the backend's memory is not sealed: if its file is truncated, this VM dies"
-            );
+        let mut areas = Vec::new();
+        for SparseArea { offset, size } in parts(region)? {
+            let at = region.file_offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+            let memory = Arc::new(HostMapping::from_fd(file, at, size, true)?.of_device());
+            areas.push(Area { offset, memory, slot: slots(), present: false });
         }
-        let memory = HostMapping::from_fd(file, region.file_offset, region.size, true)?.of_device();
-        Ok(Self { memory: Arc::new(memory), slot, mapped_at: None })
+        Ok(Self { areas, mapped_at: None })
     }
 
-    /// Where the slot is, if it is there.
+    /// Where the BAR is mapped, if it is.
     pub(super) fn mapped_at(&self) -> Option<GuestAddress> {
         self.mapped_at
     }
 
-    /// Makes the memory visible to the guest at `address`. Idempotent.
+    /// Offset and length of each part that has a slot when the BAR is mapped.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.areas.iter().map(|area| (area.offset, area.memory.len()))
+    }
+
+    /// Makes the memory visible to the guest, with the BAR at `address`: all of it or nothing.
+    /// Idempotent.
     pub(super) fn map(
         &mut self,
         hypervisor: &dyn Hypervisor,
@@ -51,10 +83,27 @@ impl BarMapping {
     ) -> Result<(), MappingError> {
         if self.mapped_at != Some(address) {
             self.suspend(hypervisor)?;
-            hypervisor.map_slot(self.slot, SlotMapping::whole(address, &self.memory))?;
+            // From the first slot on, also if a later one fails and does not let itself be removed.
             self.mapped_at = Some(address);
+            if let Err(error) = self.map_areas(hypervisor, address) {
+                self.suspend(hypervisor)?;
+                return Err(error.into());
+            }
         }
-        Ok(self.memory.set_accessible(true)?)
+        self.restore_access()
+    }
+
+    fn map_areas(
+        &mut self,
+        hypervisor: &dyn Hypervisor,
+        address: GuestAddress,
+    ) -> Result<(), HypervisorError> {
+        for area in &mut self.areas {
+            let guest = GuestAddress(address.0 + area.offset);
+            hypervisor.map_slot(area.slot, SlotMapping::whole(guest, &area.memory))?;
+            area.present = true;
+        }
+        Ok(())
     }
 
     /// Takes the memory away from the guest: when it returns, every access exits as MMIO. Idempotent.
@@ -62,20 +111,48 @@ impl BarMapping {
     /// A hypervisor may fail to remove a slot for lack of memory. The slot then stays with memory
     /// that refuses access, so that no access reaches the device, and goes at the next attempt.
     pub(super) fn suspend(&mut self, hypervisor: &dyn Hypervisor) -> Result<(), MappingError> {
-        if self.mapped_at.is_some() {
-            if let Err(error) = hypervisor.unmap_slot(self.slot) {
-                self.memory.set_accessible(false)?;
+        for area in self.areas.iter_mut().filter(|area| area.present) {
+            if let Err(error) = hypervisor.unmap_slot(area.slot) {
+                self.refuse_access()?;
                 return Err(error.into());
             }
-            self.mapped_at = None;
+            area.present = false;
         }
+        self.mapped_at = None;
         Ok(())
     }
 
-    /// Refuses access to the memory behind the slot, as vfio-pci does when a device stops to decode.
+    /// Refuses access to the memory behind the slots, as vfio-pci does when a device stops to decode.
     pub(super) fn refuse_access(&self) -> io::Result<()> {
-        self.memory.set_accessible(false)
+        self.areas.iter().try_for_each(|area| area.memory.set_accessible(false))
     }
+
+    /// Gives access back to memory that is mapped.
+    pub(super) fn restore_access(&self) -> Result<(), MappingError> {
+        self.areas.iter().try_for_each(|area| area.memory.set_accessible(true))?;
+        Ok(())
+    }
+}
+
+/// The parts of a region that may be mapped, checked: a backend may be as hostile as a guest.
+fn parts(region: &RegionInfo) -> io::Result<Vec<SparseArea>> {
+    let whole = SparseArea { offset: 0, size: region.size };
+    let mut parts = if region.sparse.is_empty() { vec![whole] } else { region.sparse.clone() };
+    parts.retain(|part| part.size > 0);
+    parts.sort_by_key(|part| part.offset);
+    let mut end = 0;
+    for part in &parts {
+        let aligned = part.offset.is_multiple_of(PAGE_SIZE) && part.size.is_multiple_of(PAGE_SIZE);
+        let next = part.offset.checked_add(part.size).filter(|next| *next <= region.size);
+        match next {
+            Some(next) if aligned && part.offset >= end => end = next,
+            _ => return Err(io::Error::other("a part that it lets map is out of place")),
+        }
+    }
+    if parts.is_empty() || parts.len() > MAX_AREAS {
+        return Err(io::Error::other(format!("it lets {} parts map", parts.len())));
+    }
+    Ok(parts)
 }
 
 /// Why a slot is not as it should be.

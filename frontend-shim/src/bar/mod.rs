@@ -1,11 +1,9 @@
 //! Where BARs lie in the guest's address space, and the memory slots of those that are mapped.
 
+mod backend;
 mod function;
 mod mapping;
-mod table;
 
-#[cfg(test)]
-mod tests;
-
+pub use crate::fault::{AddressSpace, BarWindow, Piece, WindowTable};
+pub use backend::Backend;
 pub use function::{AttachError, AttachedFunction, BarInfo, SuspendOrder};
-pub use table::{AddressSpace, BarWindow, Piece, WindowTable};

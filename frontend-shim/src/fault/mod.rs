@@ -5,13 +5,19 @@
 //! instruction is executed again (docs/fault-semantics.md).
 #![forbid(unsafe_code)]
 
+mod counters;
 mod progress;
 mod report;
+mod router;
 mod verdict;
+mod windows;
 
 #[cfg(test)]
 mod tests;
 
+pub use counters::{FaultCounters, FaultCounts};
 pub use progress::{NoProgress, ProgressGuard};
 pub use report::{FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated};
+pub use router::{BarTarget, Route};
 pub use verdict::{SlotState, Verdict, decide};
+pub use windows::{AddressSpace, BarWindow, Piece, WindowTable};

@@ -67,6 +67,9 @@ pub enum Unlocated {
     /// No such instruction is known.
     #[error("the instruction at rip {0:#x} is unknown")]
     UnknownInstruction(u64),
+    /// The addresses or masks of the instruction are in vector registers, which can't be read.
+    #[error("the instruction at rip {0:#x} needs vector registers, which can't be read")]
+    VectorRegisters(u64),
     /// The instruction's accesses are known, and none of them lies in a slot.
     #[error("the instruction at rip {0:#x} accesses no slot")]
     NoSlot(u64),

@@ -113,7 +113,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         hypervisor: kind.to_string(),
         vcpus: u32::try_from(ends.len()).unwrap_or(u32::MAX),
         functions: frontend.functions().len(),
-        memory_faults: frontend.memory_faults(),
+        memory_faults: frontend.fault_counters().get().resolved(),
         slot_changes: frontend.slot_changes(),
         seconds: elapsed.as_secs_f64(),
         ..Report::default()

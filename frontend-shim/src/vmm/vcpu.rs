@@ -94,7 +94,7 @@ impl<'a> VcpuThread<'a> {
 
 fn resolve(host: &PciHost, guard: &mut ProgressGuard, fault: &MemoryFault) -> Result<(), String> {
     let frontend = host.frontend();
-    if let Err(error) = guard.fault(fault, frontend.slot_changes()) {
+    if let Err(error) = guard.fault(fault, frontend.progress()) {
         // Trapped, the BAR needs no memory that could fault.
         guard.progress();
         return if frontend.quarantine(fault) { Ok(()) } else { Err(error.to_string()) };

@@ -104,6 +104,16 @@ struct RawVerdict {
 }
 
 impl FaultVerdict {
+    /// The epoch at which it holds. See [`RegionState::epoch`].
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        match *self {
+            Self::UnsupportedRequest { epoch } | Self::Map { epoch } | Self::Trap { epoch } => {
+                epoch
+            }
+        }
+    }
+
     /// Parses a reply.
     ///
     /// # Errors

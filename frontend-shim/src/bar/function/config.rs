@@ -3,8 +3,8 @@
 use barkeep_protocol::wire::PciRegion;
 
 use super::BarInfo;
-use crate::bar::AddressSpace;
-use crate::client::{Client, ClientError};
+use crate::bar::{AddressSpace, Backend};
+use crate::client::ClientError;
 
 const COMMAND: u16 = 0x04;
 const STATUS: u16 = 0x06;
@@ -36,9 +36,9 @@ pub(super) struct Registers {
 
 impl Registers {
     /// Reads them from the function, in one request.
-    pub(super) fn read(client: &Client) -> Result<Self, ClientError> {
+    pub(super) fn read(backend: &impl Backend) -> Result<Self, ClientError> {
         let mut bytes = [0; (AFTER_BARS - COMMAND) as usize];
-        client.region_read(PciRegion::Config.index(), COMMAND.into(), &mut bytes)?;
+        backend.region_read(PciRegion::Config.index(), COMMAND.into(), &mut bytes)?;
         let mut bars = [0; 6];
         let words = bytes[usize::from(BAR0 - COMMAND)..].chunks_exact(4);
         for (bar, word) in bars.iter_mut().zip(words) {
@@ -48,7 +48,7 @@ impl Registers {
     }
 
     pub(super) fn enables(&self) -> Enables {
-        Enables { memory: self.command & COMMAND_MEMORY != 0, io: self.command & COMMAND_IO != 0 }
+        Enables::in_command(self.command)
     }
 
     /// The kind of a BAR, from its read-only low bits (PCI 6.2.5.1).
@@ -79,12 +79,22 @@ pub(super) struct Enables {
 }
 
 impl Enables {
+    fn in_command(command: u16) -> Self {
+        Self { memory: command & COMMAND_MEMORY != 0, io: command & COMMAND_IO != 0 }
+    }
+
     pub(super) fn of(self, space: AddressSpace) -> bool {
         match space {
             AddressSpace::Memory => self.memory,
             AddressSpace::Io => self.io,
         }
     }
+}
+
+/// The enables that a write of `data` at `offset` sets, if it touches them.
+pub(super) fn enables_written(offset: u16, data: &[u8]) -> Option<Enables> {
+    let low_byte = data.get(usize::from(COMMAND.checked_sub(offset)?))?;
+    Some(Enables::in_command(u16::from(*low_byte)))
 }
 
 /// BAR registers as the guest wrote them.
@@ -156,11 +166,11 @@ pub(super) enum ConfigChange {
 
 impl Capabilities {
     /// Walks the capability list. A backend may send one that loops: 48 are all that fit.
-    pub(super) fn find(client: &Client) -> Result<Self, ClientError> {
+    pub(super) fn find(backend: &impl Backend) -> Result<Self, ClientError> {
         let config = PciRegion::Config.index();
         let byte = |offset: u16| {
             let mut data = [0];
-            client.region_read(config, offset.into(), &mut data).map(|()| data[0])
+            backend.region_read(config, offset.into(), &mut data).map(|()| data[0])
         };
         let mut found = Self::default();
         if u16::from(byte(STATUS)?) & STATUS_CAPABILITIES == 0 {
@@ -197,21 +207,17 @@ impl Capabilities {
         {
             return ConfigChange::Reconfigures;
         }
-        if !touches(COMMAND, COMMAND + 1) {
-            return ConfigChange::Unrelated;
+        match enables_written(offset, data) {
+            Some(enables) => ConfigChange::Command(enables),
+            None => ConfigChange::Unrelated,
         }
-        let command = u16::from(data[usize::from(COMMAND - offset.min(COMMAND))]);
-        ConfigChange::Command(Enables {
-            memory: command & COMMAND_MEMORY != 0,
-            io: command & COMMAND_IO != 0,
-        })
     }
 
     /// Whether the function is in D0; one without power management always is.
-    pub(super) fn in_d0(&self, client: &Client) -> Result<bool, ClientError> {
+    pub(super) fn in_d0(&self, backend: &impl Backend) -> Result<bool, ClientError> {
         let Some(at) = self.power else { return Ok(true) };
         let mut data = [0];
-        client.region_read(PciRegion::Config.index(), (at + PMCSR).into(), &mut data)?;
+        backend.region_read(PciRegion::Config.index(), (at + PMCSR).into(), &mut data)?;
         Ok(data[0] & PMCSR_STATE == 0)
     }
 }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn window(start: u64, len: u64, function: usize, decodes: bool) -> BarWindow {
-    BarWindow { space: AddressSpace::Memory, start, len, function, bar: 0, decodes }
+    BarWindow { space: AddressSpace::Memory, start, len, function, bar: 0, offset: 0, decodes }
 }
 
 fn owner(table: &WindowTable, address: u64) -> Option<(usize, u64)> {

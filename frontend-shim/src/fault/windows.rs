@@ -1,6 +1,7 @@
-use std::sync::{Arc, Mutex, PoisonError};
+#[cfg(test)]
+mod tests;
 
-use arc_swap::ArcSwap;
+use crate::sync::{Mutex, Snapshot, lock};
 
 /// Which addresses a window lies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,6 +25,8 @@ pub struct BarWindow {
     pub function: usize,
     /// Region index of the BAR.
     pub bar: u8,
+    /// Where in the BAR it starts: 0, or for the slot of a part, where the part is.
+    pub offset: u64,
     /// Whether the function claimed it when the window was published.
     pub decodes: bool,
 }
@@ -53,7 +56,7 @@ pub struct WindowTable {
 /// Windows by function, and a sorted snapshot of them for lookups.
 #[derive(Debug, Default)]
 struct Published {
-    snapshot: ArcSwap<Vec<BarWindow>>,
+    snapshot: Snapshot<Vec<BarWindow>>,
     by_function: Mutex<Vec<Vec<BarWindow>>>,
 }
 
@@ -86,6 +89,7 @@ impl WindowTable {
     #[must_use]
     pub fn find_faulting(&self, address: u64) -> Option<(BarWindow, u64)> {
         find_in(&self.slots.snapshot.load(), AddressSpace::Memory, address)
+            .map(|(slot, offset)| (slot, slot.offset + offset))
             .or_else(|| self.find(AddressSpace::Memory, address))
     }
 
@@ -159,13 +163,13 @@ impl Published {
         windows: Vec<BarWindow>,
         merge: impl FnOnce(&[Vec<BarWindow>]) -> Vec<BarWindow>,
     ) {
-        let mut all = self.by_function.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.by_function);
         if all.len() <= function {
             all.resize(function + 1, Vec::new());
         }
         if all[function] != windows {
             all[function] = windows;
-            self.snapshot.store(Arc::new(merge(&all)));
+            self.snapshot.store(merge(&all));
         }
     }
 }

@@ -1,0 +1,163 @@
+//! Memory slots, and how they follow what the function says.
+
+use tracing::debug;
+
+use super::config::{Enables, Registers};
+use super::{AttachedFunction, BarInfo, State};
+use crate::bar::mapping::{BarMapping, MappingError};
+use crate::bar::{AddressSpace, Backend, BarWindow};
+use crate::client::ClientError;
+use crate::fault::SlotState;
+use crate::hypervisor::{GuestAddress, Hypervisor};
+use crate::sync::Ordering;
+
+impl<B: Backend> AttachedFunction<B> {
+    /// Reads decode back from the function; suspends what does not decode, and maps what does where
+    /// the guest has put it.
+    pub(super) fn synchronise(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
+        let registers = match self.ask_registers() {
+            Ok((registers, in_d0)) => {
+                state.enables = registers.enables();
+                state.in_d0 = in_d0;
+                Some(registers)
+            }
+            Err(error) => {
+                self.report("configuration read", &error);
+                state.enables = Enables::default();
+                None
+            }
+        };
+        for info in &self.bars {
+            if registers.as_ref().is_some_and(|registers| registers.address(info) == 0) {
+                state.placed.clear(info);
+            }
+        }
+        // A backend that names another address than the guest wrote does not decode there.
+        let agrees = |info: &BarInfo| {
+            registers.as_ref().is_some_and(|r| r.address(info) == state.placed.address(info))
+        };
+        let agreeing: Vec<u8> =
+            self.bars.iter().filter(|info| agrees(info)).map(|info| info.bar).collect();
+        self.publish(state, |bar| agreeing.contains(&bar));
+        for info in &self.bars {
+            let window = self.window(state, info);
+            let decodes = state.decodes(info.space) && agreeing.contains(&info.bar);
+            if decodes && window.is_some_and(|window| self.windows.owns(&window)) {
+                self.map(hypervisor, state, info.bar);
+            } else {
+                self.suspend(hypervisor, state, info.bar);
+            }
+        }
+        self.note_lost(state, !state.decodes(AddressSpace::Memory));
+    }
+
+    /// Command and BARs, and whether the function is in D0.
+    pub(super) fn ask_registers(&self) -> Result<(Registers, bool), ClientError> {
+        Ok((Registers::read(&self.backend)?, self.capabilities.in_d0(&self.backend)?))
+    }
+
+    /// Remembers which BARs the guest wants to decode and somebody else stopped, if that is so.
+    pub(super) fn note_lost(&self, state: &State, stopped: bool) {
+        let mut lost = 0;
+        if stopped && state.wanted.memory && !self.backend.is_dead() {
+            let suspended = |info: &&BarInfo| state.slot(info.bar) == SlotState::Suspended;
+            lost = self.bars.iter().filter(suspended).fold(0, |bits, info| bits | 1 << info.bar);
+        }
+        self.lost.store(lost, Ordering::Relaxed);
+    }
+
+    /// Maps a BAR where the guest has put it; whether it is reachable now.
+    fn map(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
+        let Some(info) = self.bars.iter().find(|info| info.bar == bar) else { return true };
+        let address = GuestAddress(state.placed.address(info));
+        self.change(state, bar, |mapping| mapping.map(hypervisor, address))
+    }
+
+    /// Takes a BAR's slot away; whether it is gone.
+    pub(super) fn suspend(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
+        self.change(state, bar, |mapping| mapping.suspend(hypervisor))
+    }
+
+    pub(super) fn suspend_all(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
+        for info in &self.bars {
+            self.suspend(hypervisor, state, info.bar);
+        }
+    }
+
+    /// Changes a slot and publishes where it is now. Without its slot a BAR works all the same,
+    /// trapped: slower, and never wrong. A guest can cause failures at will, by placing BARs over
+    /// each other.
+    fn change(
+        &self,
+        state: &mut State,
+        bar: u8,
+        action: impl FnOnce(&mut BarMapping) -> Result<(), MappingError>,
+    ) -> bool {
+        let Some(mapping) = &mut state.mappings[usize::from(bar)] else { return true };
+        let before = mapping.mapped_at();
+        let result = action(mapping);
+        if mapping.mapped_at() != before {
+            self.changes.fetch_add(1, Ordering::Relaxed);
+            self.windows.publish_slots(self.index, self.slots(state));
+        }
+        if let Err(failure) = &result {
+            debug!(function = self.index, bar, "memory slot: {failure}");
+        }
+        result.is_ok()
+    }
+
+    /// Publishes the windows; `claims` narrows which BARs decode, beyond the Command register.
+    pub(super) fn publish(&self, state: &State, claims: impl Fn(u8) -> bool) {
+        let windows = self.bars.iter().filter_map(|info| self.window(state, info));
+        let windows = windows
+            .map(|window| BarWindow { decodes: window.decodes && claims(window.bar), ..window });
+        self.windows.publish(self.index, windows.collect());
+    }
+
+    /// Where the guest has put a BAR.
+    fn window(&self, state: &State, info: &BarInfo) -> Option<BarWindow> {
+        let start = state.placed.address(info);
+        // An address that wraps is nothing that a bus could route.
+        start.checked_add(info.size - 1)?;
+        Some(BarWindow {
+            space: info.space,
+            start,
+            len: info.size,
+            function: self.index,
+            bar: info.bar,
+            offset: 0,
+            decodes: state.decodes(info.space),
+        })
+    }
+
+    fn slots(&self, state: &State) -> Vec<BarWindow> {
+        let mut slots = Vec::new();
+        for info in &self.bars {
+            let Some(mapping) = &state.mappings[usize::from(info.bar)] else { continue };
+            let (Some(at), Some(window)) = (mapping.mapped_at(), self.window(state, info)) else {
+                continue;
+            };
+            slots.extend(mapping.parts().map(|(offset, len)| BarWindow {
+                start: at.0 + offset,
+                len,
+                offset,
+                ..window
+            }));
+        }
+        slots
+    }
+}
+
+impl State {
+    pub(super) fn slot(&self, bar: u8) -> SlotState {
+        match &self.mappings[usize::from(bar)] {
+            None => SlotState::Trapped,
+            Some(mapping) if mapping.mapped_at().is_some() => SlotState::Mapped,
+            Some(_) => SlotState::Suspended,
+        }
+    }
+
+    pub(super) fn decodes(&self, space: AddressSpace) -> bool {
+        self.in_d0 && self.enables.of(space)
+    }
+}

@@ -1,0 +1,59 @@
+//! The locks and counters of this crate. With the feature `model-check` they are shuttle's, whose
+//! schedulers decide which thread goes on at each of them (`bar/model_check`).
+
+#[cfg(feature = "model-check")]
+pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(feature = "model-check")]
+pub(crate) use shuttle::sync::{Mutex, MutexGuard};
+#[cfg(not(feature = "model-check"))]
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(not(feature = "model-check"))]
+pub(crate) use std::sync::{Mutex, MutexGuard};
+
+use std::sync::{Arc, PoisonError};
+
+/// Locks a mutex whose data every holder leaves valid, whatever became of the holder.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A value that is replaced as a whole: readers never wait, and keep what they have seen.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot<T> {
+    #[cfg(not(feature = "model-check"))]
+    value: arc_swap::ArcSwap<T>,
+    #[cfg(feature = "model-check")]
+    value: Mutex<Arc<T>>,
+}
+
+#[cfg(not(feature = "model-check"))]
+impl<T> Snapshot<T> {
+    /// What is there now, for a short look.
+    pub(crate) fn load(&self) -> arc_swap::Guard<Arc<T>> {
+        self.value.load()
+    }
+
+    /// What is there now, to be kept.
+    pub(crate) fn load_full(&self) -> Arc<T> {
+        self.value.load_full()
+    }
+
+    pub(crate) fn store(&self, value: T) {
+        self.value.store(Arc::new(value));
+    }
+}
+
+#[cfg(feature = "model-check")]
+impl<T> Snapshot<T> {
+    pub(crate) fn load(&self) -> Arc<T> {
+        self.load_full()
+    }
+
+    pub(crate) fn load_full(&self) -> Arc<T> {
+        Arc::clone(&lock(&self.value))
+    }
+
+    pub(crate) fn store(&self, value: T) {
+        *lock(&self.value) = Arc::new(value);
+    }
+}
