@@ -1,7 +1,9 @@
 //! The built-in guest programs against real sidecars.
 
 use barkeep_shim::hypervisor::kvm::Kvm;
-use barkeep_shim::vmm::{Arguments, HypervisorChoice, Machine, Order, Program, Report};
+use barkeep_shim::vmm::{
+    Arguments, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program, Report,
+};
 use barkeep_tests::skip;
 
 use crate::sidecar::Sidecar;
@@ -14,6 +16,8 @@ fn arguments(sidecar: &Sidecar, program: Program, hypervisor: HypervisorChoice) 
         cycles: 100,
         hypervisor,
         suspend_order: Order::SlotsFirst,
+        memory_faults: MemoryFaults::Resolve,
+        loss: Loss::Protected,
         deadline: 20,
         json: false,
     }
@@ -102,4 +106,39 @@ fn check_toggle(report: &Report) {
     let arrived = report.backends.writes_applied + report.backends.writes_dropped;
     assert_eq!(arrived, report.trapped_writes);
     assert!(report.mapped_writes > 0);
+}
+
+#[test]
+fn a_vmm_without_the_shims_answer_dies_of_a_disabled_bar() {
+    let sidecar = Sidecar::start(&["edu", "ivshmem,size=4M"]);
+    let arguments = Arguments {
+        suspend_order: Order::BackingFirst,
+        memory_faults: MemoryFaults::Fatal,
+        cycles: 100_000,
+        ..arguments(&sidecar, Program::Toggle, HypervisorChoice::Model)
+    };
+    let report = Machine::new(&arguments).unwrap().run(&arguments).unwrap();
+    let died = report.failures.iter().any(|failure| failure.contains("memory fault at 0x10"));
+    assert!(died, "by a fault in the window of 64-bit BARs: {:?}", report.failures);
+}
+
+on_both_hypervisors!(ram_that_is_gone_stops_the_vm);
+fn ram_that_is_gone_stops_the_vm(hypervisor: HypervisorChoice) {
+    // A BAR that could be mapped is there: a fault of unknown place could be about it.
+    let sidecar = Sidecar::start(&["ivshmem,size=64K"]);
+    let losses: &[Loss] = match hypervisor {
+        HypervisorChoice::Model => &[Loss::Protected],
+        _ => &[Loss::Protected, Loss::Vanished],
+    };
+    for loss in losses {
+        let arguments = Arguments {
+            vcpus: 1,
+            loss: *loss,
+            ..arguments(&sidecar, Program::LostRam, hypervisor)
+        };
+        let report = Machine::new(&arguments).unwrap().run(&arguments).unwrap();
+        let named = report.failures.iter().any(|failure| failure.contains("at 0x2000000"));
+        assert!(named, "{loss:?}, {:?}", report.failures);
+        assert_eq!(report.reads, 1, "{loss:?}: the second read never returns");
+    }
 }

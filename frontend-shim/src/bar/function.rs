@@ -9,7 +9,7 @@ use super::Backend;
 use super::mapping::BarMapping;
 use crate::client::{Client, ClientError};
 use crate::fault::{BarTarget, BarWindow, FaultAccess, SlotState, Verdict, WindowTable, decide};
-use crate::hypervisor::{Hypervisor, SlotId};
+use crate::hypervisor::{GuestAddress, Hypervisor, SlotId};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 
 mod attach;
@@ -148,6 +148,12 @@ impl<B: Backend> AttachedFunction<B> {
     #[must_use]
     pub fn bars(&self) -> &[BarInfo] {
         &self.bars
+    }
+
+    /// Where a BAR is mapped now, if it is.
+    #[must_use]
+    pub fn mapped_at(&self, bar: u8) -> Option<GuestAddress> {
+        self.lock().mappings.get(usize::from(bar))?.as_ref()?.mapped_at()
     }
 
     /// Whether any BAR is mapped directly, so that a memory fault could be about this function.

@@ -1,3 +1,5 @@
+use serde::{Deserialize, Serialize};
+
 use super::{FaultPlace, MemoryFault, Verdict};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -10,7 +12,7 @@ pub struct FaultCounters {
 }
 
 /// What [`FaultCounters`] had counted at some time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultCounts {
     /// The hypervisor told the address.
     pub reported: u64,

@@ -4,29 +4,29 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use barkeep_protocol::wire::{DmaAccess, DmaMap};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use thiserror::Error;
 
 use super::guest::{self, GuestError, Parameters, Program as GuestProgram, RAM_SIZE};
+use super::guest_memory::{GuestMemory, LOST_RAM_SLOT};
 use super::monitor::Monitor;
 use super::pci_host::{ECAM_BASE, ECAM_SIZE, PciHost};
 use super::placement::Placement;
 use super::report::{self, Report};
 use super::vcpu::{VcpuEnd, VcpuThread};
-use super::{Arguments, HypervisorChoice, Program};
+use super::{Arguments, HypervisorChoice, Loss, Program};
 use crate::Frontend;
 use crate::bar::AttachError;
 use crate::client::ClientError;
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::model::Model;
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, SlotId, SlotMapping, Vm,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, HypervisorKind, SlotId, Vm,
 };
 
 /// A VM that is set up: RAM mapped, functions attached and their BARs placed.
 pub struct Machine {
     vm: Arc<dyn Vm>,
-    ram: Arc<HostMapping>,
+    memory: GuestMemory,
     host: PciHost,
     placement: Placement,
 }
@@ -75,15 +75,19 @@ pub enum MachineError {
         size: u64,
     },
     /// The program needs functions that are not attached.
-    #[error("--program {0:?}: it needs an edu function, and toggle an ivshmem function as well")]
+    #[error(
+        "--program {0:?}: it needs an edu function, and toggle and hammer an ivshmem function as well"
+    )]
     NothingToDo(Program),
+    /// The model accesses RAM itself: without its file it would die of SIGBUS.
+    #[error("--loss vanished: only a hypervisor in the kernel survives that")]
+    ModelLosesItself,
     /// The guest program.
     #[error("guest: {0}")]
     Guest(#[from] GuestError),
 }
 
-const RAM_SLOT: SlotId = SlotId(0);
-const FIRST_BAR_SLOT: SlotId = SlotId(1);
+const FIRST_BAR_SLOT: SlotId = SlotId(LOST_RAM_SLOT.0 + 1);
 /// PCI_COMMAND: memory and bus mastering.
 const COMMAND_ON: u16 = 0x6;
 /// PCI_COMMAND: bus mastering alone.
@@ -101,12 +105,16 @@ impl Machine {
             return Err(MachineError::TooManyFunctions(arguments.devices.len()));
         }
         let vm = choose_hypervisor(arguments.hypervisor)?;
-        let (ram_file, ram) = create_ram()
-            .map_err(|errno| MachineError::Host { what: "guest memory", source: errno.into() })?;
-        vm.map_slot(RAM_SLOT, SlotMapping::whole(GuestAddress(0), &ram))?;
+        if (arguments.loss, vm.kind()) == (Loss::Vanished, HypervisorKind::Model) {
+            return Err(MachineError::ModelLosesItself);
+        }
+        let memory = GuestMemory::new(arguments.loss)
+            .map_err(|source| MachineError::Host { what: "guest memory", source })?;
+        memory.map(vm.as_ref())?;
 
         let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
-        let claimed = vec![(0, RAM_SIZE), (ECAM_BASE, ECAM_SIZE)];
+        let mut claimed = GuestMemory::ranges().to_vec();
+        claimed.push((ECAM_BASE, ECAM_SIZE));
         let mut frontend = Frontend::new(hypervisor, claimed, FIRST_BAR_SLOT);
         let deadline = Duration::from_secs(arguments.deadline);
         for path in &arguments.devices {
@@ -114,7 +122,8 @@ impl Machine {
                 .attach(path, deadline, arguments.suspend_order.into())
                 .map_err(|source| MachineError::Attach { path: path.clone(), source })?;
             let share = |source| MachineError::Share { path: path.clone(), source };
-            let file = ram_file
+            let file = memory
+                .file
                 .try_clone()
                 .map_err(|source| MachineError::Host { what: "guest memory", source })?;
             let access = DmaAccess::READ | DmaAccess::WRITE;
@@ -122,7 +131,7 @@ impl Machine {
             frontend.functions()[index].client().dma_map(&window, Some(file)).map_err(share)?;
         }
         let placement = Placement::assign(&frontend)?;
-        Ok(Self { vm, ram, host: PciHost::new(frontend), placement })
+        Ok(Self { vm, memory, host: PciHost::new(frontend), placement })
     }
 
     /// Runs the program of `arguments` to its end.
@@ -133,10 +142,11 @@ impl Machine {
         let frontend = self.host.frontend();
         self.placement.enable(frontend, COMMAND_ON);
         let devices = match arguments.program {
-            Program::Toggle => self.placement.pairs(),
-            Program::Edu | Program::Probe => self.placement.edu_alone(),
+            Program::Toggle | Program::Hammer => self.placement.pairs(frontend),
+            Program::Edu | Program::Probe | Program::LostRam => self.placement.edu_alone(frontend),
         };
-        if devices.is_empty() && arguments.program != Program::Probe {
+        let needs_none = matches!(arguments.program, Program::Probe | Program::LostRam);
+        if devices.is_empty() && !needs_none {
             return Err(MachineError::NothingToDo(arguments.program));
         }
         Parameters {
@@ -147,14 +157,14 @@ impl Machine {
             poll_limit: POLL_LIMIT,
             devices,
         }
-        .install(&self.ram)?;
+        .install(&self.memory.ram)?;
 
         let started = Instant::now();
         let ends = self.run_vcpus(arguments)?;
         Ok(report::collect(report::Finished {
             arguments,
             kind: self.vm.kind(),
-            ram: &self.ram,
+            ram: &self.memory.ram,
             frontend,
             placement: &self.placement,
             ends,
@@ -166,6 +176,8 @@ impl Machine {
         let programs = match arguments.program {
             Program::Probe => vec![GuestProgram::Probe],
             Program::Edu => vec![GuestProgram::Edu],
+            Program::LostRam => vec![GuestProgram::LostRam],
+            Program::Hammer => vec![GuestProgram::Hammer; arguments.vcpus as usize],
             Program::Toggle => {
                 let mut programs = vec![GuestProgram::Toggle];
                 programs.resize(arguments.vcpus as usize, GuestProgram::Hammer);
@@ -174,18 +186,28 @@ impl Machine {
         };
         let mut vcpus = Vec::new();
         for (id, program) in (0..).zip(programs) {
-            program.load(&self.ram)?;
+            program.load(&self.memory.ram)?;
             vcpus.push((id, self.vm.create_vcpu(id, &program.entry(id)?)?));
         }
-        let monitor = Monitor::new(&self.ram, arguments);
+        if arguments.program == Program::Hammer {
+            stop_with_standard_input(&self.memory.ram)?;
+        }
+        let monitor = Monitor::new(&self.memory.ram, arguments);
         std::thread::scope(|scope| {
             let mut threads = Vec::new();
             for (id, vcpu) in vcpus {
-                let thread = VcpuThread::new(id, vcpu, &self.host, &self.ram, monitor.bell());
+                let thread = VcpuThread {
+                    id,
+                    vcpu,
+                    host: &self.host,
+                    memory: &self.memory,
+                    memory_faults: arguments.memory_faults,
+                    bell: monitor.bell(),
+                };
                 let named = std::thread::Builder::new().name(format!("vcpu{id}"));
                 let spawned = named.spawn_scoped(scope, move || thread.run()).map_err(|source| {
                     // Those that run already would wait for the missing one for ever.
-                    request_stop(&self.ram);
+                    request_stop(&self.memory.ram);
                     MachineError::Host { what: "vCPU thread", source }
                 });
                 threads.push(spawned?);
@@ -213,16 +235,18 @@ fn choose_hypervisor(choice: HypervisorChoice) -> Result<Arc<dyn Vm>, MachineErr
     Ok(Arc::new(Kvm::open()?))
 }
 
-/// RAM that can be shared with backends and can't shrink under them.
-fn create_ram() -> rustix::io::Result<(std::os::fd::OwnedFd, Arc<HostMapping>)> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = memfd_create("barkeep-ram", flags)?;
-    ftruncate(&file, RAM_SIZE)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    let mapping = HostMapping::from_fd(&file, 0, RAM_SIZE, true).map_err(|error| {
-        rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
-    })?;
-    Ok((file, Arc::new(mapping)))
+/// Stops `hammer` when standard input ends. The thread dies with the process.
+fn stop_with_standard_input(ram: &Arc<HostMapping>) -> Result<(), MachineError> {
+    let ram = Arc::clone(ram);
+    let wait = move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        request_stop(&ram);
+    };
+    std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(wait)
+        .map_err(|source| MachineError::Host { what: "thread", source })?;
+    Ok(())
 }
 
 /// Asks the vCPUs that run `hammer` to stop.

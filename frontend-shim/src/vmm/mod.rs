@@ -2,6 +2,7 @@
 //! functions in backend processes. It runs the small built-in [`guest`] programs.
 
 pub mod guest;
+mod guest_memory;
 mod machine;
 mod monitor;
 mod pci_host;
@@ -30,7 +31,7 @@ pub struct Arguments {
     /// Guest program to run
     #[arg(long, value_enum, default_value_t = Program::Probe)]
     pub program: Program,
-    /// Virtual CPUs; only `toggle` uses more than one
+    /// Virtual CPUs; only `toggle` and `hammer` use more than one
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: u32,
     /// Rounds of `toggle`
@@ -42,6 +43,12 @@ pub struct Arguments {
     /// What comes first when the guest clears PCI_COMMAND.MEM
     #[arg(long, value_enum, default_value_t = Order::SlotsFirst)]
     pub suspend_order: Order,
+    /// What to do about memory faults
+    #[arg(long, value_enum, default_value_t = MemoryFaults::Resolve)]
+    pub memory_faults: MemoryFaults,
+    /// How `lost-ram` loses its memory
+    #[arg(long, value_enum, default_value_t = Loss::Protected)]
+    pub loss: Loss,
     /// Seconds that a backend may take for one answer
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub deadline: u64,
@@ -59,6 +66,28 @@ pub enum Program {
     Edu,
     /// Toggle PCI_COMMAND.MEM on vCPU 0 while the others read and write the BARs
     Toggle,
+    /// Read and write the BARs until standard input ends, while somebody else toggles them
+    Hammer,
+    /// Lose RAM and read it: the VM must not survive that
+    LostRam,
+}
+
+/// What becomes of a memory fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum MemoryFaults {
+    /// Resolve it
+    Resolve,
+    /// Stop the VM, as VMMs do that know nothing of disabled BARs
+    Fatal,
+}
+
+/// How RAM gets lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Loss {
+    /// Its pages refuse access (PROT_NONE)
+    Protected,
+    /// Its file is cut off; KVM only
+    Vanished,
 }
 
 /// Which hypervisor to take.

@@ -80,20 +80,26 @@ impl Placement {
     }
 
     /// The rows of the device table for `toggle`: each edu function with the next ivshmem function.
-    pub(super) fn pairs(&self) -> Vec<Device> {
-        let row = |(edu, ivshmem): (usize, usize)| self.row(edu, (ivshmem, 2));
+    pub(super) fn pairs(&self, frontend: &Frontend) -> Vec<Device> {
+        let row = |(edu, ivshmem): (usize, usize)| self.row(frontend, edu, (ivshmem, 2));
         self.edu_functions().zip(self.with_ids(IVSHMEM)).filter_map(row).collect()
     }
 
     /// The rows for `edu`, which looks at nothing else: each function is its own partner.
-    pub(super) fn edu_alone(&self) -> Vec<Device> {
-        self.edu_functions().filter_map(|edu| self.row(edu, (edu, 0))).collect()
+    pub(super) fn edu_alone(&self, frontend: &Frontend) -> Vec<Device> {
+        self.edu_functions().filter_map(|edu| self.row(frontend, edu, (edu, 0))).collect()
     }
 
-    fn row(&self, edu: usize, (mapped, mapped_bar): (usize, u8)) -> Option<Device> {
+    fn row(
+        &self,
+        frontend: &Frontend,
+        edu: usize,
+        (mapped, mapped_bar): (usize, u8),
+    ) -> Option<Device> {
         Some(Device {
             trapped: config_address(edu)?,
             trapped_bar: GuestAddress(self.bar(edu, 0)?),
+            narrow: !is_mapped(frontend, edu, 0),
             mapped: config_address(mapped)?,
             mapped_bar: GuestAddress(self.bar(mapped, mapped_bar)?),
         })
@@ -114,7 +120,7 @@ impl Placement {
         functions.filter(move |(_, placed)| placed.ids == ids).map(|(index, _)| index)
     }
 
-    fn bar(&self, function: usize, bar: u8) -> Option<u64> {
+    pub(super) fn bar(&self, function: usize, bar: u8) -> Option<u64> {
         self.functions
             .get(function)?
             .bars
@@ -122,6 +128,13 @@ impl Placement {
             .find(|(number, _)| *number == bar)
             .map(|(_, address)| *address)
     }
+}
+
+/// Whether a BAR has memory that is mapped while it decodes. An edu function with such a BAR0 is passed
+/// through, and not ours.
+pub(super) fn is_mapped(frontend: &Frontend, function: usize, bar: u8) -> bool {
+    let bars = frontend.functions().get(function).map_or(&[][..], |function| function.bars());
+    bars.iter().any(|info| info.bar == bar && info.mapped)
 }
 
 /// Vendor and device of edu.

@@ -9,10 +9,12 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use super::guest::{EduReport, ProbeReport, RunState, StatBlock};
-use super::placement::Placement;
+use super::placement::{Placement, is_mapped};
 use super::vcpu::VcpuEnd;
 use super::{Arguments, MachineError, Program};
 use crate::Frontend;
+use crate::bar::AddressSpace;
+use crate::fault::FaultCounts;
 use crate::hypervisor::{HostMapping, HypervisorKind};
 
 /// One line of `--json` output.
@@ -22,7 +24,7 @@ pub enum Line {
     /// The guest is at work.
     Progress(Progress),
     /// It has ended.
-    Report(Report),
+    Report(Box<Report>),
 }
 
 /// How far `toggle` is.
@@ -58,6 +60,11 @@ pub struct Report {
     pub mapped_writes: u64,
     /// Memory faults that were resolved.
     pub memory_faults: u64,
+    /// All memory faults: how their place was known, and their verdicts.
+    pub faults: FaultCounts,
+    /// The longest time that one instruction took from its first memory fault to its last, or to the
+    /// end of the MMIO exit that it became, in nanoseconds.
+    pub longest_stuck_ns: u64,
     /// How often a memory slot came or went.
     pub slot_changes: u64,
     /// Values that no correct machine returns.
@@ -114,6 +121,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         vcpus: u32::try_from(ends.len()).unwrap_or(u32::MAX),
         functions: frontend.functions().len(),
         memory_faults: frontend.fault_counters().get().resolved(),
+        faults: frontend.fault_counters().get(),
         slot_changes: frontend.slot_changes(),
         seconds: elapsed.as_secs_f64(),
         ..Report::default()
@@ -121,6 +129,8 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
     let mut latency: Option<Histogram<u64>> = None;
     for (vcpu, end) in (0..).zip(ends) {
         report.failures.extend(end.failure);
+        let stuck = u64::try_from(end.longest_stuck.as_nanos()).unwrap_or(u64::MAX);
+        report.longest_stuck_ns = report.longest_stuck_ns.max(stuck);
         report.count(ram, vcpu);
         match &mut latency {
             None => latency = Some(end.latency),
@@ -135,7 +145,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         };
     }
     report.ask_backends(frontend, placement);
-    report.add_findings(arguments, ram, placement);
+    report.add_findings(arguments, ram, frontend, placement);
     report
 }
 
@@ -149,7 +159,7 @@ impl Report {
     /// Prints the report to standard output, as a line of JSON or for a reader.
     pub fn print(&self, json: bool) {
         if json {
-            return print_line(&Line::Report(self.clone()));
+            return print_line(&Line::Report(Box::new(self.clone())));
         }
         let mut text = format!(
             "{} functions, {} vCPUs on {}, {:.2} s\n{} reads ({} UR), {} + {} writes, {} memory faults\n",
@@ -163,6 +173,14 @@ impl Report {
             self.mapped_writes,
             self.memory_faults,
         );
+        if self.faults != FaultCounts::default() {
+            let FaultCounts { reported, located, one_of, unknown, .. } = self.faults;
+            let FaultCounts { unsupported_request, map, relax, retry, not_mine, .. } = self.faults;
+            text.push_str(&format!(
+                "  places: {reported} reported, {located} located, {one_of} one of several, {unknown} unknown\n  verdicts: {unsupported_request} UR, {map} map, {relax} relax, {retry} retry, {not_mine} not ours\n  longest stuck: {} us\n",
+                self.longest_stuck_ns / 1000
+            ));
+        }
         for line in self.findings.iter().chain(&self.failures) {
             text.push_str(line);
             text.push('\n');
@@ -196,19 +214,23 @@ impl Report {
         }
     }
 
-    /// Every write of the guest must have arrived, applied or dropped, exactly once.
+    /// Every write of the guest must have arrived, applied or dropped, exactly once; where a mapped BAR
+    /// of a passed-through function takes a part of them, nobody can count those.
     fn ask_backends(&mut self, frontend: &Frontend, placement: &Placement) {
+        let mut counted = true;
         for index in placement.edu_functions() {
             let state = self.ask_backend(frontend, index, 0);
             self.backends.writes_applied += state.writes;
             self.backends.writes_dropped += state.writes_dropped;
             self.backends.reads_ur += state.reads_ur;
+            counted &= !is_mapped(frontend, index, 0);
         }
         for index in placement.ivshmem_functions() {
             self.backends.reads_ur += self.ask_backend(frontend, index, 2).reads_ur;
         }
         let Backends { writes_applied, writes_dropped, .. } = self.backends;
-        if writes_applied + writes_dropped != self.trapped_writes {
+        let arrived = writes_applied + writes_dropped;
+        if arrived > self.trapped_writes || (counted && arrived != self.trapped_writes) {
             self.failures.push(format!(
                 "the guest wrote {} times to trapped BARs, the backends applied {writes_applied} and dropped {writes_dropped}",
                 self.trapped_writes
@@ -223,20 +245,32 @@ impl Report {
         })
     }
 
-    fn add_findings(&mut self, arguments: &Arguments, ram: &HostMapping, placement: &Placement) {
+    fn add_findings(
+        &mut self,
+        arguments: &Arguments,
+        ram: &HostMapping,
+        frontend: &Frontend,
+        placement: &Placement,
+    ) {
         match arguments.program {
             Program::Probe => self.add_probe(ram),
             Program::Edu => {
                 let count = placement.edu_functions().count();
                 (0..count).for_each(|device| self.add_edu(ram, device));
             }
-            Program::Toggle => self.check_toggle(arguments, placement.pairs().len() as u64),
+            Program::Toggle => {
+                let pairs = placement.pairs(frontend).len() as u64;
+                self.check_toggle(arguments, pairs, passes_through(frontend, placement));
+            }
+            Program::Hammer => self.add_ends(frontend, placement),
+            // That it came here at all is the failure.
+            Program::LostRam => self.check_lost_ram(),
         }
     }
 
     /// A run in which nothing happened has shown nothing: every cycle reads and writes each pair with
     /// decode off, and maps and suspends the directly mapped BAR.
-    fn check_toggle(&mut self, arguments: &Arguments, pairs: u64) {
+    fn check_toggle(&mut self, arguments: &Arguments, pairs: u64, passes_through: bool) {
         let reads_ur = self.backends.reads_ur;
         if !(self.reads_ur..=self.reads_ur + self.narrow_reads).contains(&reads_ur) {
             self.failures.push(format!(
@@ -249,13 +283,38 @@ impl Report {
             ("cycles", self.cycles, arguments.cycles),
             ("reads as UR", self.reads_ur, 2 * least),
             ("dropped writes", self.backends.writes_dropped, least),
-            ("applied writes", self.backends.writes_applied, least),
+            (
+                "applied writes",
+                self.backends.writes_applied,
+                if passes_through { 0 } else { least },
+            ),
             ("changes of memory slots", self.slot_changes, 2 * least),
         ];
         for (what, seen, least) in rows {
             if seen < least {
                 self.failures.push(format!("{seen} {what}, not {least} or more"));
             }
+        }
+    }
+
+    /// What BAR0 of each edu function answers in the end, and whether it is mapped again.
+    fn add_ends(&mut self, frontend: &Frontend, placement: &Placement) {
+        for index in placement.edu_functions() {
+            let Some(address) = placement.bar(index, 0) else { continue };
+            let mut data = [0; 4];
+            frontend.read(AddressSpace::Memory, address, &mut data);
+            let mapped = match frontend.functions()[index].mapped_at(0) {
+                Some(_) => "mapped",
+                None => "not mapped",
+            };
+            let answer = u32::from_le_bytes(data);
+            self.findings.push(format!("edu {index}: {answer:#010x}, {mapped}"));
+        }
+    }
+
+    fn check_lost_ram(&mut self) {
+        if self.failures.is_empty() {
+            self.failures.push("the guest read RAM that was gone".into());
         }
     }
 
@@ -289,6 +348,10 @@ impl Report {
             Err(error) => self.failures.push(format!("edu {device}: {error}")),
         }
     }
+}
+
+fn passes_through(frontend: &Frontend, placement: &Placement) -> bool {
+    placement.edu_functions().any(|index| is_mapped(frontend, index, 0))
 }
 
 /// Prints one object on a line of its own.

@@ -29,7 +29,7 @@ pub(super) fn run(
         }
         match serde_json::from_str(&line) {
             Ok(Line::Progress(Progress { done, .. })) => bar.set_position(done),
-            Ok(Line::Report(last)) => report = Some(last),
+            Ok(Line::Report(last)) => report = Some(*last),
             Err(failure) => tracing::warn!("the VMM says {line:?}: {failure}"),
         }
     }

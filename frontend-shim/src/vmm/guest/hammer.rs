@@ -141,6 +141,9 @@ fn tag_or_reset(asm: &mut Assembly, tag: u64, seen: i32) -> Result<(), IcedError
 }
 
 fn edu_narrow(asm: &mut Assembly) -> Result<(), IcedError> {
+    let mut undefined = asm.label();
+    asm.a.cmp(qword_ptr(r15 + row::NARROW), 0)?;
+    asm.a.je(undefined)?;
     asm.a.mov(rbx, rsi)?;
     asm.load(Width::Word)?;
     asm.count(field::NARROW_READS)?;
@@ -150,7 +153,8 @@ fn edu_narrow(asm: &mut Assembly) -> Result<(), IcedError> {
     asm.load(Width::Byte)?;
     asm.count(field::NARROW_READS)?;
     asm.a.mov(ecx, 0xff)?;
-    asm.expect()
+    asm.expect()?;
+    asm.bind(&mut undefined)
 }
 
 fn cell(asm: &mut Assembly) -> Result<(), IcedError> {

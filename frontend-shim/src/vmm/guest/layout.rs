@@ -13,6 +13,8 @@
 //! | `0x10_0000` | 64 KiB each | code |
 //! | `0x20_0000` | 1 MiB | stacks, 16 KiB per virtual CPU, growing down |
 //! | `0x40_0000` | 8 KiB | DMA buffers: source page, destination page |
+//!
+//! `lost_ram` has more of it at `0x200_0000`, apart from the rest: 64 KiB that the VMM takes away.
 
 use super::{GuestError, page_tables};
 use crate::hypervisor::{GuestAddress, HostMapping};
@@ -25,6 +27,11 @@ pub const MAX_DEVICES: usize = 64;
 pub const MAX_VCPUS: u32 = 64;
 /// Guest-physical address of the buffers that [`Program::Edu`](super::Program::Edu) gives to devices.
 pub const DMA_BUFFER: GuestAddress = GuestAddress(0x40_0000);
+
+/// Where the RAM is that [`Program::LostRam`](super::Program::LostRam) loses.
+pub const LOST_RAM: GuestAddress = GuestAddress(0x200_0000);
+/// Its size in bytes.
+pub const LOST_RAM_SIZE: u64 = 64 << 10;
 
 pub(super) const PAGE_TABLES: u64 = 0x1000;
 pub(super) const CONTROL: u64 = 0x1_0000;
@@ -65,6 +72,8 @@ pub(super) mod row {
     pub(in super::super) const MAPPED_CONFIG: i32 = 4;
     pub(in super::super) const TRAPPED_BAR: i32 = 8;
     pub(in super::super) const MAPPED_BAR: i32 = 16;
+    /// u64, not zero when the edu function answers 1 and 2 bytes with all ones.
+    pub(in super::super) const NARROW: i32 = 24;
 }
 
 /// What the programs are told.
@@ -91,6 +100,9 @@ pub struct Device {
     pub trapped: ConfigAddress,
     /// Address of its BAR0.
     pub trapped_bar: GuestAddress,
+    /// It answers reads of 1 and 2 bytes with all ones, as ours does; what QEMU's own edu answers is
+    /// undefined.
+    pub narrow: bool,
     /// The ivshmem function, whose BAR2 is mapped into the guest. Its memory is zero at the start and at
     /// least 64 bytes per virtual CPU long.
     pub mapped: ConfigAddress,
@@ -137,6 +149,7 @@ impl Parameters {
             ram.store_u32(field(row::MAPPED_CONFIG), device.mapped.0)?;
             ram.store_u64(field(row::TRAPPED_BAR), device.trapped_bar.0)?;
             ram.store_u64(field(row::MAPPED_BAR), device.mapped_bar.0)?;
+            ram.store_u64(field(row::NARROW), device.narrow.into())?;
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ mod asm;
 mod edu;
 mod hammer;
 mod layout;
+mod lost_ram;
 mod page_tables;
 mod probe;
 mod stats;
@@ -23,7 +24,8 @@ mod toggle;
 
 pub use self::edu::EduReport;
 pub use self::layout::{
-    ConfigAddress, DMA_BUFFER, Device, MAX_DEVICES, MAX_VCPUS, Parameters, RAM_SIZE, request_stop,
+    ConfigAddress, DMA_BUFFER, Device, LOST_RAM, LOST_RAM_SIZE, MAX_DEVICES, MAX_VCPUS, Parameters,
+    RAM_SIZE, request_stop,
 };
 pub use self::page_tables::{MMIO_WINDOW, MMIO_WINDOW_SIZE};
 pub use self::probe::{FoundFunction, ProbeReport};
@@ -35,6 +37,9 @@ use crate::hypervisor::{GuestAddress, HostMapping, VcpuEntry};
 /// A program writes one byte here when it has finished: 0 if every value was right, else 1. It then halts.
 /// ([`Program::Hammer`] only halts.)
 pub const EXIT_PORT: u16 = 0x604;
+
+/// [`Program::LostRam`] writes one byte here when its RAM shall go.
+pub const LOSE_RAM_PORT: u16 = 0x605;
 
 /// CONFIG_ADDRESS and CONFIG_DATA (PCI Local Bus 3.0, 3.2.2.3.2).
 pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
@@ -48,12 +53,15 @@ pub enum Program {
     /// For one virtual CPU, which must be number 0; sets the stop flag at its end.
     Toggle,
     /// Reads and writes the BARs of all functions, with every width, until the stop flag is set. For any
-    /// number of virtual CPUs but number 0, at the same time as [`Program::Toggle`].
+    /// number of virtual CPUs; not for number 0 where that runs [`Program::Toggle`] at the same time.
     Hammer,
     /// Enumerates bus 0 through ports and compares with ECAM.
     Probe,
     /// Makes each edu function compute a factorial and copy a buffer by DMA there and back.
     Edu,
+    /// Reads RAM at [`LOST_RAM`] before and after the VMM took its memory away. It has no right way to
+    /// end: the virtual machine has to be stopped.
+    LostRam,
 }
 
 impl Program {
@@ -67,6 +75,7 @@ impl Program {
             Program::Hammer => hammer::assemble(self.address()),
             Program::Probe => probe::assemble(self.address()),
             Program::Edu => edu::assemble(self.address()),
+            Program::LostRam => lost_ram::assemble(self.address()),
         };
         code.map_err(|error| GuestError::Assemble(error.to_string()))
     }
@@ -101,6 +110,7 @@ impl Program {
             Program::Hammer => 1,
             Program::Probe => 2,
             Program::Edu => 3,
+            Program::LostRam => 5,
         })
     }
 }

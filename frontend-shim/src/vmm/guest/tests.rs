@@ -218,6 +218,7 @@ fn what_does_not_fit_the_layout_is_refused() {
     let device = Device {
         trapped: ConfigAddress::from_bdf(0),
         trapped_bar: GuestAddress(0),
+        narrow: true,
         mapped: ConfigAddress::from_bdf(0),
         mapped_bar: GuestAddress(0),
     };

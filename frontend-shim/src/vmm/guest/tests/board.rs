@@ -83,6 +83,7 @@ impl Board {
                 Device {
                     trapped: ConfigAddress::from_bdf(EDU_BDF),
                     trapped_bar: GuestAddress(EDU_BAR),
+                    narrow: true,
                     mapped: ConfigAddress::from_bdf(CELL_BDF),
                     mapped_bar: GuestAddress(CELL_BAR),
                 };
