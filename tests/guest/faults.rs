@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_shim::bar::{AddressSpace, SuspendOrder};
-use barkeep_shim::fault::Verdict;
+use barkeep_shim::fault::{FaultCounts, FaultPlace, GuestAccess, Unlocated, Verdict};
 use barkeep_shim::hypervisor::model::Model;
 use barkeep_shim::hypervisor::{GuestAddress, Hypervisor, MemoryFault, SlotId};
 use barkeep_shim::{FaultOutcome, Frontend};
@@ -15,6 +15,8 @@ const BAR2: u64 = 0x10_0000_0000;
 const RAM: u64 = 0x100_0000;
 const DEADLINE: Duration = Duration::from_secs(20);
 const COMMAND: u16 = 0x04;
+/// Region index of configuration space.
+const CONFIG: u32 = 7;
 
 /// An ivshmem function at [`BAR2`], decode off.
 fn attached(order: SuspendOrder) -> (Sidecar, Arc<Model>, Frontend) {
@@ -86,6 +88,78 @@ fn a_backend_that_stopped_decoding_by_itself_has_its_slot_suspended_on_the_fault
     let outcome = frontend.memory_fault(&fault(BAR2));
     assert_eq!(outcome, FaultOutcome::Reenter(Verdict::UnsupportedRequest));
     assert!(!is_mapped(&model));
+}
+
+/// Changes decode as another process would: the shim does not see it.
+fn decode_behind_its_back(frontend: &Frontend, on: bool) {
+    let command = [if on { 2 } else { 0 }, 0];
+    frontend.functions()[0].client().region_write(CONFIG, COMMAND.into(), &command).unwrap();
+}
+
+#[test]
+fn a_bar_that_somebody_else_stopped_is_mapped_again_when_it_answers_a_read() {
+    let (_sidecar, _model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    frontend.write(AddressSpace::Memory, BAR2, &7u32.to_le_bytes());
+    decode_behind_its_back(&frontend, false);
+    let outcome = frontend.memory_fault(&fault(BAR2));
+    assert_eq!(outcome, FaultOutcome::Reenter(Verdict::UnsupportedRequest));
+    assert_eq!(read(&frontend, BAR2), u32::MAX);
+    assert_eq!(frontend.functions()[0].mapped_at(2), None, "still off");
+    decode_behind_its_back(&frontend, true);
+    assert_eq!(read(&frontend, BAR2), 7);
+    assert_eq!(frontend.functions()[0].mapped_at(2), Some(GuestAddress(BAR2)));
+}
+
+#[test]
+fn a_bar_that_somebody_else_stopped_is_mapped_again_when_it_takes_a_write() {
+    let (_sidecar, _model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    decode_behind_its_back(&frontend, false);
+    frontend.memory_fault(&fault(BAR2));
+    frontend.write(AddressSpace::Memory, BAR2, &[1; 4]);
+    assert_eq!(frontend.functions()[0].mapped_at(2), None, "the write was dropped");
+    decode_behind_its_back(&frontend, true);
+    frontend.write(AddressSpace::Memory, BAR2, &[2; 4]);
+    assert_eq!(frontend.functions()[0].mapped_at(2), Some(GuestAddress(BAR2)));
+    assert_eq!(read(&frontend, BAR2), 0x0202_0202);
+}
+
+#[test]
+fn a_guest_that_switched_a_bar_off_itself_does_not_get_it_back_by_reading() {
+    let (_sidecar, _model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    decode(&frontend, false);
+    decode_behind_its_back(&frontend, true);
+    assert_eq!(read(&frontend, BAR2), 0, "the function decodes, whoever wanted it");
+    assert_eq!(frontend.functions()[0].mapped_at(2), None);
+}
+
+#[test]
+fn faults_are_counted_by_what_was_known_of_them_and_by_verdict() {
+    let (_sidecar, _model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    let access = |address| GuestAccess { address: GuestAddress(address), size: 4, kind: None };
+    let placed = |place| MemoryFault { place, private: false };
+    frontend.memory_fault(&fault(BAR2));
+    frontend.memory_fault(&placed(FaultPlace::Located(access(BAR2))));
+    frontend.memory_fault(&placed(FaultPlace::OneOf(vec![access(0x1000), access(BAR2 + 8)])));
+    decode_behind_its_back(&frontend, false);
+    frontend.memory_fault(&placed(FaultPlace::Located(access(BAR2))));
+    frontend.memory_fault(&MemoryFault::unknown(Unlocated::NotTried));
+    frontend.memory_fault(&fault(0x1000));
+    let counts = FaultCounts {
+        reported: 2,
+        located: 2,
+        one_of: 1,
+        unknown: 1,
+        unsupported_request: 1,
+        relax: 3,
+        retry: 1,
+        not_mine: 1,
+        ..FaultCounts::default()
+    };
+    assert_eq!(frontend.fault_counters().get(), counts);
 }
 
 #[test]

@@ -58,3 +58,56 @@ fn progress_a_change_or_another_address_starts_the_count_anew() {
         guard.progress();
     }
 }
+
+#[test]
+fn a_fault_is_routed_by_whose_slot_or_window_is_there() {
+    let window = |function, start| BarWindow {
+        space: AddressSpace::Memory,
+        start,
+        len: 0x2000,
+        function,
+        bar: 2,
+        offset: 0,
+        decodes: true,
+    };
+    let table = WindowTable::new(vec![(0, 0x10_0000)]);
+    table.publish(0, vec![window(0, 0x20_0000)]);
+    table.publish(1, vec![window(1, 0x20_0000), window(1, 0x30_0000)]);
+    // The second function's slot is still where the first one claims now; it is a part of its BAR.
+    table.publish_slots(1, vec![BarWindow { offset: 0x1000, len: 0x1000, ..window(1, 0x20_0000) }]);
+
+    let access = |address| GuestAccess { address: GuestAddress(address), size: 8, kind: None };
+    let bar =
+        |function, offset, address| BarTarget { function, bar: 2, offset, access: access(address) };
+    let reported = |address| FaultPlace::Reported(access(address));
+    let both = FaultPlace::OneOf(vec![access(0x30_0000), access(0x20_1000)]);
+    let ram_too = FaultPlace::OneOf(vec![access(0x1000), access(0x30_0008)]);
+    let rows = [
+        ("RAM", reported(0x1000), Route::NotMine),
+        (
+            "the slot, not the window",
+            reported(0x20_0010),
+            Route::Bars(vec![bar(1, 0x1010, 0x20_0010)]),
+        ),
+        (
+            "a window without a slot",
+            reported(0x20_1000),
+            Route::Bars(vec![bar(0, 0x1000, 0x20_1000)]),
+        ),
+        (
+            "located",
+            FaultPlace::Located(access(0x30_0004)),
+            Route::Bars(vec![bar(1, 4, 0x30_0004)]),
+        ),
+        ("two", both, Route::Bars(vec![bar(1, 0, 0x30_0000), bar(0, 0x1000, 0x20_1000)])),
+        ("RAM that works, and a BAR", ram_too, Route::Bars(vec![bar(1, 8, 0x30_0008)])),
+        ("between", reported(0x40_0000), Route::Nowhere),
+        ("unknown", FaultPlace::Unknown(Unlocated::Registers), Route::Anywhere),
+    ];
+    for (name, place, route) in rows {
+        let fault = MemoryFault { place, private: false };
+        assert_eq!(table.route(&fault), route, "{name}");
+        let private = MemoryFault { private: true, ..fault };
+        assert_eq!(table.route(&private), Route::NotMine, "{name}, private");
+    }
+}
