@@ -212,15 +212,17 @@ impl<B: Backend> Frontend<B> {
     }
 
     /// The way out for a fault that repeats without progress: if it is about a BAR, the BAR is not
-    /// mapped any more and goes on trapped. `false` if it is not, or the address is unknown.
+    /// mapped any more and goes on trapped. `false` if it is not, if the address is unknown, or if
+    /// the fault goes on although the BAR is trapped.
     pub fn quarantine(&self, fault: &MemoryFault) -> bool {
         let Route::Bars(targets) = self.windows.route(fault) else { return false };
+        let mut helps = false;
         for target in &targets {
             if let Some(function) = self.functions.get(target.function) {
-                function.quarantine(self.hypervisor.as_ref(), target.bar);
+                helps |= function.quarantine(self.hypervisor.as_ref(), target.bar);
             }
         }
-        true
+        helps
     }
 
     /// Resets every function, as a reset of the machine does.

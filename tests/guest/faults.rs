@@ -3,10 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barkeep_shim::bar::{AddressSpace, SuspendOrder};
+use barkeep_shim::bar::{AddressSpace, SuspendOrder, TrackingError};
 use barkeep_shim::fault::{FaultCounts, FaultPlace, GuestAccess, Unlocated, Verdict};
 use barkeep_shim::hypervisor::model::Model;
-use barkeep_shim::hypervisor::{GuestAddress, Hypervisor, MemoryFault, SlotId};
+use barkeep_shim::hypervisor::{
+    GuestAddress, HostMapping, Hypervisor, MemoryFault, SlotId, SlotMapping, VcpuEntry, VcpuExit,
+    Vm,
+};
 use barkeep_shim::{FaultOutcome, Frontend};
 
 use crate::sidecar::Sidecar;
@@ -160,6 +163,64 @@ fn faults_are_counted_by_what_was_known_of_them_and_by_verdict() {
         ..FaultCounts::default()
     };
     assert_eq!(frontend.fault_counters().get(), counts);
+}
+
+/// Executes `mov [address], eax` until it retires; returns the verdicts of its faults.
+fn store(model: &Model, frontend: &Frontend, address: u64) -> Vec<Verdict> {
+    const STORE_AND_HALT: [u8; 3] = [0x89, 0x07, 0xf4];
+    let ram = Arc::new(HostMapping::anonymous(4096).unwrap());
+    ram.write(0, &STORE_AND_HALT).unwrap();
+    model.map_slot(SlotId(0), SlotMapping::whole(GuestAddress(0), &ram)).unwrap();
+    let entry = VcpuEntry { rip: 0, rsp: 0, rdi: address, page_table_root: GuestAddress(0) };
+    let mut vcpu = model.create_vcpu(0, &entry).unwrap();
+    let mut verdicts = Vec::new();
+    loop {
+        match vcpu.run().unwrap() {
+            VcpuExit::MemoryFault(fault) => verdicts.push(frontend.memory_fault(&fault).verdict()),
+            VcpuExit::MmioWrite { address, data } => {
+                frontend.write(AddressSpace::Memory, address.0, data);
+            }
+            VcpuExit::Halted => break,
+            other => panic!("{other}"),
+        }
+    }
+    model.unmap_slot(SlotId(0)).unwrap();
+    verdicts
+}
+
+#[test]
+fn the_first_write_to_each_page_that_is_tracked_is_relaxed_and_noted() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    let function = &frontend.functions()[0];
+    decode(&frontend, true);
+    assert_eq!(store(&model, &frontend, BAR2 + 0x3004), [], "not tracked");
+    function.track_writes(2).unwrap();
+    assert_eq!(store(&model, &frontend, BAR2 + 0x3004), [Verdict::Relax]);
+    assert_eq!(store(&model, &frontend, BAR2 + 0x3ffc), [], "the same page");
+    assert_eq!(store(&model, &frontend, BAR2 + 0x4000), [Verdict::Relax]);
+    assert_eq!(function.slot_changes(), 1, "the slot stayed as it was");
+    assert_eq!(function.take_written(2).unwrap(), std::slice::from_ref(&(0x3000..0x5000)));
+    assert_eq!(function.take_written(2).unwrap(), [], "once");
+    assert_eq!(store(&model, &frontend, BAR2 + 0x3004), [Verdict::Relax], "tracked anew");
+    function.stop_tracking_writes(2).unwrap();
+    assert_eq!(store(&model, &frontend, BAR2 + 0x8000), []);
+    assert!(matches!(function.take_written(2), Err(TrackingError::NotTracked)));
+    assert!(matches!(function.track_writes(0), Err(TrackingError::Trapped(0))));
+}
+
+#[test]
+fn writes_are_tracked_through_a_time_without_a_slot() {
+    let (_sidecar, model, frontend) = attached(SuspendOrder::BackingFirst);
+    let function = &frontend.functions()[0];
+    decode(&frontend, true);
+    function.track_writes(2).unwrap();
+    assert_eq!(store(&model, &frontend, BAR2 + 0x1000), [Verdict::Relax]);
+    decode(&frontend, false);
+    assert_eq!(store(&model, &frontend, BAR2 + 0x6000), [], "forwarded");
+    decode(&frontend, true);
+    assert_eq!(store(&model, &frontend, BAR2 + 0x1000), [], "written before");
+    assert_eq!(store(&model, &frontend, BAR2 + 0x2000), [Verdict::Relax]);
+    assert_eq!(function.take_written(2).unwrap(), [0x1000..0x3000, 0x6000..0x7000]);
 }
 
 #[test]

@@ -8,7 +8,9 @@ use std::process::ExitCode;
 
 use barkeep_backend::config::DeviceSpec;
 use barkeep_backend::devices;
-use barkeep_backend::server::{HostedFunction, Server, SocketPath};
+use barkeep_backend::server::{HostedFunction, ServedFunction, Server, SocketPath};
+#[cfg(feature = "passthrough")]
+use barkeep_backend::{devices::passthrough, server::PassthroughFunction};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::error;
 
@@ -20,7 +22,8 @@ use crate::usage_error;
     after_help = "Example:\n  barkeep serve --socket /run/vm1/edu.sock --device edu \\\n                \
     --socket /run/vm1/shm.sock --device ivshmem,size=4M\n\n\
     Devices:\n  edu[,dma_mask=MASK]              QEMU's educational device\n  \
-    ivshmem,size=SIZE[,path=FILE]    shared memory (ivshmem-plain)"
+    ivshmem,size=SIZE[,path=FILE]    shared memory (ivshmem-plain)\n  \
+    passthrough,host=BDF             a real PCI device that is bound to vfio-pci"
 )]
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
@@ -65,7 +68,7 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
         ));
     }
     // Every device is made before the first socket appears: a client that can connect is served.
-    let functions = devices.into_iter().map(hosted_function).collect::<Result<Vec<_>, _>>()?;
+    let functions = devices.into_iter().map(function).collect::<Result<Vec<_>, _>>()?;
     let mut server = Server::new().map_err(|failure| format!("event loop: {failure}"))?;
     let mut ready = String::new();
     for (path, (spec, function)) in sockets.into_iter().zip(functions) {
@@ -79,14 +82,20 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
     Ok(server)
 }
 
-fn hosted_function(text: String) -> Result<(String, HostedFunction), String> {
+fn function(text: String) -> Result<(String, ServedFunction), String> {
     // Whatever the specification holds, the answer is one line.
     let shown = text.replace(char::is_control, "?");
     let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
     let spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
+    #[cfg(feature = "passthrough")]
+    if spec.name == passthrough::NAME {
+        let function = passthrough::create(spec).map_err(|error| option(&error))?;
+        let function = PassthroughFunction::new(&text, function);
+        return Ok((text, function.into()));
+    }
     let device = devices::create(spec).map_err(|error| option(&error))?;
     let function = HostedFunction::new(&text, device).map_err(|error| option(&error))?;
-    Ok((text, function))
+    Ok((text, function.into()))
 }
 
 fn fatal(message: &str) -> ExitCode {

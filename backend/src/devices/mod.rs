@@ -7,6 +7,8 @@
 mod context;
 mod edu;
 mod ivshmem;
+#[cfg(feature = "passthrough")]
+pub mod passthrough;
 mod registry;
 
 #[cfg(test)]

@@ -15,7 +15,11 @@ const DEVICES: [(&str, Constructor); 2] = [
 /// [`ConfigError`] that names the device or parameter and the reason.
 pub fn create(spec: DeviceSpec) -> Result<Box<dyn Device>, ConfigError> {
     let Some((_, constructor)) = DEVICES.iter().find(|(name, _)| *name == spec.name) else {
-        let known = DEVICES.map(|(name, _)| name).join(", ");
+        let mut known = DEVICES.map(|(name, _)| name).join(", ");
+        if cfg!(feature = "passthrough") {
+            // It is made elsewhere: it has no model.
+            known.push_str(", passthrough");
+        }
         return Err(ConfigError::UnknownDevice { name: spec.name, known });
     };
     let mut parameters = spec.parameters;

@@ -3,7 +3,11 @@
 //! A window's file belongs to the client, who may shrink it at any time; touching a mapping behind
 //! the end of its file raises SIGBUS. A memfd that is sealed against shrinking is accessed directly,
 //! any other file through the kernel, which reports the hole as an error (see `window.rs`).
+//!
+//! A real device accesses memory by itself. Its windows are mapped in its [`Iommu`] as well, which
+//! pins their pages: what a client shrinks then is lost to the client, not to the device.
 
+mod iommu;
 mod mapping;
 mod table;
 mod window;
@@ -11,6 +15,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
+pub use iommu::{HostMemory, Iommu};
 pub use table::DmaTable;
 
 use bitflags::bitflags;
@@ -68,6 +73,12 @@ pub enum DmaError {
     /// The memory behind the window is gone.
     #[error("memory behind address {0:#x} is gone")]
     Vanished(u64),
+    /// A window without a file descriptor for a real device, which could not reach it.
+    #[error("a real device reaches only windows with a file descriptor")]
+    Unreachable,
+    /// The IOMMU of a real device refuses.
+    #[error("IOMMU: {0}")]
+    Iommu(Errno),
     /// `PCI_COMMAND.BME` is clear or the function is not in D0: it may not issue requests.
     #[error("bus mastering is disabled")]
     BusMasterDisabled,
@@ -81,7 +92,8 @@ impl DmaError {
             Self::Overlap => Errno::EXIST,
             Self::TooMany => Errno::NOSPC,
             Self::NoSuchWindow => Errno::NOENT,
-            Self::Backing(errno) => *errno,
+            Self::Unreachable => Errno::NOTSUP,
+            Self::Backing(errno) | Self::Iommu(errno) => *errno,
             Self::Unaligned
             | Self::Overflow
             | Self::Bisected

@@ -2,27 +2,36 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use super::window::Window;
-use super::{DmaAccess, DmaError, Iova};
+use super::{DmaAccess, DmaError, Iommu, Iova};
 
 /// The windows of one function, none overlapping another.
 #[derive(Debug)]
 pub struct DmaTable {
     windows: BTreeMap<Iova, Window>,
     max_windows: usize,
+    /// Of a real device, which every window is mapped for.
+    iommu: Option<Box<dyn Iommu>>,
 }
 
 impl DmaTable {
     /// An empty table that takes at most `max_windows` windows.
     #[must_use]
     pub fn new(max_windows: usize) -> Self {
-        Self { windows: BTreeMap::new(), max_windows }
+        Self { windows: BTreeMap::new(), max_windows, iommu: None }
+    }
+
+    /// The same for a real device: its windows are mapped in its IOMMU, and need a file.
+    #[must_use]
+    pub fn behind(iommu: Box<dyn Iommu>, max_windows: usize) -> Self {
+        Self { iommu: Some(iommu), ..Self::new(max_windows) }
     }
 
     /// Adds a window of `size` bytes at `iova`, backed by a file from an offset on; without a file,
     /// it is known but can't be accessed.
     ///
     /// # Errors
-    /// [`DmaError`] when the window is malformed, overlaps another or its file is too short.
+    /// [`DmaError`] when the window is malformed, overlaps another, its file is too short or the
+    /// IOMMU refuses it. Nothing has changed then.
     pub fn map(
         &mut self,
         iova: Iova,
@@ -42,7 +51,12 @@ impl DmaTable {
         if self.windows.len() >= self.max_windows {
             return Err(DmaError::TooMany);
         }
-        self.windows.insert(iova, Window::new(size, access, file)?);
+        let window = Window::new(size, access, file)?;
+        if let Some(iommu) = &self.iommu {
+            let memory = window.host_memory().ok_or(DmaError::Unreachable)?;
+            iommu.map(iova, memory, access).map_err(DmaError::Iommu)?;
+        }
+        self.windows.insert(iova, window);
         Ok(())
     }
 
@@ -52,21 +66,25 @@ impl DmaTable {
     /// # Errors
     /// Nothing has changed: [`DmaError::Bisected`] when a window lies only partly in the range,
     /// [`DmaError::NoSuchWindow`] when none lies in it, [`DmaError::Overflow`] when the range wraps.
+    /// Or [`DmaError::Iommu`]: a window of the range, and those behind it, are still there.
     pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
         let reach = size.checked_sub(1).ok_or(DmaError::NoSuchWindow)?;
         let last = iova.0.checked_add(reach).ok_or(DmaError::Overflow)?;
         if self.bisects(iova.0) || last.checked_add(1).is_some_and(|end| self.bisects(end)) {
             return Err(DmaError::Bisected);
         }
-        match self.windows.extract_if(iova..=Iova(last), |_, _| true).count() {
+        match self.remove(iova, Iova(last))? {
             0 => Err(DmaError::NoSuchWindow),
             _ => Ok(()),
         }
     }
 
     /// Removes every window.
-    pub fn unmap_all(&mut self) {
-        self.windows.clear();
+    ///
+    /// # Errors
+    /// [`DmaError::Iommu`]: some windows are still there. It never fails without an IOMMU.
+    pub fn unmap_all(&mut self) -> Result<(), DmaError> {
+        self.remove(Iova(0), Iova(u64::MAX)).map(|_| ())
     }
 
     /// Reads guest memory into `data`. The range may span adjacent windows.
@@ -97,6 +115,22 @@ impl DmaTable {
             done += length;
         }
         Ok(())
+    }
+
+    /// Removes the windows that start in a range, and counts them. The IOMMU comes first: a device
+    /// must not reach memory that was given back.
+    fn remove(&mut self, first: Iova, last: Iova) -> Result<usize, DmaError> {
+        let mut refusal = None;
+        let iommu = &self.iommu;
+        let removed = self.windows.extract_if(first..=last, |start, window| {
+            if refusal.is_some() {
+                return false;
+            }
+            refusal = iommu.as_ref().and_then(|iommu| iommu.unmap(*start, window.size()).err());
+            refusal.is_none()
+        });
+        let removed = removed.count();
+        refusal.map_or(Ok(removed), |errno| Err(DmaError::Iommu(errno)))
     }
 
     /// Whether a window starts below `address` and reaches it.

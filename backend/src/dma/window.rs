@@ -9,7 +9,7 @@ use rustix::mm::ProtFlags;
 use vm_memory::Bytes;
 
 use super::mapping::Mapping;
-use super::{DmaAccess, DmaError};
+use super::{DmaAccess, DmaError, HostMemory};
 
 /// The granularity of windows, and the page size of x86-64.
 const PAGE_SIZE: usize = 4096;
@@ -51,6 +51,13 @@ impl Window {
 
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Where its memory is in this process; `None` without a file.
+    pub(super) fn host_memory(&self) -> Option<HostMemory> {
+        let length = usize::try_from(self.size).ok()?;
+        let address = self.memory.as_ref()?.mapping.address(0, length)?;
+        Some(HostMemory::new(address as u64, self.size))
     }
 
     /// Reads from `offset` in the window; `address` names the place in errors.

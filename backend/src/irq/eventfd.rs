@@ -1,4 +1,4 @@
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
 
@@ -30,5 +30,12 @@ impl EventFd {
     /// and nothing blocks whatever the client does with its descriptor.
     pub fn signal(&self) {
         signaller::signal(self.0.as_fd());
+    }
+}
+
+/// For a kernel that signals it in our place.
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

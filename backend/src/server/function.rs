@@ -4,14 +4,15 @@ use barkeep_protocol::wire::limits::MAX_DMA_MAPS;
 use barkeep_protocol::wire::{
     self, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict,
     InfoQuery, PciIrq, PciRegion, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
-    RegionStateQuery,
+    RegionStateQuery, SetIrqs,
 };
 use tracing::info;
 
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
+use super::served::{Reply, Served, checked_end, dma_access, unmap_range};
 use crate::devices::{Context, Device};
-use crate::dma::{DmaAccess, DmaTable, Iova};
+use crate::dma::{DmaTable, Iova};
 use crate::irq::Interrupts;
 use crate::pci::{BarIndex, BarKind, Effects, Function, RequestKind, ResetKind, SpecError};
 
@@ -30,19 +31,6 @@ pub struct HostedFunction {
     dma: DmaTable,
     regions: [RegionState; PciRegion::COUNT as usize],
     log: RateLimit,
-}
-
-/// A successful answer.
-#[derive(Debug, Default)]
-pub(super) struct Reply {
-    pub(super) body: Vec<u8>,
-    pub(super) fds: Vec<OwnedFd>,
-}
-
-impl Reply {
-    pub(super) fn body(body: Vec<u8>) -> Self {
-        Self { body, fds: Vec::new() }
-    }
 }
 
 impl std::fmt::Debug for HostedFunction {
@@ -86,19 +74,20 @@ impl HostedFunction {
             log: RateLimit::default(),
         })
     }
+}
 
-    /// The client has gone: its memory and eventfds are given back and the function is as at
-    /// power-on for the next one.
-    pub fn client_left(&mut self) {
+impl Served for HostedFunction {
+    fn client_left(&mut self) {
         // Before the windows go, whatever the reset does.
         self.device.quiesce();
-        self.dma.unmap_all();
+        // Only an IOMMU could refuse.
+        let _ = self.dma.unmap_all();
         self.interrupts.disconnect();
         self.reset_function();
         self.regions = Default::default();
     }
 
-    pub(super) fn device_info(&self) -> Reply {
+    fn device_info(&self) -> Reply {
         let info = DeviceInfo {
             flags: DeviceFlags::RESET | DeviceFlags::PCI,
             num_regions: PciRegion::COUNT,
@@ -107,7 +96,7 @@ impl HostedFunction {
         Reply::body(info.to_bytes())
     }
 
-    pub(super) fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+    fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
         let region =
             PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
         let mut info = RegionInfo {
@@ -137,7 +126,7 @@ impl HostedFunction {
         Ok(Reply { body: info.to_bytes(query.argsz), fds })
     }
 
-    pub(super) fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError> {
+    fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError> {
         let target = self.checked(access)?;
         let mut body = access.reply_buffer();
         let data = &mut body[RegionAccess::SIZE..];
@@ -161,7 +150,7 @@ impl HostedFunction {
         Ok(Reply::body(body))
     }
 
-    pub(super) fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError> {
+    fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError> {
         let access = &write.access;
         match self.checked(access)? {
             Target::Config => {
@@ -183,42 +172,36 @@ impl HostedFunction {
         Ok(Reply::body(access.to_bytes()))
     }
 
-    pub(super) fn device_reset(&mut self) -> Reply {
-        self.reset_function();
-        Reply::default()
+    fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+        interrupts::info(self, query)
     }
 
-    pub(super) fn dma_map(
-        &mut self,
-        map: &DmaMap,
-        file: Option<OwnedFd>,
-    ) -> Result<Reply, RequestError> {
-        let mut access = DmaAccess::empty();
-        access.set(DmaAccess::READ, map.access.contains(wire::DmaAccess::READ));
-        access.set(DmaAccess::WRITE, map.access.contains(wire::DmaAccess::WRITE));
-        let file = file.map(|file| (file, map.file_offset));
-        self.dma.map(Iova(map.address), map.size, access, file)?;
+    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Reply, RequestError> {
+        interrupts::set(self, set, fds)
+    }
+
+    fn device_reset(&mut self) -> Result<Reply, RequestError> {
+        self.reset_function();
         Ok(Reply::default())
     }
 
-    pub(super) fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError> {
-        let flags = unmap.flags;
-        if flags.contains(wire::DmaUnmapFlags::DIRTY_BITMAP) {
-            return Err(wire::WireError::Flags(flags.bits()).into());
-        }
+    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<Reply, RequestError> {
+        let file = file.map(|file| (file, map.file_offset));
+        self.dma.map(Iova(map.address), map.size, dma_access(map.access), file)?;
+        Ok(Reply::default())
+    }
+
+    fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError> {
+        let range = unmap_range(unmap)?;
         self.device.quiesce();
-        if !flags.contains(wire::DmaUnmapFlags::ALL) {
-            self.dma.unmap(Iova(unmap.address), unmap.size)?;
-        } else if (unmap.address, unmap.size) == (0, 0) {
-            self.dma.unmap_all();
-        } else {
-            return Err(wire::WireError::Flags(flags.bits()).into());
+        match range {
+            Some((iova, size)) => self.dma.unmap(iova, size)?,
+            None => self.dma.unmap_all()?,
         }
         Ok(Reply::body(unmap.to_bytes()))
     }
 
-    /// A guest access that the VMM's hypervisor could not complete on a mapped BAR.
-    pub(super) fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError> {
+    fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError> {
         let access = RegionAccess { offset: report.offset, region: report.region, count: 1 };
         let Target::Bar(bar) = self.checked(&access)? else {
             return Err(RequestError::NoRegion(report.region));
@@ -235,7 +218,7 @@ impl HostedFunction {
         Ok(Reply::body(verdict.to_bytes()))
     }
 
-    pub(super) fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError> {
+    fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError> {
         let region = PciRegion::from_index(query.region)
             .filter(|region| self.target(*region).is_some())
             .ok_or(RequestError::NoRegion(query.region))?;
@@ -252,7 +235,9 @@ impl HostedFunction {
         let state = RegionState { decode: decode.bits(), epoch, ..counters };
         Ok(Reply::body(state.to_bytes()))
     }
+}
 
+impl HostedFunction {
     /// Does outside of the function what a configuration write or reset changed in it.
     fn apply(&mut self, effects: &Effects) {
         if effects.is_empty() {
@@ -301,11 +286,8 @@ impl HostedFunction {
         let (target, size) = PciRegion::from_index(region)
             .and_then(|region| self.target(region))
             .ok_or(RequestError::NoRegion(region))?;
-        let count = u64::from(access.count);
-        match access.offset.checked_add(count) {
-            Some(end) if end <= size => Ok(target),
-            _ => Err(RequestError::OutOfRegion { region, offset: access.offset, count }),
-        }
+        checked_end(access, size)?;
+        Ok(target)
     }
 
     /// Counts, records and logs an access to a BAR that does not decode.

@@ -2,8 +2,11 @@
 
 mod event_loop;
 mod function;
+#[cfg(feature = "passthrough")]
+mod passthrough;
 mod rate_limit;
 mod request_error;
+mod served;
 mod session;
 mod socket_path;
 
@@ -11,7 +14,10 @@ mod socket_path;
 mod tests;
 
 pub use function::HostedFunction;
+#[cfg(feature = "passthrough")]
+pub use passthrough::PassthroughFunction;
 pub use request_error::RequestError;
+pub use served::ServedFunction;
 pub use socket_path::{SocketError, SocketPath};
 
 use std::io;
@@ -43,7 +49,7 @@ pub struct Server {
 #[derive(Debug)]
 struct Port {
     socket: SocketPath,
-    function: HostedFunction,
+    function: ServedFunction,
     session: Option<Session>,
     accept_again_at: Option<Instant>,
     client_log: RateLimit,
@@ -63,12 +69,16 @@ impl Server {
     ///
     /// # Errors
     /// When the kernel can't watch the socket.
-    pub fn add(&mut self, socket: SocketPath, function: HostedFunction) -> io::Result<()> {
+    pub fn add(
+        &mut self,
+        socket: SocketPath,
+        function: impl Into<ServedFunction>,
+    ) -> io::Result<()> {
         let token = Token::listener(self.ports.len());
         self.epoll.add(socket.listener(), token, Interest::Read)?;
         self.ports.push(Port {
             socket,
-            function,
+            function: function.into(),
             session: None,
             accept_again_at: None,
             client_log: RateLimit::default(),
@@ -106,7 +116,7 @@ impl Server {
             if let Some(session) = &mut port.session {
                 session.flush();
             }
-            port.function.client_left();
+            port.function.0.client_left();
         }
         info!("stopped");
     }
@@ -170,7 +180,7 @@ impl Port {
         // An event of a session that ended earlier in this round.
         let Some(session) = &mut self.session else { return Ok(()) };
         let greeted = session.handshake_deadline().is_none();
-        let end = match session.serve(&mut self.function) {
+        let end = match session.serve(self.function.0.as_mut()) {
             Ok(interest) => {
                 if !greeted && session.handshake_deadline().is_none() {
                     log_client(&mut self.client_log, &self.socket, "client connected");
@@ -191,7 +201,7 @@ impl Port {
                 log_client(&mut self.client_log, &self.socket, &format!("client gone: {end}"));
             }
         }
-        self.function.client_left();
+        self.function.0.client_left();
         // Not earlier: the end of the connection tells the client that its memory is given back.
         drop(session);
         self.listen(epoll, Token::listener(token.port()))

@@ -44,6 +44,9 @@ pub enum RequestError {
     /// The number of file descriptors does not fit the request.
     #[error("{0} file descriptors do not fit the request")]
     FdCount(usize),
+    /// A real device, or the kernel in front of it, refuses.
+    #[error("device: {0}")]
+    Device(Errno),
     /// We are out of descriptors.
     #[error("can't duplicate a file descriptor: {0}")]
     Descriptor(Errno),
@@ -56,7 +59,7 @@ impl RequestError {
         match self {
             Self::Wire(error) => error.errno(),
             Self::Dma(error) => error.errno(),
-            Self::Descriptor(errno) => *errno,
+            Self::Descriptor(errno) | Self::Device(errno) => *errno,
             Self::NotNegotiated => Errno::NOTSUP,
             Self::Irq(_)
             | Self::OutOfOrder

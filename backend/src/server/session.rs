@@ -10,9 +10,9 @@ use thiserror::Error;
 use tracing::debug;
 
 use super::event_loop::{Epoll, Interest, Token};
-use super::function::{HostedFunction, Reply};
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
+use super::served::{Reply, Served};
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
@@ -91,7 +91,7 @@ impl Session {
 
     /// Reads and answers requests as long as the socket has some, up to a batch. Returns what to
     /// wait for next.
-    pub(super) fn serve(&mut self, function: &mut HostedFunction) -> Result<Interest, SessionEnd> {
+    pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Interest, SessionEnd> {
         for _ in 0..BATCH {
             if self.sender.flush(&self.socket)? == Flush::Blocked && self.holds_too_much() {
                 return Ok(Interest::Write);
@@ -125,7 +125,7 @@ impl Session {
         self.sender.queued_bytes() > MAX_QUEUED || self.sender.queued_fds() > MAX_QUEUED_FDS
     }
 
-    fn handle(&mut self, frame: Frame, function: &mut HostedFunction) -> Result<(), SessionEnd> {
+    fn handle(&mut self, frame: Frame, function: &mut dyn Served) -> Result<(), SessionEnd> {
         let Frame { header, body, fds } = frame;
         let request = Request::parse(header.command, &body).map_err(RequestError::from);
         let result = match (self.state, request) {
@@ -198,7 +198,7 @@ impl AsFd for Session {
 }
 
 fn serve_request(
-    function: &mut HostedFunction,
+    function: &mut dyn Served,
     extensions: BarkeepExtensions,
     request: Request<'_>,
     fds: Vec<OwnedFd>,
@@ -213,7 +213,7 @@ fn serve_request(
         Request::SetIrqs(set) => function.set_irqs(&set, fds),
         Request::RegionRead(access) => function.region_read(&access),
         Request::RegionWrite(write) => function.region_write(&write),
-        Request::Reset => Ok(function.device_reset()),
+        Request::Reset => function.device_reset(),
         Request::MemoryFault(report) if extensions.memory_fault => function.memory_fault(&report),
         Request::RegionState(query) if extensions.region_state => function.region_state(query),
         Request::MemoryFault(_) | Request::RegionState(_) => Err(RequestError::NotNegotiated),

@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -5,8 +6,8 @@ use std::time::Duration;
 use barkeep_protocol::wire::{self, DeviceFlags, FaultReport, FaultVerdict, PciRegion};
 use tracing::{debug, error, warn};
 
-use super::Backend;
 use super::mapping::BarMapping;
+use super::{AddressSpace, Backend};
 use crate::client::{Client, ClientError};
 use crate::fault::{BarTarget, BarWindow, FaultAccess, SlotState, Verdict, WindowTable, decide};
 use crate::hypervisor::{GuestAddress, Hypervisor, SlotId};
@@ -15,8 +16,10 @@ use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 mod attach;
 mod config;
 mod slots;
+mod tracking;
 
 pub use attach::{AttachError, BarInfo};
+pub use tracking::TrackingError;
 
 use config::{Capabilities, ConfigChange, Enables, GuestBars, Registers};
 
@@ -35,9 +38,11 @@ pub struct AttachedFunction<B = Client> {
     changes: AtomicU64,
     /// Of the function, as last heard.
     epoch: AtomicU64,
-    /// BARs, one bit each, that lost their slot although the guest wants them to decode: somebody
-    /// else stopped them. They get it back when they answer again.
-    lost: AtomicU64,
+    /// Somebody else stopped decode, as last heard, although the guest wants it. The BARs get their
+    /// slots back when one answers again.
+    lost: AtomicBool,
+    /// Some BAR's writes may be tracked, so that forwarded ones count.
+    tracks_writes: AtomicBool,
     /// The end of the session has been told.
     end_told: AtomicBool,
 }
@@ -51,8 +56,11 @@ pub enum SuspendOrder {
     /// The memory becomes inaccessible first and its slots go last, as with vfio-pci in the kernel
     /// and a VMM behind it: accesses in between fault. For tests of what happens then.
     BackingFirst,
-    /// Both orders in turn.
+    /// The first two in turn.
     Alternate,
+    /// The memory becomes inaccessible and its slots stay, until an access faults: as if somebody
+    /// else had stopped decode. For tests of the fault path.
+    FaultsOnly,
 }
 
 #[derive(Debug)]
@@ -68,7 +76,13 @@ struct State {
     /// Whether it is in D0; in D3hot the Command register has no effect.
     in_d0: bool,
     memory_clears: u64,
+    /// Calls for a quarantine that changed nothing.
+    vain_quarantines: u32,
 }
+
+/// How many vCPUs may ask for a quarantine after the one that got it. More are faults that no BAR
+/// causes.
+const VAIN_QUARANTINES: u32 = 64;
 
 impl AttachedFunction {
     /// Connects to the backend at `path` and learns what it serves. `slots` gives out slot numbers
@@ -120,6 +134,7 @@ impl<B: Backend> AttachedFunction<B> {
             wanted: Enables::default(),
             in_d0: true,
             memory_clears: 0,
+            vain_quarantines: 0,
         };
         let function = Self {
             index,
@@ -131,7 +146,8 @@ impl<B: Backend> AttachedFunction<B> {
             state: Mutex::new(state),
             changes: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
-            lost: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
+            tracks_writes: AtomicBool::new(false),
             end_told: AtomicBool::new(false),
         };
         function.publish(&function.lock(), |_| true);
@@ -198,7 +214,7 @@ impl<B: Backend> AttachedFunction<B> {
                 state.wanted = enables;
                 self.disable_memory(hypervisor, &mut state, offset, data);
                 state.enables = enables;
-                self.lost.store(0, Ordering::Relaxed);
+                self.lost.store(false, Ordering::Relaxed);
                 self.publish(&state, |_| true);
             }
             ConfigChange::Command(enables) => {
@@ -218,7 +234,7 @@ impl<B: Backend> AttachedFunction<B> {
                     state.wanted = enables;
                 }
                 self.forward(hypervisor, &mut state, offset, data);
-                self.synchronise(hypervisor, &mut state);
+                self.synchronise_after_reset(hypervisor, &mut state);
             }
         }
     }
@@ -232,7 +248,7 @@ impl<B: Backend> AttachedFunction<B> {
         self.suspend_all(hypervisor, &mut state);
         state.wanted = Enables::default();
         let result = self.backend.reset();
-        self.synchronise(hypervisor, &mut state);
+        self.synchronise_after_reset(hypervisor, &mut state);
         result
     }
 
@@ -244,13 +260,13 @@ impl<B: Backend> AttachedFunction<B> {
         offset: u64,
         data: &mut [u8],
     ) {
-        if !self.forwards_to(window) {
+        if !self.forwards_to(hypervisor, window) {
             return data.fill(0xff);
         }
         if let Err(error) = self.backend.region_read(window.bar.into(), offset, data) {
             data.fill(0xff);
             self.failed(hypervisor, "read", &error);
-        } else if self.is_lost(window.bar) && data.iter().any(|byte| *byte != 0xff) {
+        } else if self.is_lost(window) && data.iter().any(|byte| *byte != 0xff) {
             // Somebody answers again.
             self.recheck(hypervisor);
         }
@@ -264,13 +280,55 @@ impl<B: Backend> AttachedFunction<B> {
         offset: u64,
         data: &[u8],
     ) {
-        if !self.forwards_to(window) {
+        if !self.forwards_to(hypervisor, window) {
             return;
         }
         if let Err(error) = self.backend.region_write(window.bar.into(), offset, data) {
             self.failed(hypervisor, "write", &error);
-        } else if self.is_lost(window.bar) && self.answers_again(window.bar) {
+        } else if self.is_lost(window) && self.answers_again(window.bar) {
             self.recheck(hypervisor);
+        }
+        if self.tracks_writes.load(Ordering::Relaxed) {
+            self.note_write(window.bar, offset, data.len());
+        }
+    }
+
+    /// Starts to track the guest's writes to a mapped BAR, as migration does: its memory is
+    /// write-protected, and the first write to each part faults, is noted and relaxes that part.
+    /// Forwarded writes are noted too, decoding or not.
+    ///
+    /// # Errors
+    /// [`TrackingError::Trapped`] for a BAR without memory, [`TrackingError::Host`] where the host
+    /// can't change protections.
+    pub fn track_writes(&self, bar: u8) -> Result<(), TrackingError> {
+        let mut state = self.lock();
+        // First the flag: a forwarded write that does not see it yet comes before the tracking.
+        self.tracks_writes.store(true, Ordering::Relaxed);
+        Ok(state.mapping(bar)?.track_writes()?)
+    }
+
+    /// Ends tracking.
+    ///
+    /// # Errors
+    /// As for [`track_writes`](Self::track_writes).
+    pub fn stop_tracking_writes(&self, bar: u8) -> Result<(), TrackingError> {
+        Ok(self.lock().mapping(bar)?.stop_tracking()?)
+    }
+
+    /// The parts of a BAR, as byte ranges of whole pages, that the guest wrote since tracking began or
+    /// this was asked last. A part has at least 4 KiB and at least a 1024th of the BAR.
+    ///
+    /// # Errors
+    /// As for [`track_writes`](Self::track_writes), and [`TrackingError::NotTracked`].
+    pub fn take_written(&self, bar: u8) -> Result<Vec<Range<u64>>, TrackingError> {
+        self.lock().mapping(bar)?.take_written()?.ok_or(TrackingError::NotTracked)
+    }
+
+    fn note_write(&self, bar: u8, offset: u64, len: usize) {
+        if let Some(mapping) = &mut self.lock().mappings[usize::from(bar)]
+            && let Err(failure) = mapping.note_write(offset, len as u64)
+        {
+            debug!(function = self.index, bar, "mprotect: {failure}");
         }
     }
 
@@ -301,10 +359,7 @@ impl<B: Backend> AttachedFunction<B> {
                 }
             }
             Verdict::Relax => {
-                if let Some(mapping) = &state.mappings[usize::from(bar)]
-                    && let Err(failure) = mapping.restore_access()
-                {
-                    debug!(function = self.index, bar, "memory slot: {failure}");
+                if !self.relax(&mut state, target) {
                     self.suspend(hypervisor, &mut state, bar);
                     return Verdict::Retry;
                 }
@@ -322,15 +377,20 @@ impl<B: Backend> AttachedFunction<B> {
     }
 
     /// Gives up on mapping a BAR for the rest of the session: it goes on trapped. For one whose
-    /// memory faults again and again although its backend says that it may be mapped.
-    pub fn quarantine(&self, hypervisor: &dyn Hypervisor, bar: u8) {
+    /// memory faults again and again although its backend says that it may be mapped. `false` if
+    /// that can't help: it is not mapped, and has not been for long.
+    pub fn quarantine(&self, hypervisor: &dyn Hypervisor, bar: u8) -> bool {
         let mut state = self.lock();
         if self.suspend(hypervisor, &mut state, bar)
             && state.mappings[usize::from(bar)].take().is_some()
         {
             let socket = self.backend.name();
             warn!(%socket, bar, "its memory faults without end: not mapped any more");
+            return true;
         }
+        // Another vCPU may have been first, or the slot may go at the next attempt.
+        state.vain_quarantines = state.vain_quarantines.saturating_add(1);
+        state.vain_quarantines <= VAIN_QUARANTINES
     }
 
     /// Takes every memory slot of the function away.
@@ -340,12 +400,24 @@ impl<B: Backend> AttachedFunction<B> {
 
     /// Whether an access is the backend's to complete. A barkeep backend answers UR itself, and
     /// counts and records it; any other server may not look at the Command register at all.
-    fn forwards_to(&self, window: &BarWindow) -> bool {
-        window.decodes || self.backend.extensions().region_state
+    fn forwards_to(&self, hypervisor: &dyn Hypervisor, window: &BarWindow) -> bool {
+        window.decodes
+            || self.backend.extensions().region_state
+            || self.decodes_now(hypervisor, window)
     }
 
-    fn is_lost(&self, bar: u8) -> bool {
-        self.lost.load(Ordering::Relaxed) & (1 << bar) != 0
+    fn is_lost(&self, window: &BarWindow) -> bool {
+        window.space == AddressSpace::Memory && self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Whether a window decodes now that did not when it was looked up. Asks if somebody else had
+    /// stopped it.
+    fn decodes_now(&self, hypervisor: &dyn Hypervisor, window: &BarWindow) -> bool {
+        if self.is_lost(window) {
+            self.recheck(hypervisor);
+        }
+        let now = self.windows.find(window.space, window.start);
+        now.is_some_and(|(now, _)| now == BarWindow { decodes: true, ..*window })
     }
 
     fn answers_again(&self, bar: u8) -> bool {
@@ -360,19 +432,21 @@ impl<B: Backend> AttachedFunction<B> {
         data: &[u8],
     ) {
         state.memory_clears += 1;
-        let backing_first = match self.suspend_order {
-            SuspendOrder::SlotsFirst => false,
-            SuspendOrder::BackingFirst => true,
-            SuspendOrder::Alternate => state.memory_clears.is_multiple_of(2),
+        let slots_first = match self.suspend_order {
+            SuspendOrder::SlotsFirst => true,
+            SuspendOrder::BackingFirst | SuspendOrder::FaultsOnly => false,
+            SuspendOrder::Alternate => !state.memory_clears.is_multiple_of(2),
         };
-        if backing_first {
-            for mapping in state.mappings.iter().flatten() {
+        if !slots_first {
+            for mapping in state.mappings.iter_mut().flatten() {
                 if let Err(failure) = mapping.refuse_access() {
                     error!(function = self.index, "mprotect: {failure}");
                 }
             }
             self.forward(hypervisor, state, offset, data);
-            self.suspend_all(hypervisor, state);
+            if self.suspend_order != SuspendOrder::FaultsOnly {
+                self.suspend_all(hypervisor, state);
+            }
         } else {
             self.suspend_all(hypervisor, state);
             self.forward(hypervisor, state, offset, data);
@@ -421,8 +495,11 @@ impl<B: Backend> AttachedFunction<B> {
     fn ask_plainly(&self, state: &mut State, bar: u8) -> Option<FaultVerdict> {
         let (registers, in_d0) = self.ask_registers().ok()?;
         (state.enables, state.in_d0) = (registers.enables(), in_d0);
-        self.publish(state, |_| true);
         let decodes = registers.enables().memory && in_d0;
+        if !decodes {
+            self.note_lost(state, true);
+        }
+        self.publish(state, |_| true);
         Some(match (decodes, &state.mappings[usize::from(bar)]) {
             (false, _) => FaultVerdict::UnsupportedRequest { epoch: 0 },
             (true, Some(_)) => FaultVerdict::Map { epoch: 0 },

@@ -1,12 +1,15 @@
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use barkeep_protocol::wire::{RegionInfo, SparseArea};
 use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
 
+use super::written::Written;
 use crate::hypervisor::{
-    GuestAddress, HostMapping, Hypervisor, HypervisorError, PAGE_SIZE, SlotId, SlotMapping,
+    GuestAddress, HostMapping, Hypervisor, HypervisorError, PAGE_SIZE, Protection, SlotId,
+    SlotMapping,
 };
 
 /// A BAR whose memory the backend shares: the host mappings and their slots.
@@ -15,6 +18,11 @@ pub(super) struct BarMapping {
     /// The parts that may be mapped, by offset; they don't overlap.
     areas: Vec<Area>,
     mapped_at: Option<GuestAddress>,
+    size: u64,
+    /// Access was refused and not given back yet.
+    refused: bool,
+    /// What was written, while that is tracked.
+    written: Option<Written>,
 }
 
 /// A part of a BAR: usually all of it, or what lies around an MSI-X table.
@@ -61,7 +69,7 @@ impl BarMapping {
             let memory = Arc::new(HostMapping::from_fd(file, at, size, true)?.of_device());
             areas.push(Area { offset, memory, slot: slots(), present: false });
         }
-        Ok(Self { areas, mapped_at: None })
+        Ok(Self { areas, mapped_at: None, size: region.size, refused: false, written: None })
     }
 
     /// Where the BAR is mapped, if it is.
@@ -123,13 +131,75 @@ impl BarMapping {
     }
 
     /// Refuses access to the memory behind the slots, as vfio-pci does when a device stops to decode.
-    pub(super) fn refuse_access(&self) -> io::Result<()> {
+    pub(super) fn refuse_access(&mut self) -> io::Result<()> {
+        self.refused = true;
         self.areas.iter().try_for_each(|area| area.memory.set_accessible(false))
     }
 
-    /// Gives access back to memory that is mapped.
-    pub(super) fn restore_access(&self) -> Result<(), MappingError> {
-        self.areas.iter().try_for_each(|area| area.memory.set_accessible(true))?;
+    /// Gives access back to memory that is mapped: all of it, or with writes tracked, writing only to
+    /// what is written already.
+    fn restore_access(&mut self) -> Result<(), MappingError> {
+        if let Some(written) = &self.written {
+            for area in &self.areas {
+                area.memory.protect(0, area.memory.len(), Protection::ReadOnly)?;
+            }
+            written.ranges().iter().try_for_each(|range| self.allow_writes(range))?;
+        } else {
+            self.areas.iter().try_for_each(|area| area.memory.set_accessible(true))?;
+        }
+        self.refused = false;
+        Ok(())
+    }
+
+    /// Resolves a fault on memory that is there: gives back what was missing for this access.
+    pub(super) fn relax(
+        &mut self,
+        offset: u64,
+        len: u64,
+        writes: bool,
+    ) -> Result<(), MappingError> {
+        if writes {
+            self.note_write(offset, len)?;
+        }
+        // What is tracked is write-protected on purpose.
+        if self.refused || self.written.is_none() { self.restore_access() } else { Ok(()) }
+    }
+
+    /// Notes a write, where writes are tracked; the guest's next ones to the same grains don't fault.
+    pub(super) fn note_write(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let Some(written) = &mut self.written else { return Ok(()) };
+        let fresh = written.note(offset, len);
+        fresh.iter().try_for_each(|range| self.allow_writes(range))
+    }
+
+    /// Starts to track writes: none so far.
+    pub(super) fn track_writes(&mut self) -> Result<(), MappingError> {
+        self.written = Some(Written::nothing(self.size));
+        self.restore_access()
+    }
+
+    /// Ends tracking.
+    pub(super) fn stop_tracking(&mut self) -> Result<(), MappingError> {
+        self.written = None;
+        self.restore_access()
+    }
+
+    /// What was written since tracking began or this was asked last; `None` if writes are not tracked.
+    pub(super) fn take_written(&mut self) -> Result<Option<Vec<Range<u64>>>, MappingError> {
+        let Some(written) = &self.written else { return Ok(None) };
+        let ranges = written.ranges();
+        self.track_writes()?;
+        Ok(Some(ranges))
+    }
+
+    fn allow_writes(&self, range: &Range<u64>) -> io::Result<()> {
+        for area in &self.areas {
+            let end = area.offset + area.memory.len();
+            let (start, end) = (range.start.max(area.offset), range.end.min(end));
+            if start < end {
+                area.memory.protect(start - area.offset, end - start, Protection::ReadWrite)?;
+            }
+        }
         Ok(())
     }
 }

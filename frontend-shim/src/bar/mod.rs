@@ -3,7 +3,11 @@
 mod backend;
 mod function;
 mod mapping;
+#[cfg(test)]
+#[cfg(feature = "model-check")]
+mod model_check;
+mod written;
 
 pub use crate::fault::{AddressSpace, BarWindow, Piece, WindowTable};
 pub use backend::Backend;
-pub use function::{AttachError, AttachedFunction, BarInfo, SuspendOrder};
+pub use function::{AttachError, AttachedFunction, BarInfo, SuspendOrder, TrackingError};

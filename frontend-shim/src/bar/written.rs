@@ -85,7 +85,10 @@ mod tests {
     #[test]
     fn a_large_bar_has_coarser_grains_and_no_more_of_them() {
         let mut written = Written::nothing(1 << 40);
-        assert_eq!(written.note(1 << 39, 1), std::slice::from_ref(&(1 << 39..(1 << 39) + (1 << 30))));
+        assert_eq!(
+            written.note(1 << 39, 1),
+            std::slice::from_ref(&(1 << 39..(1 << 39) + (1 << 30)))
+        );
         assert_eq!(written.grains.len(), 1024);
         assert_eq!(Written::nothing(4096).grains.len(), 1);
     }

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 mod counters;
+#[cfg(feature = "x86")]
+mod locator;
 mod progress;
 mod report;
 mod router;
@@ -16,6 +18,8 @@ mod windows;
 mod tests;
 
 pub use counters::{FaultCounters, FaultCounts};
+#[cfg(feature = "x86")]
+pub use locator::{Backing, CodeWidth, SegmentBases, StoppedVcpu, VcpuState, locate, narrow};
 pub use progress::{NoProgress, ProgressGuard};
 pub use report::{FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated};
 pub use router::{BarTarget, Route};

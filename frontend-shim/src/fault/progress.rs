@@ -10,7 +10,10 @@ use super::MemoryFault;
 #[derive(Debug, Default)]
 pub struct ProgressGuard {
     last: Option<(MemoryFault, u64)>,
+    /// While nothing changed.
     repeats: u32,
+    /// Whatever changed.
+    in_all: u32,
 }
 
 /// The same fault again, too often.
@@ -26,18 +29,24 @@ impl ProgressGuard {
     /// while it is on its way here, a few times, and not this often.
     pub const BOUND: u32 = 64;
 
-    /// Notes a fault. `changes` is a counter that moves when something is mapped or suspended.
+    /// The same, while things change all the time: another vCPU that maps and suspends without end
+    /// must not hide that this one stands still.
+    pub const BOUND_IN_ALL: u32 = 1 << 16;
+
+    /// Notes a fault. `changes` is a counter that moves when something is mapped or suspended that
+    /// the fault may be about.
     ///
     /// # Errors
     /// [`NoProgress`] when it is one too many.
     pub fn fault(&mut self, fault: &MemoryFault, changes: u64) -> Result<(), NoProgress> {
-        if self.last.as_ref().is_some_and(|(last, at)| (last, *at) == (fault, changes)) {
-            self.repeats += 1;
-        } else {
-            self.last = Some((fault.clone(), changes));
-            self.repeats = 1;
+        let seen = self.last.as_ref().filter(|(last, _)| last == fault).map(|(_, at)| *at);
+        self.repeats = if seen == Some(changes) { self.repeats + 1 } else { 1 };
+        self.in_all = if seen.is_some() { self.in_all + 1 } else { 1 };
+        self.last = Some((fault.clone(), changes));
+        if self.repeats > Self::BOUND || self.in_all > Self::BOUND_IN_ALL {
+            return Err(NoProgress { fault: fault.clone() });
         }
-        if self.repeats > Self::BOUND { Err(NoProgress { fault: fault.clone() }) } else { Ok(()) }
+        Ok(())
     }
 
     /// Notes that the vCPU got on: any exit that is no memory fault.

@@ -44,6 +44,15 @@ fn a_fault_that_repeats_without_progress_is_escalated() {
 }
 
 #[test]
+fn changes_by_others_do_not_hide_a_standstill_for_ever() {
+    let mut guard = ProgressGuard::default();
+    for changes in 0..ProgressGuard::BOUND_IN_ALL {
+        guard.fault(&fault(0x1000), changes.into()).unwrap();
+    }
+    assert_eq!(guard.fault(&fault(0x1000), 0), Err(NoProgress { fault: fault(0x1000) }));
+}
+
+#[test]
 fn progress_a_change_or_another_address_starts_the_count_anew() {
     let mut guard = ProgressGuard::default();
     for round in 0..4 * u64::from(ProgressGuard::BOUND) {

@@ -4,6 +4,10 @@
     reason = "maps memory that a guest and other processes write to, and copies from it"
 )]
 
+mod protections;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
@@ -11,7 +15,17 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::FileType;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+
+use self::protections::Protections;
+use super::PAGE_SIZE;
+
+/// How often a probe that was interrupted is tried again.
+const PROBE_ATTEMPTS: u32 = 64;
+
+/// [`PAGE_SIZE`] for host addresses.
+const PAGE_BYTES: usize = 4096;
 
 /// A shared mapping of host memory, unmapped on drop.
 ///
@@ -27,14 +41,25 @@ pub struct HostMapping {
     len: usize,
     writable: bool,
     of_device: bool,
-    /// Whether the pages may be touched. Held for reading around every access of ours, so that
-    /// [`set_accessible`](Self::set_accessible) can't pull the pages away in the middle of one.
-    accessible: RwLock<bool>,
+    /// How the pages may be touched. Held for reading around every access of ours, so that
+    /// [`protect`](Self::protect) can't pull the pages away in the middle of one.
+    protections: RwLock<Protections>,
+}
+
+/// What may be done to pages of a mapping: by the guest that has them in a slot, and by us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protection {
+    /// Nothing.
+    None,
+    /// Reading. A write by a guest is a memory fault.
+    ReadOnly,
+    /// Reading, and writing where the mapping itself is writable.
+    ReadWrite,
 }
 
 // SAFETY: the mapping belongs to this value alone and may be unmapped by any thread.
 unsafe impl Send for HostMapping {}
-// SAFETY: all access through `&self` is by atomics, and `accessible` orders it against mprotect.
+// SAFETY: all access through `&self` is by atomics, and `protections` orders it against mprotect.
 unsafe impl Sync for HostMapping {}
 
 /// Why an access to a [`HostMapping`] did not happen. Nothing was copied.
@@ -58,10 +83,10 @@ pub enum AccessError {
         /// Bytes asked for.
         len: usize,
     },
-    /// The mapping was made inaccessible by [`HostMapping::set_accessible`].
+    /// Pages were made inaccessible by [`HostMapping::protect`].
     #[error("the mapping is inaccessible")]
     Inaccessible,
-    /// A write to a read-only mapping.
+    /// A write to a read-only mapping, or to pages made read-only by [`HostMapping::protect`].
     #[error("the mapping is read-only")]
     ReadOnly,
 }
@@ -117,7 +142,8 @@ impl HostMapping {
 
     fn new(base: *mut u8, len: usize, writable: bool) -> io::Result<HostMapping> {
         let base = NonNull::new(base).ok_or(io::ErrorKind::InvalidData)?;
-        Ok(HostMapping { base, len, writable, of_device: false, accessible: RwLock::new(true) })
+        let protections = RwLock::new(Protections::whole(Protection::ReadWrite));
+        Ok(HostMapping { base, len, writable, of_device: false, protections })
     }
 
     /// Marks the memory as a device's: reading it may have effects, so that nobody reads it on a guess.
@@ -148,24 +174,73 @@ impl HostMapping {
         self.base.as_ptr() as u64
     }
 
-    /// Takes the pages away (`PROT_NONE`) or gives them back.
-    ///
-    /// Waits for accesses of ours that are under way. Afterwards they fail with
-    /// [`AccessError::Inaccessible`], and a guest that has the memory in a slot takes a memory fault.
+    /// Takes all pages away (`PROT_NONE`), or gives them back with all that the mapping allows: what
+    /// [`protect`](Self::protect) did to some of them is forgotten.
     ///
     /// # Errors
-    /// What mprotect says; the state is then unchanged.
+    /// See [`protect`](Self::protect).
     pub fn set_accessible(&self, accessible: bool) -> io::Result<()> {
-        let mut state = self.accessible.write().unwrap_or_else(PoisonError::into_inner);
-        let flags = match (accessible, self.writable) {
-            (false, _) => MprotectFlags::empty(),
-            (true, false) => MprotectFlags::READ,
-            (true, true) => MprotectFlags::READ | MprotectFlags::WRITE,
+        let protection = if accessible { Protection::ReadWrite } else { Protection::None };
+        self.protect(0, self.len(), protection)
+    }
+
+    /// Changes what may be done to `len` bytes from `offset` on, in whole pages. A mapping whose last page
+    /// is not whole ends there all the same.
+    ///
+    /// Waits for accesses of ours that are under way. Afterwards those that are not allowed fail with
+    /// [`AccessError::Inaccessible`] or [`AccessError::ReadOnly`], and a guest that has the memory in a
+    /// slot takes a memory fault.
+    ///
+    /// # Errors
+    /// EINVAL for a range that is not whole pages of the mapping, else what mprotect says. After that,
+    /// each page allows at least what it allowed both before and after.
+    pub fn protect(&self, offset: u64, len: u64, protection: Protection) -> io::Result<()> {
+        let range = offset..offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let whole_pages = len.is_multiple_of(PAGE_SIZE) || range.end == self.len();
+        let aligned = offset.is_multiple_of(PAGE_SIZE) && whole_pages;
+        if !aligned || range.end > self.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let start = usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let flags = match (protection, self.writable) {
+            (Protection::None, _) => MprotectFlags::empty(),
+            (Protection::ReadOnly, _) | (Protection::ReadWrite, false) => MprotectFlags::READ,
+            (Protection::ReadWrite, true) => MprotectFlags::READ | MprotectFlags::WRITE,
         };
-        // SAFETY: the range is exactly our own mapping, and the write lock keeps our readers out.
-        unsafe { rustix::mm::mprotect(self.base.as_ptr().cast(), self.len, flags)? };
-        *state = accessible;
-        Ok(())
+        let mut protections = self.protections.write().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the range was checked to lie within the mapping.
+        let base = unsafe { self.base.add(start) };
+        // SAFETY: these pages are our own, and the write lock keeps our accesses out.
+        let result = unsafe { rustix::mm::mprotect(base.as_ptr().cast(), len, flags) };
+        match result {
+            Ok(()) => protections.set(range, protection),
+            // It may have changed the first few pages, so that only what both allow is sure.
+            Err(_) => protections.lower(range, protection),
+        }
+        Ok(result?)
+    }
+
+    /// What somebody who does not know of our protections does to all pages.
+    #[cfg(test)]
+    fn protect_unnoticed(&self, flags: MprotectFlags) {
+        // SAFETY: the range is exactly our own mapping, and the test accesses it only through the kernel.
+        unsafe { rustix::mm::mprotect(self.base.as_ptr().cast(), self.len, flags) }.unwrap();
+    }
+
+    /// Whether the memory at `offset` would take an access now, without making one.
+    ///
+    /// Has the kernel fault the page in as the access would. That changes no byte; it may allocate the
+    /// page, read it from its file, or make it dirty. Of a device's memory only what
+    /// [`protect`](Self::protect) did to it is known, as a fault could have effects there. Where the
+    /// kernel can't be asked (before Linux 5.14) the answer is yes.
+    pub fn probe(&self, offset: u64, write: bool) -> bool {
+        let direction = if write { Direction::Write } else { Direction::Read };
+        // An address within its page, so that whatever the kernel is asked about exists.
+        let Ok(pages) = self.access(offset, 1, direction) else {
+            return false;
+        };
+        self.of_device || pages.populate(direction)
     }
 
     /// Copies from `offset` on.
@@ -277,13 +352,15 @@ impl HostMapping {
         let start = start
             .filter(|start| start.checked_add(len).is_some_and(|end| end <= self.len))
             .ok_or(AccessError::OutOfBounds { offset, len, size: self.len() })?;
-        let accessible = self.accessible.read().unwrap_or_else(PoisonError::into_inner);
-        if !*accessible {
-            return Err(AccessError::Inaccessible);
+        let protections = self.protections.read().unwrap_or_else(PoisonError::into_inner);
+        match (protections.lowest(offset, len as u64), direction) {
+            (Protection::None, _) => return Err(AccessError::Inaccessible),
+            (Protection::ReadOnly, Direction::Write) => return Err(AccessError::ReadOnly),
+            (Protection::ReadOnly, Direction::Read) | (Protection::ReadWrite, _) => {}
         }
         // SAFETY: `start` lies within the mapping or one past its end.
         let base = unsafe { self.base.add(start) };
-        Ok(Pages { base, len, _accessible: accessible })
+        Ok(Pages { base, len, _protections: protections })
     }
 }
 
@@ -305,7 +382,7 @@ enum Direction {
 struct Pages<'a> {
     base: NonNull<u8>,
     len: usize,
-    _accessible: RwLockReadGuard<'a, bool>,
+    _protections: RwLockReadGuard<'a, Protections>,
 }
 
 impl Pages<'_> {
@@ -384,6 +461,31 @@ impl Pages<'_> {
         }
     }
 
+    /// Asks the kernel to fault the page of the first byte in; see [`HostMapping::probe`].
+    fn populate(&self, direction: Direction) -> bool {
+        let advice = match direction {
+            Direction::Read => Advice::LinuxPopulateRead,
+            Direction::Write => Advice::LinuxPopulateWrite,
+        };
+        let page = self.base.as_ptr().map_addr(|address| address & !(PAGE_BYTES - 1));
+        // A signal or a lack of memory that passes; the bound keeps a storm of them from holding us.
+        for _ in 0..PROBE_ATTEMPTS {
+            // SAFETY: the page is of our mapping, and populating it changes no byte.
+            match unsafe { rustix::mm::madvise(page.cast(), PAGE_BYTES, advice) } {
+                Ok(()) => return true,
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                // Both an advice that the kernel does not know and pages that may not be accessed.
+                Err(Errno::INVAL) => {
+                    // SAFETY: an empty range asks only whether the advice is known.
+                    return unsafe { rustix::mm::madvise(page.cast(), 0, advice) }.is_err();
+                }
+                // A SIGBUS on access (past the end of its file, say), poisoned, or not to be had.
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// Address of `width` bytes at `at`, for an access of a width that [`widest`](Self::widest) allows.
     fn pointer(&self, at: usize, width: usize) -> *mut u8 {
         assert!(at + width <= self.len, "callers stay within the range that was checked");
@@ -403,100 +505,4 @@ fn mapping_len(len: u64) -> io::Result<usize> {
         .ok()
         .filter(|len| *len > 0)
         .ok_or_else(|| io::ErrorKind::InvalidInput.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
-
-    use rustix::fs::MemfdFlags;
-
-    use super::*;
-
-    fn memfd(len: u64) -> rustix::fd::OwnedFd {
-        let fd = rustix::fs::memfd_create("mapping-test", MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&fd, len).unwrap();
-        fd
-    }
-
-    #[test]
-    fn two_mappings_of_a_file_share_their_bytes() {
-        let fd = memfd(0x3000);
-        let whole = HostMapping::from_fd(&fd, 0, 0x3000, true).unwrap();
-        let tail = HostMapping::from_fd(&fd, 0x1000, 0x2000, false).unwrap();
-        whole.write(0x1003, b"seven b").unwrap();
-        let mut data = [0; 9];
-        tail.read(2, &mut data).unwrap();
-        assert_eq!(&data, b"\0seven b\0");
-        assert_eq!(tail.write(0, &[1]), Err(AccessError::ReadOnly));
-    }
-
-    #[test]
-    fn a_file_that_is_too_short_is_not_mapped() {
-        let fd = memfd(0x1000);
-        for (offset, len) in [(0, 0x2000), (0x1000, 0x1000), (0, 0), (u64::MAX, 2)] {
-            assert!(HostMapping::from_fd(&fd, offset, len, true).is_err(), "{offset:#x} {len:#x}");
-        }
-    }
-
-    #[test]
-    fn accesses_past_the_end_copy_nothing() {
-        let memory = HostMapping::anonymous(0x1000).unwrap();
-        let mut data = [7; 8];
-        for offset in [0xff9, 0x1000, u64::MAX, u64::MAX - 7] {
-            let expected = Err(AccessError::OutOfBounds { offset, len: 8, size: 0x1000 });
-            assert_eq!(memory.read(offset, &mut data), expected);
-            assert_eq!(memory.write(offset, &[1; 8]), expected);
-            assert_eq!(memory.load_u64(offset).map(|_| ()), expected);
-        }
-        assert_eq!(data, [7; 8]);
-        assert_eq!(memory.load_u64(0xff8), Ok(0));
-        assert_eq!(memory.read(0x1000, &mut []), Ok(()));
-    }
-
-    #[test]
-    fn atomic_accesses_want_alignment() {
-        let memory = HostMapping::anonymous(0x1000).unwrap();
-        assert_eq!(memory.load_u32(2), Err(AccessError::Misaligned { offset: 2, len: 4 }));
-        assert_eq!(memory.store_u64(4, 0), Err(AccessError::Misaligned { offset: 4, len: 8 }));
-        memory.store_u32(4, 0xdead_beef).unwrap();
-        assert_eq!(memory.compare_exchange(4, 2, 0xbeef, 0x1234), Ok(0xbeef));
-        assert_eq!(memory.compare_exchange(4, 4, 0, 1), Ok(0xdead_1234));
-        assert_eq!(memory.load_u32(4), Ok(0xdead_1234));
-    }
-
-    #[test]
-    fn an_inaccessible_mapping_answers_with_an_error_and_keeps_its_bytes() {
-        let memory = HostMapping::anonymous(0x1000).unwrap();
-        memory.store_u32(0, 42).unwrap();
-        memory.set_accessible(false).unwrap();
-        assert_eq!(memory.load_u32(0), Err(AccessError::Inaccessible));
-        assert_eq!(memory.write(0, &[0]), Err(AccessError::Inaccessible));
-        memory.set_accessible(true).unwrap();
-        assert_eq!(memory.load_u32(0), Ok(42));
-    }
-
-    #[test]
-    fn readers_racing_set_accessible_never_fault() {
-        let memory = Arc::new(HostMapping::anonymous(0x1000).unwrap());
-        let done = Arc::new(AtomicBool::new(false));
-        let reader = {
-            let (memory, done) = (Arc::clone(&memory), Arc::clone(&done));
-            std::thread::spawn(move || {
-                let mut data = [0; 256];
-                while !done.load(Ordering::Relaxed) {
-                    match memory.read(0, &mut data) {
-                        Ok(()) | Err(AccessError::Inaccessible) => {}
-                        Err(other) => panic!("{other}"),
-                    }
-                }
-            })
-        };
-        for round in 0..2000 {
-            memory.set_accessible(round % 2 == 1).unwrap();
-        }
-        done.store(true, Ordering::Relaxed);
-        reader.join().unwrap();
-    }
 }

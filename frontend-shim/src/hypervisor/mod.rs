@@ -11,8 +11,11 @@ pub mod kvm;
 pub mod memory;
 #[cfg(feature = "x86")]
 pub mod model;
+#[cfg(feature = "mshv")]
+pub mod mshv;
 #[cfg(feature = "x86")]
 mod slots;
+pub mod stage2;
 #[cfg(test)]
 #[cfg(feature = "x86")]
 mod tests;
@@ -23,7 +26,7 @@ use std::sync::Arc;
 
 pub use crate::address::GuestAddress;
 pub use crate::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault};
-pub use memory::{AccessError, HostMapping};
+pub use memory::{AccessError, HostMapping, Protection};
 
 /// Size and alignment of everything a memory slot is made of.
 pub const PAGE_SIZE: u64 = 4096;
@@ -242,6 +245,8 @@ pub enum HypervisorKind {
     Kvm,
     /// The software hypervisor in [`model`].
     Model,
+    /// Microsoft's hypervisor.
+    Mshv,
 }
 
 impl fmt::Display for HypervisorKind {
@@ -249,6 +254,7 @@ impl fmt::Display for HypervisorKind {
         f.write_str(match self {
             HypervisorKind::Kvm => "kvm",
             HypervisorKind::Model => "model",
+            HypervisorKind::Mshv => "mshv",
         })
     }
 }

@@ -89,6 +89,11 @@ impl SlotTable {
         let at = self.slots.partition_point(|slot| slot.end() <= address);
         self.slots.get(at).filter(|slot| slot.guest <= address)
     }
+
+    /// The slot that has `address`, and where in the slot's memory that is.
+    pub(super) fn locate(&self, address: u64) -> Option<(&Slot, u64)> {
+        self.find(address).map(|slot| (slot, slot.offset + (address - slot.guest)))
+    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::pci_host::{ECAM_BASE, ECAM_SIZE, PciHost};
 use super::placement::Placement;
 use super::report::{self, Report};
 use super::vcpu::{VcpuEnd, VcpuThread};
-use super::{Arguments, HypervisorChoice, Loss, Program};
+use super::{Arguments, HypervisorChoice, Loss, Order, Program, instructions};
 use crate::Frontend;
 use crate::bar::AttachError;
 use crate::client::ClientError;
@@ -76,7 +76,7 @@ pub enum MachineError {
     },
     /// The program needs functions that are not attached.
     #[error(
-        "--program {0:?}: it needs an edu function, and toggle and hammer an ivshmem function as well"
+        "--program {0:?}: it needs an edu function, and toggle and hammer an ivshmem function as well; instructions, an ivshmem or a passed-through edu function"
     )]
     NothingToDo(Program),
     /// The model accesses RAM itself: without its file it would die of SIGBUS.
@@ -144,6 +144,7 @@ impl Machine {
         let devices = match arguments.program {
             Program::Toggle | Program::Hammer => self.placement.pairs(frontend),
             Program::Edu | Program::Probe | Program::LostRam => self.placement.edu_alone(frontend),
+            Program::Instructions => self.placement.mapped_alone(frontend),
         };
         let needs_none = matches!(arguments.program, Program::Probe | Program::LostRam);
         if devices.is_empty() && !needs_none {
@@ -158,6 +159,13 @@ impl Machine {
             devices,
         }
         .install(&self.memory.ram)?;
+
+        if arguments.program == Program::Instructions {
+            let memory = self.placement.ivshmem_functions().next().is_some();
+            // With the slots left to faults, each kind shall have a fault of its own.
+            let each = arguments.suspend_order == Order::FaultsOnly;
+            instructions::parameters(self.vm.kind(), memory, each).install(&self.memory.ram)?;
+        }
 
         let started = Instant::now();
         let ends = self.run_vcpus(arguments)?;
@@ -177,6 +185,7 @@ impl Machine {
             Program::Probe => vec![GuestProgram::Probe],
             Program::Edu => vec![GuestProgram::Edu],
             Program::LostRam => vec![GuestProgram::LostRam],
+            Program::Instructions => vec![GuestProgram::Instructions],
             Program::Hammer => vec![GuestProgram::Hammer; arguments.vcpus as usize],
             Program::Toggle => {
                 let mut programs = vec![GuestProgram::Toggle];

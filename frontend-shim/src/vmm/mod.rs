@@ -3,6 +3,7 @@
 
 pub mod guest;
 mod guest_memory;
+mod instructions;
 mod machine;
 mod monitor;
 mod pci_host;
@@ -68,6 +69,8 @@ pub enum Program {
     Toggle,
     /// Read and write the BARs until standard input ends, while somebody else toggles them
     Hammer,
+    /// Make every kind of access with decode on and off
+    Instructions,
     /// Lose RAM and read it: the VM must not survive that
     LostRam,
 }
@@ -110,6 +113,8 @@ pub enum Order {
     BackingFirst,
     /// Both in turn
     Alternate,
+    /// The memory goes and its slots stay, until an access faults
+    FaultsOnly,
 }
 
 impl From<Order> for SuspendOrder {
@@ -118,6 +123,7 @@ impl From<Order> for SuspendOrder {
             Order::SlotsFirst => Self::SlotsFirst,
             Order::BackingFirst => Self::BackingFirst,
             Order::Alternate => Self::Alternate,
+            Order::FaultsOnly => Self::FaultsOnly,
         }
     }
 }

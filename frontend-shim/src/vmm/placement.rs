@@ -90,16 +90,28 @@ impl Placement {
         self.edu_functions().filter_map(|edu| self.row(frontend, edu, (edu, 0))).collect()
     }
 
+    /// The rows for `instructions`: the mapped BARs of ivshmem functions, or if there is none, those of
+    /// edu functions that are passed through.
+    pub(super) fn mapped_alone(&self, frontend: &Frontend) -> Vec<Device> {
+        let mut mapped: Vec<_> = self.ivshmem_functions().map(|index| (index, 2)).collect();
+        if mapped.is_empty() {
+            let edu = self.edu_functions().filter(|index| is_mapped(frontend, *index, 0));
+            mapped = edu.map(|index| (index, 0)).collect();
+        }
+        let row = |(index, bar): (usize, u8)| self.row(frontend, index, (index, bar));
+        mapped.into_iter().filter_map(row).collect()
+    }
+
     fn row(
         &self,
         frontend: &Frontend,
-        edu: usize,
+        trapped: usize,
         (mapped, mapped_bar): (usize, u8),
     ) -> Option<Device> {
         Some(Device {
-            trapped: config_address(edu)?,
-            trapped_bar: GuestAddress(self.bar(edu, 0)?),
-            narrow: !is_mapped(frontend, edu, 0),
+            trapped: config_address(trapped)?,
+            trapped_bar: GuestAddress(self.bar(trapped, 0)?),
+            narrow: !is_mapped(frontend, trapped, 0),
             mapped: config_address(mapped)?,
             mapped_bar: GuestAddress(self.bar(mapped, mapped_bar)?),
         })

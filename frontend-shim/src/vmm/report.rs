@@ -8,7 +8,7 @@ use barkeep_protocol::wire::RegionState;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::guest::{EduReport, ProbeReport, RunState, StatBlock};
+use super::guest::{EduReport, InstructionsReport, ProbeReport, RunState, StatBlock};
 use super::placement::{Placement, is_mapped};
 use super::vcpu::VcpuEnd;
 use super::{Arguments, MachineError, Program};
@@ -263,6 +263,7 @@ impl Report {
                 self.check_toggle(arguments, pairs, passes_through(frontend, placement));
             }
             Program::Hammer => self.add_ends(frontend, placement),
+            Program::Instructions => self.add_instructions(ram),
             // That it came here at all is the failure.
             Program::LostRam => self.check_lost_ram(),
         }
@@ -309,6 +310,30 @@ impl Report {
             };
             let answer = u32::from_le_bytes(data);
             self.findings.push(format!("edu {index}: {answer:#010x}, {mapped}"));
+        }
+    }
+
+    fn add_instructions(&mut self, ram: &HostMapping) {
+        let report = match InstructionsReport::read(ram) {
+            Ok(report) => report,
+            Err(error) => return self.failures.push(error.to_string()),
+        };
+        let (ran, left_out): (Vec<_>, Vec<_>) = report.kinds.iter().partition(|kind| kind.selected);
+        let runs: u64 = ran.iter().map(|kind| kind.runs).sum();
+        self.findings.push(format!("{} kinds of access, {runs} runs", ran.len()));
+        for kind in left_out {
+            self.findings.push(format!("not here: {}", kind.name));
+        }
+        for kind in ran.iter().filter(|kind| kind.runs == 0) {
+            self.failures.push(format!("{}: did not run", kind.name));
+        }
+        for kind in &report.kinds {
+            if let Some((value, right)) = kind.first_wrong {
+                let (name, wrong, runs) = (kind.name, kind.wrong, kind.runs);
+                self.failures.push(format!(
+                    "{name}: {wrong} wrong in {runs} runs, {value:#x} not {right:#x}"
+                ));
+            }
         }
     }
 

@@ -13,7 +13,15 @@ pub(super) const SF: u64 = 1 << 7;
 pub(super) const OF: u64 = 1 << 11;
 /// RFLAGS bit 1 is always one.
 pub(super) const ALWAYS: u64 = 1 << 1;
-/// What POPF may change here; everything else belongs to parts that the model leaves out.
+/// Interrupt flag.
+pub(super) const IF: u64 = 1 << 9;
+/// Direction flag: string instructions go down.
+pub(super) const DF: u64 = 1 << 10;
+/// Resume flag: no instruction breakpoint on the instruction at RIP.
+pub(super) const RF: u64 = 1 << 16;
+/// What else POPF may change: TF, IF, IOPL, NT, AC and ID.
+pub(super) const SYSTEM: u64 = 1 << 8 | IF | 3 << 12 | 1 << 14 | 1 << 18 | 1 << 21;
+/// What arithmetic sets.
 pub(super) const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 
 /// The low `width` bytes.
@@ -140,7 +148,8 @@ fn sign_bit(width: usize) -> u64 {
     1 << (8 * width - 1)
 }
 
+/// The low half.
 #[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
-fn low(value: u128) -> u64 {
+pub(super) fn low(value: u128) -> u64 {
     value as u64
 }

@@ -1,13 +1,11 @@
-//! One instruction. The subset is the integer code that the built-in guests are made of, with its
-//! common forms in all widths and addressing modes.
+//! One instruction. The subset is the integer code that guests and drivers are made of, with its common
+//! forms in all widths and addressing modes; string and vector instructions have files of their own.
 
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::alu::{self, ALWAYS, CF, OF, STATUS, Shift, ZF, sign_extend, truncate};
-use super::operand::{
-    self, Registers, address, modify, read, register, set_register, width, write,
-};
-use super::{Bus, Stop, Unsupported};
+use super::alu::{self, CF, DF, IF, STATUS, SYSTEM, Shift, ZF, sign_extend, truncate};
+use super::operand::{address, is_memory, modify, read, register, set_register, width, write};
+use super::{Bus, Registers, Stop, Unsupported, string, vector};
 
 /// Executes `instruction` on `registers`, whose `rip` is already that of the next one.
 ///
@@ -17,8 +15,11 @@ pub(crate) fn execute<B: Bus>(
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
+    if string::is_string(i) {
+        return string::execute(r, i, bus);
+    }
     match i.mnemonic() {
-        Mnemonic::Mov | Mnemonic::Movzx => {
+        Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movnti => {
             let value = read(r, i, 1, bus)?;
             write(r, i, 0, value, bus)
         }
@@ -80,6 +81,17 @@ pub(crate) fn execute<B: Bus>(
             write(r, i, 1, old, bus)
         }
         Mnemonic::Cmpxchg => compare_exchange(r, i, bus),
+        Mnemonic::Cmpxchg8b => compare_exchange_pair(r, i, bus),
+        Mnemonic::Cmpxchg16b => compare_exchange_wide(r, i, bus),
+        Mnemonic::Movbe => {
+            let w = width(i, 0);
+            let value = read(r, i, 1, bus)?.swap_bytes() >> (64 - 8 * w);
+            write(r, i, 0, value, bus)
+        }
+        Mnemonic::Bt => bit_test(r, i, bus, None),
+        Mnemonic::Bts => bit_test(r, i, bus, Some(|value, bit| value | bit)),
+        Mnemonic::Btr => bit_test(r, i, bus, Some(|value, bit| value & !bit)),
+        Mnemonic::Btc => bit_test(r, i, bus, Some(|value, bit| value ^ bit)),
         Mnemonic::Jmp => jump(r, i, bus),
         Mnemonic::Call => {
             let return_address = r.rip;
@@ -109,7 +121,10 @@ pub(crate) fn execute<B: Bus>(
         Mnemonic::Pushfq => push(r, r.flags, bus),
         Mnemonic::Popfq => {
             let flags = pop(r, bus)?;
-            set_status(r, flags & STATUS);
+            if (flags ^ r.flags) & SYSTEM != 0 {
+                return Err(Stop::Unsupported("POPFQ that changes a system flag"));
+            }
+            r.flags = r.flags & !(STATUS | DF) | flags & (STATUS | DF);
             Ok(())
         }
         Mnemonic::In => {
@@ -122,23 +137,17 @@ pub(crate) fn execute<B: Bus>(
             let value = read(r, i, 1, bus)?;
             bus.port_write(port, width(i, 1), value)
         }
-        Mnemonic::Movsb
-        | Mnemonic::Movsw
-        | Mnemonic::Movsd
-        | Mnemonic::Movsq
-        | Mnemonic::Stosb
-        | Mnemonic::Stosw
-        | Mnemonic::Stosd
-        | Mnemonic::Stosq => string(r, i, bus),
-        // The model has no interrupts to mask, no direction but up, and no weaker order to fence.
+        Mnemonic::Cld => flag(r, DF, false),
+        Mnemonic::Std => flag(r, DF, true),
+        Mnemonic::Cli => flag(r, IF, false),
+        // Nothing here has a weaker order to fence.
         Mnemonic::Nop
         | Mnemonic::Pause
-        | Mnemonic::Cld
-        | Mnemonic::Cli
         | Mnemonic::Mfence
         | Mnemonic::Lfence
         | Mnemonic::Sfence => Ok(()),
         Mnemonic::Hlt => Err(Stop::Halt),
+        _ if vector::is_vector(i) => vector::execute(r, i, bus),
         _ => conditional(r, i, bus),
     }
 }
@@ -149,7 +158,7 @@ fn conditional<B: Bus>(
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
-    const UNKNOWN: Unsupported = Unsupported("instruction outside the model's subset");
+    const UNKNOWN: Unsupported = Unsupported("instruction outside the known subset");
     let holds = alu::condition(i.condition_code(), r.flags).ok_or(UNKNOWN)?;
     if i.flow_control() == FlowControl::ConditionalBranch {
         if matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) {
@@ -252,6 +261,85 @@ fn compare_exchange<B: Bus>(
     Ok(())
 }
 
+/// CMPXCHG8B: EDX:EAX against memory, ECX:EBX to it.
+fn compare_exchange_pair<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
+    let pair = |r: &Registers, high, low| -> Result<u64, Unsupported> {
+        Ok(register(r, high)? << 32 | register(r, low)?)
+    };
+    let expected = pair(r, Register::EDX, Register::EAX)?;
+    let new = pair(r, Register::ECX, Register::EBX)?;
+    let old = modify(r, i, 0, i.has_lock_prefix(), bus, |a| if a == expected { new } else { a })?;
+    if old == expected {
+        r.flags |= ZF;
+        return Ok(());
+    }
+    r.flags &= !ZF;
+    set_register(r, Register::EAX, truncate(old, 4))?;
+    Ok(set_register(r, Register::EDX, old >> 32)?)
+}
+
+/// CMPXCHG16B: RDX:RAX against memory, RCX:RBX to it.
+fn compare_exchange_wide<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
+    let pair = |r: &Registers, high, low| -> Result<u128, Unsupported> {
+        Ok(u128::from(register(r, high)?) << 64 | u128::from(register(r, low)?))
+    };
+    let expected = pair(r, Register::RDX, Register::RAX)?;
+    let new = pair(r, Register::RCX, Register::RBX)?;
+    let address = address(r, i, 0)?;
+    let old = bus.modify_16(address, |a| if a == expected { new } else { a })?;
+    if old == expected {
+        r.flags |= ZF;
+        return Ok(());
+    }
+    r.flags &= !ZF;
+    set_register(r, Register::RAX, alu::low(old))?;
+    Ok(set_register(r, Register::RDX, alu::low(old >> 64))?)
+}
+
+/// BT, and with `change` BTS, BTR, BTC. An offset in a register may select any bit around a memory
+/// operand, an immediate one selects within it.
+fn bit_test<B: Bus>(
+    r: &mut Registers,
+    i: &Instruction,
+    bus: &mut B,
+    change: Option<fn(u64, u64) -> u64>,
+) -> Result<(), Stop<B::Error>> {
+    let w = width(i, 0);
+    let offset = read(r, i, 1, bus)?;
+    let bit = 1 << (offset % (8 * w as u64));
+    let old = if is_memory(i.op0_kind()) {
+        let mut address = address(r, i, 0)?;
+        if i.op1_kind() == OpKind::Register {
+            if [i.memory_base().size(), i.memory_index().size()].contains(&4)
+                || i.memory_displ_size() == 4
+            {
+                return Err(Stop::Unsupported("a bit string at a 32-bit address"));
+            }
+            let cells = sign_extend(offset, w).cast_signed() >> (8 * w).ilog2();
+            address = address.wrapping_add_signed(cells.wrapping_mul(w as i64));
+        }
+        match change {
+            None => bus.read(address, w)?,
+            Some(change) => bus.modify(address, w, i.has_lock_prefix(), |a| change(a, bit))?,
+        }
+    } else {
+        match change {
+            None => read(r, i, 0, bus)?,
+            Some(change) => modify(r, i, 0, false, bus, |a| change(a, bit))?,
+        }
+    };
+    r.flags = r.flags & !CF | if old & bit != 0 { CF } else { 0 };
+    Ok(())
+}
+
 fn jump<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), Stop<B::Error>> {
     r.rip = match i.op0_kind() {
         OpKind::NearBranch64 => i.near_branch_target(),
@@ -286,37 +374,17 @@ fn port<B: Bus>(
     u16::try_from(port).map_err(|_| Stop::Unsupported("port number"))
 }
 
-/// One iteration of MOVS or STOS; with REP the instruction is its own successor until RCX is zero.
-fn string<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), Stop<B::Error>> {
-    if i.has_rep_prefix() {
-        match register(r, Register::RCX)? {
-            0 => return Ok(()),
-            1 => {}
-            _ => r.rip = i.ip(),
-        }
-        let rcx = register(r, Register::RCX)?;
-        set_register(r, Register::RCX, rcx - 1)?;
-    }
-    let value = operand::read(r, i, 1, bus)?;
-    write(r, i, 0, value, bus)?;
-    let step = i.memory_size().size() as u64;
-    for (operand, kind, pointer) in
-        [(0, OpKind::MemoryESRDI, Register::RDI), (1, OpKind::MemorySegRSI, Register::RSI)]
-    {
-        if i.op_kind(operand) == kind {
-            let value = register(r, pointer)?;
-            set_register(r, pointer, value.wrapping_add(step))?;
-        }
-    }
-    Ok(())
-}
-
 /// INC and DEC leave CF as it was.
 fn keep_carry(before: u64, (result, flags): (u64, u64)) -> (u64, u64) {
     (result, flags & !CF | before & CF)
 }
 
-fn set_status(r: &mut Registers, flags: u64) {
-    debug_assert_eq!(flags & !(STATUS | OF), 0, "only status flags");
-    r.flags = ALWAYS | flags;
+fn flag<E>(r: &mut Registers, flag: u64, set: bool) -> Result<(), Stop<E>> {
+    r.flags = if set { r.flags | flag } else { r.flags & !flag };
+    Ok(())
+}
+
+pub(super) fn set_status(r: &mut Registers, flags: u64) {
+    debug_assert_eq!(flags & !STATUS, 0, "only status flags");
+    r.flags = r.flags & !STATUS | flags;
 }

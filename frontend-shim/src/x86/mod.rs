@@ -1,19 +1,31 @@
-//! x86-64 instructions in software: the integer code that guests and drivers access devices with.
+//! x86-64 instructions in software: what guests and drivers access devices with.
 //!
 //! It has two users. The software hypervisor executes whole guests with it, and a hypervisor that
-//! can't complete an access to a device has that one instruction completed here. What memory is, a
-//! [`Bus`] says. Privilege levels, interrupts and exceptions are left out; an instruction that is not
-//! known is [`Stop::Unsupported`], never a guess.
+//! can't complete an access to a device has that one instruction completed here. Both do it through
+//! [`PendingInstruction`] or the [`Execution`] under it: what memory is, a [`Memory`] says, and an access
+//! to what is not RAM stops the instruction until the caller has completed it. Privilege levels,
+//! interrupts and exceptions are left out; an instruction that is not known is unsupported, never a
+//! guess.
 
 mod alu;
 mod execute;
 mod operand;
+mod registers;
+mod resume;
+mod string;
+#[cfg(test)]
+mod tests;
+mod vector;
 
+#[cfg(test)]
 pub(crate) use self::execute::execute;
-pub(crate) use self::operand::Registers;
+pub(crate) use self::registers::{Registers, Vectors};
+pub(crate) use self::resume::{Execution, Memory, Outcome, PendingInstruction, Ram};
 
-/// Memory and ports as an instruction reaches them. Addresses are linear: a bus that pages translates
-/// them.
+/// Longest instruction in bytes.
+pub(crate) const MAX_INSTRUCTION: usize = 15;
+
+/// Memory and ports as an instruction reaches them. Addresses are linear.
 pub(crate) trait Bus {
     /// Why an access can't be completed now.
     type Error;
@@ -24,8 +36,8 @@ pub(crate) trait Bus {
     /// Writes the low `len` (1, 2, 4, 8) bytes of `value` to memory.
     fn write(&mut self, address: u64, len: usize, value: u64) -> Result<(), Stop<Self::Error>>;
 
-    /// Replaces `len` bytes at `address` by what `update` makes of them, and returns what was there.
-    /// `locked` says that the processor would lock the bus, with or without a LOCK prefix.
+    /// Replaces `len` (1, 2, 4, 8) bytes at `address` by what `update` makes of them, and returns what
+    /// was there. `locked` says that the processor would lock the bus, with or without a LOCK prefix.
     fn modify(
         &mut self,
         address: u64,
@@ -33,6 +45,38 @@ pub(crate) trait Bus {
         locked: bool,
         update: impl FnMut(u64) -> u64,
     ) -> Result<u64, Stop<Self::Error>>;
+
+    /// Reads 1, 2, 4, 8, 16 or 32 bytes of memory.
+    fn read_bytes(&mut self, address: u64, data: &mut [u8]) -> Result<(), Stop<Self::Error>> {
+        for (offset, part) in (0..).step_by(8).zip(data.chunks_mut(8)) {
+            let value = self.read(address.wrapping_add(offset), part.len())?;
+            part.copy_from_slice(&value.to_le_bytes()[..part.len()]);
+        }
+        Ok(())
+    }
+
+    /// Writes 1, 2, 4, 8, 16 or 32 bytes of memory.
+    fn write_bytes(&mut self, address: u64, data: &[u8]) -> Result<(), Stop<Self::Error>> {
+        for (offset, part) in (0..).step_by(8).zip(data.chunks(8)) {
+            let mut value = [0; 8];
+            value[..part.len()].copy_from_slice(part);
+            self.write(address.wrapping_add(offset), part.len(), u64::from_le_bytes(value))?;
+        }
+        Ok(())
+    }
+
+    /// Like [`modify`](Self::modify), of 16 bytes.
+    fn modify_16(
+        &mut self,
+        address: u64,
+        update: impl FnOnce(u128) -> u128,
+    ) -> Result<u128, Stop<Self::Error>> {
+        let mut data = [0; 16];
+        self.read_bytes(address, &mut data)?;
+        let old = u128::from_le_bytes(data);
+        self.write_bytes(address, &update(old).to_le_bytes())?;
+        Ok(old)
+    }
 
     /// Reads `len` (1, 2, 4) bytes from a port.
     fn port_read(&mut self, port: u16, len: usize) -> Result<u64, Stop<Self::Error>>;

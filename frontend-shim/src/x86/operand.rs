@@ -1,55 +1,8 @@
-//! Registers and instruction operands.
+//! Instruction operands.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::alu::{ALWAYS, truncate};
-use super::{Bus, Stop, Unsupported};
-
-/// What an instruction reads and changes of the virtual CPU.
-#[derive(Debug, Clone)]
-pub(crate) struct Registers {
-    general: [u64; 16],
-    pub(crate) rip: u64,
-    pub(crate) flags: u64,
-}
-
-impl Registers {
-    pub(crate) fn new(rip: u64) -> Registers {
-        Registers { general: [0; 16], rip, flags: ALWAYS }
-    }
-
-    /// Value of a general-purpose register of any width, zero-extended; `None` for any other register.
-    pub(crate) fn get(&self, register: Register) -> Option<u64> {
-        let value = *self.general.get(index(register)?)?;
-        Some(truncate(value >> shift(register), register.size()))
-    }
-
-    /// Sets a general-purpose register as the processor does: 4 bytes clear the upper half, 1 and 2
-    /// bytes keep the rest.
-    pub(crate) fn set(&mut self, register: Register, value: u64) -> Option<()> {
-        let full = self.general.get_mut(index(register)?)?;
-        match register.size() {
-            8 => *full = value,
-            4 => *full = truncate(value, 4),
-            width => {
-                let mask = truncate(u64::MAX, width) << shift(register);
-                *full = *full & !mask | value << shift(register) & mask;
-            }
-        }
-        Some(())
-    }
-}
-
-fn index(register: Register) -> Option<usize> {
-    register.is_gpr().then(|| register.full_register().number())
-}
-
-fn shift(register: Register) -> u32 {
-    match register {
-        Register::AH | Register::BH | Register::CH | Register::DH => 8,
-        _ => 0,
-    }
-}
+use super::{Bus, Registers, Stop, Unsupported};
 
 /// Width in bytes of an operand that is a register or memory.
 pub(super) fn width(instruction: &Instruction, operand: u32) -> usize {
@@ -124,19 +77,23 @@ pub(super) fn set_register(
     registers.set(register, value).ok_or(Unsupported("register other than a general-purpose one"))
 }
 
-/// Effective address; segments are flat.
+/// Linear address of a memory operand. For LEA, which has no segment, its offset.
 pub(super) fn address(
     registers: &Registers,
     instruction: &Instruction,
     operand: u32,
 ) -> Result<u64, Unsupported> {
-    let value = |register: Register, _, _| {
-        if register.is_segment_register() { Some(0) } else { registers.get(register) }
+    let value = |register: Register, _, _| match register {
+        Register::FS | Register::GS if instruction.mnemonic() == Mnemonic::Lea => Some(0),
+        Register::FS => Some(registers.fs_base),
+        Register::GS => Some(registers.gs_base),
+        _ if register.is_segment_register() => Some(0),
+        _ => registers.get(register),
     };
     instruction.virtual_address(operand, 0, value).ok_or(Unsupported("addressing mode"))
 }
 
-fn is_memory(kind: OpKind) -> bool {
+pub(super) fn is_memory(kind: OpKind) -> bool {
     matches!(kind, OpKind::Memory | OpKind::MemorySegRSI | OpKind::MemoryESRDI)
 }
 

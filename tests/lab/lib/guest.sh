@@ -1,4 +1,5 @@
-# Sourced by `run`, whose variables it uses (`host`, `kernel`, `nonce`, `work`): one boot of the guest.
+# Sourced by `run` and `nested`, whose variables it uses (`host`, `kernel`, `work`; `run` has `nonce`,
+# `nested` has `limit`, `megabytes` and `parameters`): one boot of the guest.
 # shellcheck shell=bash disable=SC2154
 
 qemu=
@@ -29,6 +30,26 @@ boot_guest() {
   return "$status"
 }
 
+# boot_nested BOOT QEMU_ARGUMENT...: the same with the guest of the nested lab, whose processors have
+# SVM and which has QEMU's edu function behind an IOMMU.
+boot_nested() {
+  local boot=$1 status=0
+  shift
+  : > "$work/$boot.results"
+  timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
+    -accel tcg,thread=multi -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
+    -nodefaults -display none -no-reboot \
+    -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
+    -device intel-iommu,intremap=on,caching-mode=on -device edu \
+    -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" \
+    -append "console=ttyS0 quiet panic=-1 intel_iommu=on $parameters" \
+    "$@" "${extra_arguments[@]}" > "$work/$boot.qemu" 2>&1 &
+  qemu=$!
+  wait "$qemu" || status=$?
+  qemu=
+  return "$status"
+}
+
 # boot_problem BOOT STATUS: why a check has no result, in one line.
 boot_problem() {
   local last
@@ -37,7 +58,8 @@ boot_problem() {
     return
   fi
   # QEMU's complaint if it has one, or else the last the guest said.
-  last=$(cat "$work/$1.console" "$work/$1.qemu" 2> /dev/null | tr -d '\r' | grep . | tail -n 1) || true
+  last=$(cat "$work/$1.console" "$work/$1.qemu" 2> /dev/null | tr -d '\r' |
+    grep . | grep -v "TCG doesn't support" | tail -n 1) || true
   echo "the guest did not report it (QEMU ended with $2; last message: ${last:-none})"
 }
 

@@ -13,11 +13,24 @@ build_barkeep() {
     echo "$(target_directory)/release/barkeep"
 }
 
-# build_guest: prints the path of the program for the guest, which has no shared libraries. Naming
-# the target keeps the flag away from build scripts and procedural macros, which can't be static.
+# build_guest: prints the path of the program for the guest of `run`.
 build_guest() {
+  local programs
+  programs=$(build_static -p barkeep-tests --bin lab-guest) && echo "$programs/lab-guest"
+}
+
+# build_nested: prints the directory of what runs in the guest of `nested`.
+build_nested() {
+  build_static -p barkeep-backend -p barkeep-shim -p barkeep-tests \
+    --bin barkeep --bin barkeep-vmm --bin lab-toggler
+}
+
+# build_static CARGO_ARGUMENT...: prints the directory of programs without shared libraries and, as
+# an initramfs is unpacked by an emulated processor, without symbols. Naming the target keeps the
+# flags away from build scripts and procedural macros, which can't be static.
+build_static() {
   local target=x86_64-unknown-linux-gnu
-  RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
-    cargo build --release --target "$target" -p barkeep-tests --bin lab-guest >&2 &&
-    echo "$(target_directory)/$target/release/lab-guest"
+  RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static -C strip=symbols" \
+    cargo build --release --target "$target" "$@" >&2 &&
+    echo "$(target_directory)/$target/release"
 }

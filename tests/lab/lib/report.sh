@@ -1,23 +1,25 @@
-# Sourced by `run`, whose variables it uses (`lab`, `reference`): counts checks, a line for each.
+# Sourced by `run` and `nested`, whose variables it uses (`lab`, `reference`): counts checks, a line for each.
 # shellcheck shell=bash disable=SC2154
 
 passed=0 failed=0 skipped=0
+# What stands before every name, where the same checks are carried out more than once.
+scope=
 
 ok() {
   passed=$((passed + 1))
-  echo "ok $1"
+  echo "ok $scope$1"
 }
 
 # fail NAME REASON
 fail() {
   failed=$((failed + 1))
-  echo "FAIL $1: $2"
+  echo "FAIL $scope$1: $2"
 }
 
 # skip NAME REASON
 skip() {
   skipped=$((skipped + 1))
-  echo "skipped $1: $2"
+  echo "skipped $scope$1: $2"
 }
 
 # close_report: the last line; fails if a check did.
@@ -50,6 +52,8 @@ report_guest() {
       skip "$name" "QEMU's own device differs by design"
     elif [ "$verdict" = ok ] && [ "$(wc -l <<< "$line")" = 1 ]; then
       ok "$name"
+    elif [ "$verdict" = skipped ] && [ "$(wc -l <<< "$line")" = 1 ]; then
+      skip "$name" "$detail"
     elif [ -n "$line" ]; then
       fail "$name" "${detail:-unreadable result: $line}"
     else

@@ -8,45 +8,40 @@ use barkeep_protocol::wire::{
 
 use super::{HostedFunction, Reply, RequestError};
 use crate::irq::{EventFd, Intx, IrqError, Vectors};
+use crate::server::served::{check_descriptors, disables_all};
 
-impl HostedFunction {
-    pub(in crate::server) fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
-        let irq = PciIrq::from_index(query.index).ok_or(RequestError::NoIrq(query.index))?;
-        let msi = u32::try_from(self.interrupts.msi.count()).expect("at most 32 vectors");
-        let (count, flags) = match irq {
-            PciIrq::Intx => (
-                u32::from(self.function.spec().interrupt_pin.is_some()),
-                IrqInfoFlags::EVENTFD | IrqInfoFlags::MASKABLE | IrqInfoFlags::AUTOMASKED,
-            ),
-            PciIrq::Msi => (msi, IrqInfoFlags::EVENTFD | IrqInfoFlags::NORESIZE),
-            PciIrq::Msix | PciIrq::Error | PciIrq::Request => (0, IrqInfoFlags::empty()),
-        };
-        let flags = if count == 0 { IrqInfoFlags::empty() } else { flags };
-        Ok(Reply::body(IrqInfo { flags, index: query.index, count }.to_bytes()))
-    }
+pub(super) fn info(function: &HostedFunction, query: InfoQuery) -> Result<Reply, RequestError> {
+    let irq = PciIrq::from_index(query.index).ok_or(RequestError::NoIrq(query.index))?;
+    let msi = u32::try_from(function.interrupts.msi.count()).expect("at most 32 vectors");
+    let (count, flags) = match irq {
+        PciIrq::Intx => (
+            u32::from(function.function.spec().interrupt_pin.is_some()),
+            IrqInfoFlags::EVENTFD | IrqInfoFlags::MASKABLE | IrqInfoFlags::AUTOMASKED,
+        ),
+        PciIrq::Msi => (msi, IrqInfoFlags::EVENTFD | IrqInfoFlags::NORESIZE),
+        PciIrq::Msix | PciIrq::Error | PciIrq::Request => (0, IrqInfoFlags::empty()),
+    };
+    let flags = if count == 0 { IrqInfoFlags::empty() } else { flags };
+    Ok(Reply::body(IrqInfo { flags, index: query.index, count }.to_bytes()))
+}
 
-    pub(in crate::server) fn set_irqs(
-        &mut self,
-        set: &SetIrqs<'_>,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Reply, RequestError> {
-        // Without descriptors the range's eventfds are taken away; some of them is no request.
-        let expected = if set.data == IrqData::Eventfd { set.count as usize } else { 0 };
-        if !fds.is_empty() && fds.len() != expected {
-            return Err(RequestError::FdCount(fds.len()));
+pub(super) fn set(
+    function: &mut HostedFunction,
+    set: &SetIrqs<'_>,
+    fds: Vec<OwnedFd>,
+) -> Result<Reply, RequestError> {
+    check_descriptors(set, &fds)?;
+    let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
+    match PciIrq::from_index(set.index) {
+        Some(PciIrq::Intx) if function.function.spec().interrupt_pin.is_some() => {
+            set_intx(&mut function.interrupts.intx, set, eventfds)?;
         }
-        let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
-        match PciIrq::from_index(set.index) {
-            Some(PciIrq::Intx) if self.function.spec().interrupt_pin.is_some() => {
-                set_intx(&mut self.interrupts.intx, set, eventfds)?;
-            }
-            Some(PciIrq::Msi) if self.interrupts.msi.count() > 0 => {
-                set_vectors(&mut self.interrupts.msi, set, eventfds)?;
-            }
-            _ => return Err(RequestError::NoIrq(set.index)),
+        Some(PciIrq::Msi) if function.interrupts.msi.count() > 0 => {
+            set_vectors(&mut function.interrupts.msi, set, eventfds)?;
         }
-        Ok(Reply::default())
+        _ => return Err(RequestError::NoIrq(set.index)),
     }
+    Ok(Reply::default())
 }
 
 fn set_intx(
@@ -111,11 +106,4 @@ fn set_vectors(
         }
     }
     Ok(())
-}
-
-/// "a count (and start) of 0, with data flags of NONE disables all interrupts of the index"
-fn disables_all(set: &SetIrqs<'_>) -> bool {
-    set.action == IrqAction::Trigger
-        && set.data == IrqData::None
-        && (set.start, set.count) == (0, 0)
 }

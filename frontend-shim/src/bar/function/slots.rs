@@ -7,7 +7,7 @@ use super::{AttachedFunction, BarInfo, State};
 use crate::bar::mapping::{BarMapping, MappingError};
 use crate::bar::{AddressSpace, Backend, BarWindow};
 use crate::client::ClientError;
-use crate::fault::SlotState;
+use crate::fault::{BarTarget, FaultAccess, GuestAccess, SlotState};
 use crate::hypervisor::{GuestAddress, Hypervisor};
 use crate::sync::Ordering;
 
@@ -15,7 +15,24 @@ impl<B: Backend> AttachedFunction<B> {
     /// Reads decode back from the function; suspends what does not decode, and maps what does where
     /// the guest has put it.
     pub(super) fn synchronise(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
-        let registers = match self.ask_registers() {
+        let registers = self.update(state);
+        self.follow(hypervisor, state, registers.as_ref());
+    }
+
+    /// The same after what may have been a reset by the guest or the VMM, which takes the BARs away.
+    /// One by somebody else does not: its driver may restore them, and the guest never knows.
+    pub(super) fn synchronise_after_reset(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
+        let registers = self.update(state);
+        for info in &self.bars {
+            if registers.as_ref().is_some_and(|registers| registers.address(info) == 0) {
+                state.placed.clear(info);
+            }
+        }
+        self.follow(hypervisor, state, registers.as_ref());
+    }
+
+    fn update(&self, state: &mut State) -> Option<Registers> {
+        match self.ask_registers() {
             Ok((registers, in_d0)) => {
                 state.enables = registers.enables();
                 state.in_d0 = in_d0;
@@ -26,18 +43,27 @@ impl<B: Backend> AttachedFunction<B> {
                 state.enables = Enables::default();
                 None
             }
-        };
-        for info in &self.bars {
-            if registers.as_ref().is_some_and(|registers| registers.address(info) == 0) {
-                state.placed.clear(info);
-            }
         }
+    }
+
+    fn follow(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        state: &mut State,
+        registers: Option<&Registers>,
+    ) {
         // A backend that names another address than the guest wrote does not decode there.
         let agrees = |info: &BarInfo| {
-            registers.as_ref().is_some_and(|r| r.address(info) == state.placed.address(info))
+            registers.is_some_and(|r| r.address(info) == state.placed.address(info))
         };
         let agreeing: Vec<u8> =
             self.bars.iter().filter(|info| agrees(info)).map(|info| info.bar).collect();
+        let mut in_memory = self.bars.iter().filter(|info| info.space == AddressSpace::Memory);
+        let stopped = !state.decodes(AddressSpace::Memory) || !in_memory.all(agrees);
+        if stopped {
+            // Before anybody can see a window that does not decode.
+            self.note_lost(state, true);
+        }
         self.publish(state, |bar| agreeing.contains(&bar));
         for info in &self.bars {
             let window = self.window(state, info);
@@ -48,7 +74,7 @@ impl<B: Backend> AttachedFunction<B> {
                 self.suspend(hypervisor, state, info.bar);
             }
         }
-        self.note_lost(state, !state.decodes(AddressSpace::Memory));
+        self.note_lost(state, stopped);
     }
 
     /// Command and BARs, and whether the function is in D0.
@@ -56,13 +82,9 @@ impl<B: Backend> AttachedFunction<B> {
         Ok((Registers::read(&self.backend)?, self.capabilities.in_d0(&self.backend)?))
     }
 
-    /// Remembers which BARs the guest wants to decode and somebody else stopped, if that is so.
+    /// Remembers whether somebody else `stopped` decode that the guest wants.
     pub(super) fn note_lost(&self, state: &State, stopped: bool) {
-        let mut lost = 0;
-        if stopped && state.wanted.memory && !self.backend.is_dead() {
-            let suspended = |info: &&BarInfo| state.slot(info.bar) == SlotState::Suspended;
-            lost = self.bars.iter().filter(suspended).fold(0, |bits, info| bits | 1 << info.bar);
-        }
+        let lost = stopped && state.wanted.memory && !self.backend.is_dead();
         self.lost.store(lost, Ordering::Relaxed);
     }
 
@@ -71,6 +93,27 @@ impl<B: Backend> AttachedFunction<B> {
         let Some(info) = self.bars.iter().find(|info| info.bar == bar) else { return true };
         let address = GuestAddress(state.placed.address(info));
         self.change(state, bar, |mapping| mapping.map(hypervisor, address))
+    }
+
+    /// Gives the memory of a mapped BAR what this access lacks; whether that is done. A slot that the
+    /// hypervisor failed to remove may be where the BAR was before: it gets no access.
+    pub(super) fn relax(&self, state: &mut State, target: &BarTarget) -> bool {
+        let bar = target.bar;
+        let info = self.bars.iter().find(|info| info.bar == bar);
+        let (Some(info), Some(mapping)) = (info, &mut state.mappings[usize::from(bar)]) else {
+            return false;
+        };
+        if mapping.mapped_at() != Some(GuestAddress(state.placed.address(info))) {
+            return false;
+        }
+        let GuestAccess { size, kind, .. } = target.access;
+        // Where nobody tells the direction, a write may be waiting.
+        let writes = matches!(kind, None | Some(FaultAccess::Write));
+        let result = mapping.relax(target.offset, size, writes);
+        if let Err(failure) = &result {
+            debug!(function = self.index, bar, "memory slot: {failure}");
+        }
+        result.is_ok()
     }
 
     /// Takes a BAR's slot away; whether it is gone.

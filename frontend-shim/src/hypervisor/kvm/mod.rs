@@ -5,18 +5,26 @@
 //! left the old memory.
 #![expect(unsafe_code, reason = "gives the kernel addresses of host memory to map into a guest")]
 
+mod complete;
+mod paging;
 mod probe;
+mod stopped;
+#[cfg(test)]
+mod tests;
 mod vcpu;
+mod xsave;
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 
 use self::vcpu::KvmVcpu;
+use self::xsave::XsaveLayout;
 use super::slots::{Slot, SlotTable};
 use super::{
     Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId, SlotMapping, Vcpu, VcpuEntry,
@@ -26,6 +34,9 @@ use super::{
 /// Where Intel processors without unrestricted guest mode keep three pages of their own; out of the
 /// way of RAM and of every PCI window.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Long mode is active (AMD64 APM volume 2, 3.1.7).
+const EFER_LMA: u64 = 1 << 10;
 
 /// A virtual machine of Linux KVM.
 #[derive(Debug)]
@@ -43,6 +54,8 @@ struct Machine {
     vm: VmFd,
     /// Locked across the ioctl, so that this table and the kernel's change together.
     slots: Mutex<SlotTable>,
+    /// Where KVM puts the vector registers.
+    xsave: XsaveLayout,
 }
 
 impl Kvm {
@@ -78,7 +91,9 @@ impl Kvm {
         if vm.check_extension(Cap::SetTssAddr) {
             vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         }
-        let machine = Arc::new(Machine { vm, slots: Mutex::default() });
+        exit_on_emulation_failure(&vm)?;
+        let xsave = XsaveLayout::new(&cpuid);
+        let machine = Arc::new(Machine { vm, slots: Mutex::default(), xsave });
         Ok(Kvm { machine, cpuid, slot_limit })
     }
 
@@ -100,6 +115,10 @@ impl Kvm {
 }
 
 impl Machine {
+    fn slots(&self) -> MutexGuard<'_, SlotTable> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_region(&self, slot: &Slot, len: u64) -> Result<(), HypervisorError> {
         let flags = match slot.access {
             SlotAccess::ReadWrite => 0,
@@ -129,14 +148,14 @@ impl Hypervisor for Kvm {
             return Err(HypervisorError::TooManySlots { slot, limit: self.slot_limit });
         }
         let slot = Slot::new(slot, mapping)?;
-        let mut slots = self.machine.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.machine.slots();
         slots.admits(&slot)?;
         self.machine.set_region(&slot, slot.len)?;
         slots.insert(slot)
     }
 
     fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError> {
-        let mut slots = self.machine.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.machine.slots();
         self.machine.set_region(slots.get(slot)?, 0)?;
         slots.remove(slot).map(|_| ())
     }
@@ -148,6 +167,18 @@ impl Vm for Kvm {
         vcpu.enter_long_mode(entry)?;
         Ok(Box::new(vcpu))
     }
+}
+
+/// Has KVM tell us of every instruction that its emulator does not know, also of those of the guest's
+/// user space, which would otherwise get an exception for what the processor can do. Kernels before 5.13
+/// tell only of the guest's kernel.
+fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), HypervisorError> {
+    if vm.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    vm.enable_cap(&cap).map_err(failed("KVM_CAP_EXIT_ON_EMULATION_FAILURE"))
 }
 
 fn create_vm(kvm: &kvm_ioctls::Kvm) -> Result<VmFd, HypervisorError> {
@@ -191,24 +222,4 @@ fn unavailable(errno: i32) -> HypervisorError {
 
 fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
     move |error| HypervisorError::Call { call, source: io::Error::from_raw_os_error(error.errno()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_reason_for_a_missing_kvm_is_one_line_that_says_what_to_do() {
-        use rustix::io::Errno;
-        for (errno, expected) in [
-            (Errno::NOENT, "not loaded"),
-            (Errno::ACCESS, "kvm group"),
-            (Errno::NODEV, "VMX or SVM"),
-            (Errno::NOTTY, "can't be opened"),
-        ] {
-            let line = unavailable(errno.raw_os_error()).to_string();
-            assert!(line.contains("/dev/kvm") && line.contains(expected), "{line}");
-            assert!(!line.contains('\n'), "{line}");
-        }
-    }
 }

@@ -1,13 +1,19 @@
 //! A KVM virtual CPU.
 
+use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs, kvm_segment};
+use kvm_bindings::{
+    KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_regs,
+    kvm_segment, kvm_xsave,
+};
 use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 
-use super::{Machine, failed};
-use crate::fault::Unlocated;
+use super::complete::{Completion, Progress, in_nested_guest};
+use super::stopped::find_fault;
+use super::{EFER_LMA, Machine, failed};
+use crate::fault::FaultPlace;
 use crate::hypervisor::{GuestAddress, HypervisorError, MemoryFault, Vcpu, VcpuEntry, VcpuExit};
 
 /// Bits of CR0, CR4 and EFER that make 64-bit mode (AMD64 APM volume 2, 14.6).
@@ -19,7 +25,6 @@ const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
 
 /// RFLAGS with nothing but the bit that is always one.
 const RFLAGS_RESERVED: u64 = 1 << 1;
@@ -32,15 +37,29 @@ const DATA_SELECTOR: u16 = 0x10;
 const TYPE_CODE_READ_ACCESSED: u8 = 0xb;
 const TYPE_DATA_WRITE_ACCESSED: u8 = 0x3;
 
+/// Exception vector of an instruction that does not exist (AMD64 APM volume 2, 8.2.7).
+const INVALID_OPCODE: u8 = 6;
+
+/// How far an instruction came that is executed here.
+enum Step {
+    /// It needs the access that the completion has.
+    Exit,
+    Fault(MemoryFault),
+    Done,
+    GaveUp,
+}
+
 pub(super) struct KvmVcpu {
-    // Declared before `_machine`, so that it is closed while the memory of the slots still exists.
+    // Declared before `machine`, so that it is closed while the memory of the slots still exists.
     fd: VcpuFd,
-    _machine: Arc<Machine>,
+    machine: Arc<Machine>,
+    /// An instruction that KVM could not emulate and that is executed here.
+    completion: Option<Completion>,
 }
 
 impl KvmVcpu {
     pub(super) fn new(fd: VcpuFd, machine: Arc<Machine>) -> KvmVcpu {
-        KvmVcpu { fd, _machine: machine }
+        KvmVcpu { fd, machine, completion: None }
     }
 
     pub(super) fn enter_long_mode(&self, entry: &VcpuEntry) -> Result<(), HypervisorError> {
@@ -87,6 +106,80 @@ impl KvmVcpu {
         self.set_regs(kvm_regs { rip, rflags: RFLAGS_RESERVED, ..Default::default() })
     }
 
+    #[cfg(test)]
+    pub(super) fn set_xsave(&self, xsave: &kvm_xsave) -> Result<(), HypervisorError> {
+        set_xsave(&self.fd, xsave)
+    }
+
+    #[cfg(test)]
+    pub(super) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Goes on with the instruction that is executed here.
+    fn go_on(&mut self) -> Result<Step, HypervisorError> {
+        let Some(completion) = &mut self.completion else {
+            return Ok(Step::Done);
+        };
+        let step = match completion.attempt(&self.machine) {
+            Some(Progress::Exit) => return Ok(Step::Exit),
+            Some(Progress::Fault(access)) => {
+                let place = FaultPlace::Located(access);
+                return Ok(Step::Fault(MemoryFault { place, private: false }));
+            }
+            Some(Progress::Retired) => {
+                // Also takes back the exception that older kernels have queued for the guest.
+                self.fd.set_regs(&completion.regs()).map_err(failed("KVM_SET_REGS"))?;
+                if let Some(xsave) = completion.xsave() {
+                    set_xsave(&self.fd, &xsave)?;
+                }
+                Step::Done
+            }
+            Some(Progress::NotMapped) | None => Step::GaveUp,
+        };
+        self.completion = None;
+        Ok(step)
+    }
+
+    /// After KVM's emulator gave up: the first exit of the instruction, executed here.
+    fn emulation_failed(&mut self) -> Result<VcpuExit<'_>, HypervisorError> {
+        self.completion = Completion::new(&self.fd, &self.machine);
+        let step = if self.completion.is_some() { self.go_on()? } else { Step::GaveUp };
+        self.exit(step)
+    }
+
+    fn exit(&mut self, step: Step) -> Result<VcpuExit<'_>, HypervisorError> {
+        match step {
+            Step::Exit => {
+                let completion = self.completion.as_mut().expect("it announced the exit");
+                Ok(completion.exit().expect("it announced the exit"))
+            }
+            Step::Fault(fault) => Ok(VcpuExit::MemoryFault(fault)),
+            Step::Done => Ok(VcpuExit::Interrupted),
+            Step::GaveUp => self.give_up(),
+        }
+    }
+
+    /// An instruction that neither KVM nor we can complete. The user space of the guest, and guests of
+    /// the guest, get the exception that KVM itself would give them; they must not stop the machine.
+    pub(super) fn give_up(&self) -> Result<VcpuExit<'static>, HypervisorError> {
+        let sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        if sregs.ss.dpl != 3 && !in_nested_guest(&self.fd) {
+            let rip = self.fd.get_regs().ok().map(|regs| regs.rip);
+            return Ok(VcpuExit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, rip });
+        }
+        let mut events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        (events.exception.injected, events.exception.nr) = (1, INVALID_OPCODE);
+        (events.exception.has_error_code, events.exception.error_code) = (0, 0);
+        self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+        Ok(VcpuExit::Interrupted)
+    }
+
+    /// Where the access of the next instruction went that KVM could not complete.
+    pub(super) fn find_fault(&self) -> FaultPlace {
+        find_fault(&self.fd, &self.machine)
+    }
+
     fn set_regs(&self, regs: kvm_regs) -> Result<(), HypervisorError> {
         self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
     }
@@ -94,6 +187,16 @@ impl KvmVcpu {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<VcpuExit<'_>, HypervisorError> {
+        if self.completion.is_some() {
+            match self.go_on()? {
+                Step::Done => {}
+                step => return self.exit(step),
+            }
+        }
+        // EFAULT alone and EFAULT with KVM_EXIT_MEMORY_FAULT are told apart by the exit reason. Kernels
+        // that have KVM_EXIT_MEMORY_FAULT (since 6.8) reset it when they begin to run the guest, but not
+        // where KVM_RUN fails before that; a reason from an earlier run must not stay.
+        self.fd.get_kvm_run().exit_reason = KVM_EXIT_UNKNOWN;
         let fd: *mut VcpuFd = &mut self.fd;
         // SAFETY: this is `&mut self.fd`. The detour hides from the borrow checker that exits without
         // data end the borrow, which it can't see while other arms return theirs.
@@ -136,7 +239,12 @@ impl Vcpu for KvmVcpu {
             }
             Ok(kvm_ioctls::VcpuExit::InternalError) => {
                 // SAFETY: this exit holds no borrow of the fd, so that there is no other one.
-                Ok(internal_error(unsafe { &mut *fd }))
+                match internal_error(unsafe { &mut *fd }) {
+                    VcpuExit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, .. } => {
+                        self.emulation_failed()
+                    }
+                    other => Ok(other),
+                }
             }
             Ok(_) => {
                 // SAFETY: whatever such an exit borrows is not used any more.
@@ -146,13 +254,27 @@ impl Vcpu for KvmVcpu {
             Err(error) => match Errno::from_raw_os_error(error.errno()) {
                 Errno::INTR | Errno::AGAIN => Ok(VcpuExit::Interrupted),
                 // Released kernels say no more than this when the memory of a slot refuses the access.
-                Errno::FAULT => {
-                    Ok(VcpuExit::MemoryFault(MemoryFault::unknown(Unlocated::NotTried)))
+                Errno::FAULT => Ok(VcpuExit::MemoryFault(MemoryFault {
+                    place: self.find_fault(),
+                    private: false,
+                })),
+                // Memory of the host is damaged. That is no device that stopped decoding.
+                Errno::HWPOISON => {
+                    let fault = MemoryFault { place: self.find_fault(), private: false };
+                    let source = io::Error::other(format!("the host's memory is damaged: {fault}"));
+                    Err(HypervisorError::Call { call: "KVM_RUN", source })
                 }
                 _ => Err(failed("KVM_RUN")(error)),
             },
         }
     }
+}
+
+/// Sets the vector registers from an image that `KVM_GET_XSAVE` gave.
+fn set_xsave(fd: &VcpuFd, xsave: &kvm_xsave) -> Result<(), HypervisorError> {
+    // SAFETY: the kernel reads no more than the structure: where the guest has features that need a
+    // longer image, KVM_GET_XSAVE fails.
+    unsafe { fd.set_xsave(xsave) }.map_err(failed("KVM_SET_XSAVE"))
 }
 
 /// Bytes of one access: with REP INS and REP OUTS, one exit has several.

@@ -4,13 +4,11 @@
 //! and exits of a hardware hypervisor, so that everything above [`Hypervisor`] runs
 //! and is tested the same way everywhere. What it leaves out: paging (virtual addresses are physical,
 //! as the guests' identity mapping has it), privilege levels, interrupts and exceptions, and every
-//! instruction outside the integer subset in `execute.rs`. Anything left out is a typed error, never a
-//! guess.
+//! instruction that `crate::x86` does not know. Anything left out is a typed error, never a guess.
 //!
 //! Memory is ordered at least as strongly as on x86: loads acquire, stores release, locked
 //! instructions are sequentially consistent.
 
-mod bus;
 mod slots;
 #[cfg(test)]
 mod tests;

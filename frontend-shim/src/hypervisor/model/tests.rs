@@ -121,7 +121,7 @@ fn every_access_outside_of_slots_is_one_exit_of_its_own_width() {
 #[test]
 fn code_that_the_model_does_not_know_is_an_error_that_names_it() {
     let rows: [(&str, &[u8]); 6] = [
-        ("SSE", &[0x0f, 0x28, 0xc1]),
+        ("addps xmm0, xmm1", &[0x0f, 0x58, 0xc1]),
         ("undefined opcode", &[0x0f, 0x0b]),
         ("no opcode at all", &[0x06]),
         ("REP INSB", &[0xf3, 0x6c]),

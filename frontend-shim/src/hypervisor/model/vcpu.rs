@@ -2,16 +2,13 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
 
-use super::bus::{Access, Bus, Completed, Interruption, Stop, Target};
 use super::slots::{SlotReader, Snapshot};
 use crate::hypervisor::memory::AccessError;
 use crate::hypervisor::{
-    FaultAccess, GuestAddress, HypervisorError, MemoryFault, PAGE_SIZE, Vcpu, VcpuEntry, VcpuExit,
+    FaultAccess, GuestAddress, HypervisorError, MemoryFault, PAGE_SIZE, SlotAccess, Vcpu,
+    VcpuEntry, VcpuExit,
 };
-use crate::x86::{Registers, execute};
-
-/// Longest instruction in bytes.
-const MAX_INSTRUCTION: usize = 15;
+use crate::x86::{Execution, MAX_INSTRUCTION, Memory, Outcome, Ram, Registers, Unsupported};
 
 /// Instructions between two returns to the caller: nobody can send the model a signal, so it gives the
 /// caller a chance to stop a guest that never exits.
@@ -23,9 +20,7 @@ pub(super) struct ModelVcpu {
     registers: Registers,
     slots: SlotReader,
     decoded: DecodeCache,
-    completed: Completed,
-    /// The access that the caller is completing.
-    pending: Option<Access>,
+    execution: Execution,
     halted: bool,
 }
 
@@ -40,74 +35,78 @@ impl ModelVcpu {
             registers,
             slots,
             decoded: DecodeCache::new(),
-            completed: Completed::default(),
-            pending: None,
+            execution: Execution::default(),
             halted: false,
         }
     }
 
     /// Executes one instruction, or as much of it as needs no exit.
-    fn step(&mut self) -> Result<(), Stop> {
-        let snapshot = self.slots.enter();
-        let instruction = self.decoded.get(self.registers.rip, &snapshot)?;
-        let mut registers = self.registers.clone();
-        registers.rip = instruction.next_ip();
-        let mut bus = Bus::new(&snapshot, &self.completed);
-        let result = execute(&mut registers, &instruction, &mut bus);
-        if matches!(result, Ok(()) | Err(Stop::Halt)) {
-            self.registers = registers;
-            self.completed.clear();
+    fn step(&mut self) -> Result<Outcome, Unsupported> {
+        let mut snapshot = self.slots.enter();
+        match self.decoded.get(self.registers.rip, &snapshot)? {
+            Ok(instruction) => {
+                self.execution.attempt(&mut self.registers, &instruction, &mut snapshot)
+            }
+            Err(fault) => Ok(fault),
         }
-        result
     }
 
     fn unsupported(&mut self, reason: &'static str) -> HypervisorError {
         let rip = self.registers.rip;
         let snapshot = self.slots.enter();
-        let bytes = fetch(rip, &snapshot).map_or(Vec::new(), |(bytes, len)| bytes[..len].to_vec());
+        let bytes = match fetch(rip, &snapshot) {
+            Ok(Ok((bytes, len))) => bytes[..len].to_vec(),
+            _ => Vec::new(),
+        };
         HypervisorError::UnsupportedInstruction { vcpu: self.id, rip, bytes, reason }
     }
 }
 
 impl Vcpu for ModelVcpu {
     fn run(&mut self) -> Result<VcpuExit<'_>, HypervisorError> {
-        if let Some(access) = self.pending.take() {
-            self.completed.push(access);
-        }
         if self.halted {
             return Ok(VcpuExit::Halted);
         }
         for _ in 0..QUANTUM {
             match self.step() {
-                Ok(()) => {}
-                Err(Stop::Bus(Interruption::Exit(access))) => {
-                    return Ok(exit(self.pending.insert(access)));
+                Ok(Outcome::Retired) => {}
+                Ok(Outcome::Exit) => {
+                    return Ok(self
+                        .execution
+                        .exit()
+                        .expect("an attempt left an access to complete"));
                 }
-                Err(Stop::Bus(Interruption::Fault(fault))) => {
+                Ok(Outcome::Fault { address, access }) => {
+                    let page = GuestAddress(address.0 & !(PAGE_SIZE - 1));
+                    let fault = MemoryFault::reported(page, PAGE_SIZE, Some(access));
                     return Ok(VcpuExit::MemoryFault(fault));
                 }
-                Err(Stop::Halt) => {
+                Ok(Outcome::Halted) => {
                     self.halted = true;
                     return Ok(VcpuExit::Halted);
                 }
-                Err(Stop::Unsupported(reason)) => return Err(self.unsupported(reason)),
+                Ok(Outcome::NotMapped { .. }) => {
+                    return Err(self.unsupported("page fault"));
+                }
+                Err(Unsupported(reason)) => return Err(self.unsupported(reason)),
             }
         }
         Ok(VcpuExit::Interrupted)
     }
 }
 
-fn exit(access: &mut Access) -> VcpuExit<'_> {
-    let data = &mut access.data[..access.len];
-    match (access.target, access.write) {
-        (Target::Memory(address), false) => {
-            VcpuExit::MmioRead { address: GuestAddress(address), data }
+/// Linear addresses are guest-physical ones.
+impl Memory for Snapshot<'_> {
+    fn translate(&mut self, linear: u64, _write: bool) -> Option<GuestAddress> {
+        Some(GuestAddress(linear))
+    }
+
+    fn ram(&self, GuestAddress(address): GuestAddress, write: bool) -> Option<Ram<'_>> {
+        let slot = self.table().find(address)?;
+        if write && slot.access != SlotAccess::ReadWrite {
+            return None;
         }
-        (Target::Memory(address), true) => {
-            VcpuExit::MmioWrite { address: GuestAddress(address), data }
-        }
-        (Target::Port(port), false) => VcpuExit::PioRead { port, width: data.len(), data },
-        (Target::Port(port), true) => VcpuExit::PioWrite { port, width: data.len(), data },
+        Some(Ram { memory: &slot.memory, offset: slot.offset + (address - slot.guest) })
     }
 }
 
@@ -116,6 +115,9 @@ struct DecodeCache {
     entries: Box<[Instruction]>,
 }
 
+/// What a fetch yields, or the fault that it takes.
+type Fetched<T> = Result<Result<T, Outcome>, Unsupported>;
+
 impl DecodeCache {
     const SIZE: usize = 4096;
 
@@ -123,35 +125,36 @@ impl DecodeCache {
         DecodeCache { entries: vec![Instruction::default(); Self::SIZE].into_boxed_slice() }
     }
 
-    fn get(&mut self, rip: u64, snapshot: &Snapshot<'_>) -> Result<Instruction, Stop> {
+    fn get(&mut self, rip: u64, snapshot: &Snapshot<'_>) -> Fetched<Instruction> {
         let index = usize::try_from(rip % Self::SIZE as u64).unwrap_or(0);
         let entry = &mut self.entries[index];
         // An entry that was never filled has no length.
         if entry.ip() != rip || entry.is_invalid() {
-            let (bytes, len) = fetch(rip, snapshot)?;
+            let (bytes, len) = match fetch(rip, snapshot)? {
+                Ok(fetched) => fetched,
+                Err(fault) => return Ok(Err(fault)),
+            };
             let mut decoder = Decoder::with_ip(64, &bytes[..len], rip, DecoderOptions::NONE);
             *entry = decoder.decode();
         }
         if entry.is_invalid() {
-            return Err(Stop::Unsupported("no valid instruction"));
+            return Err(Unsupported("no valid instruction"));
         }
-        Ok(*entry)
+        Ok(Ok(*entry))
     }
 }
 
 /// The bytes at `rip`, as far as the slot goes.
-fn fetch(rip: u64, snapshot: &Snapshot<'_>) -> Result<([u8; MAX_INSTRUCTION], usize), Stop> {
-    const OUTSIDE: Stop = Stop::Unsupported("instruction fetch outside of memory slots");
+fn fetch(rip: u64, snapshot: &Snapshot<'_>) -> Fetched<([u8; MAX_INSTRUCTION], usize)> {
+    const OUTSIDE: Unsupported = Unsupported("instruction fetch outside of memory slots");
     let slot = snapshot.table().find(rip).ok_or(OUTSIDE)?;
     let offset = rip - slot.guest;
     let len = usize::try_from(slot.len - offset).unwrap_or(usize::MAX).min(MAX_INSTRUCTION);
     let mut bytes = [0; MAX_INSTRUCTION];
     match slot.memory.read(slot.offset + offset, &mut bytes[..len]) {
-        Ok(()) => Ok((bytes, len)),
+        Ok(()) => Ok(Ok((bytes, len))),
         Err(AccessError::Inaccessible) => {
-            let page = GuestAddress(rip & !(PAGE_SIZE - 1));
-            let fault = MemoryFault::reported(page, PAGE_SIZE, Some(FaultAccess::Execute));
-            Err(Stop::Bus(Interruption::Fault(fault)))
+            Ok(Err(Outcome::Fault { address: GuestAddress(rip), access: FaultAccess::Execute }))
         }
         Err(_) => Err(OUTSIDE),
     }

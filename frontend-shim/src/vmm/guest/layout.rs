@@ -9,6 +9,7 @@
 //! | `0x02_0000` | 16 KiB | stat blocks, 256 bytes per virtual CPU |
 //! | `0x03_0000` | 4 KiB | result of `probe` |
 //! | `0x03_8000` | 4 KiB | results of `edu`, 64 bytes a device |
+//! | `0x03_9000` | 28 KiB | parameters, results and scratch memory of `instructions` |
 //! | `0x04_0000` | 256 KiB | what `hammer` remembers, 64 bytes per virtual CPU and device |
 //! | `0x10_0000` | 64 KiB each | code |
 //! | `0x20_0000` | 1 MiB | stacks, 16 KiB per virtual CPU, growing down |
@@ -39,6 +40,7 @@ pub(super) const DEVICE_TABLE: u64 = 0x1_1000;
 pub(super) const STAT_BLOCKS: u64 = 0x2_0000;
 pub(super) const PROBE_RESULT: u64 = 0x3_0000;
 pub(super) const EDU_RESULTS: u64 = 0x3_8000;
+pub(super) const INSTRUCTIONS: u64 = 0x3_9000;
 pub(super) const HAMMER_MEMORY: u64 = 0x4_0000;
 
 pub(super) const ROW_SIZE: i32 = 64;

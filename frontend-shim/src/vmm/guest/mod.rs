@@ -8,11 +8,12 @@
 //! To run: map [`RAM_SIZE`] bytes of RAM at guest-physical 0, [`Parameters::install`],
 //! [`Program::load`] each program that is needed, and create virtual CPUs with [`Program::entry`].
 //! Results are read from RAM while the guest runs, or after it: [`StatBlock`], [`ProbeReport`],
-//! [`EduReport`].
+//! [`EduReport`], [`InstructionsReport`].
 
 mod asm;
 mod edu;
 mod hammer;
+mod instructions;
 mod layout;
 mod lost_ram;
 mod page_tables;
@@ -23,6 +24,10 @@ mod tests;
 mod toggle;
 
 pub use self::edu::EduReport;
+pub use self::instructions::{
+    InstructionGroup, InstructionKind, InstructionReport, InstructionsParameters,
+    InstructionsReport,
+};
 pub use self::layout::{
     ConfigAddress, DMA_BUFFER, Device, LOST_RAM, LOST_RAM_SIZE, MAX_DEVICES, MAX_VCPUS, Parameters,
     RAM_SIZE, request_stop,
@@ -59,6 +64,9 @@ pub enum Program {
     Probe,
     /// Makes each edu function compute a factorial and copy a buffer by DMA there and back.
     Edu,
+    /// Makes every kind of access that an instruction can make to BARs, with decode on and off. Needs
+    /// [`InstructionsParameters`] as well. For one virtual CPU.
+    Instructions,
     /// Reads RAM at [`LOST_RAM`] before and after the VMM took its memory away. It has no right way to
     /// end: the virtual machine has to be stopped.
     LostRam,
@@ -75,6 +83,7 @@ impl Program {
             Program::Hammer => hammer::assemble(self.address()),
             Program::Probe => probe::assemble(self.address()),
             Program::Edu => edu::assemble(self.address()),
+            Program::Instructions => instructions::assemble(self.address()),
             Program::LostRam => lost_ram::assemble(self.address()),
         };
         code.map_err(|error| GuestError::Assemble(error.to_string()))
@@ -110,6 +119,7 @@ impl Program {
             Program::Hammer => 1,
             Program::Probe => 2,
             Program::Edu => 3,
+            Program::Instructions => 4,
             Program::LostRam => 5,
         })
     }

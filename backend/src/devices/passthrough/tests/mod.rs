@@ -1,0 +1,4 @@
+mod config_policy;
+mod function;
+mod interrupts;
+mod opening;

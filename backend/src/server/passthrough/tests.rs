@@ -1,0 +1,132 @@
+use std::os::fd::OwnedFd;
+
+use barkeep_protocol::wire::{
+    DmaAccess, DmaMap, FaultAccess, FaultReport, FaultVerdict, InfoQuery, IrqAction, IrqData,
+    IrqInfo, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState, RegionStateQuery,
+    SetIrqs, SparseArea,
+};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+
+use super::PassthroughFunction;
+use crate::devices::passthrough::fake::{Fake, config};
+use crate::server::served::Served;
+
+fn served() -> (Fake, PassthroughFunction) {
+    let fake = Fake::new(config(&[]));
+    let function = PassthroughFunction::new("test", fake.function(false));
+    (fake, function)
+}
+
+fn write(function: &mut PassthroughFunction, region: u32, offset: u64, data: &[u8]) {
+    let count = u32::try_from(data.len()).unwrap();
+    let access = RegionAccess { offset, region, count };
+    function.region_write(&RegionData { access, data }).unwrap();
+}
+
+fn read(function: &mut PassthroughFunction, region: u32, offset: u64) -> Vec<u8> {
+    let reply = function.region_read(&RegionAccess { offset, region, count: 4 }).unwrap();
+    reply.body[RegionAccess::SIZE..].to_vec()
+}
+
+fn state(function: &mut PassthroughFunction) -> RegionState {
+    let reply = function.region_state(RegionStateQuery { region: 0 }).unwrap();
+    RegionState::parse(&reply.body).unwrap()
+}
+
+fn fault(function: &mut PassthroughFunction, offset: u64) -> FaultVerdict {
+    let report = FaultReport { region: 0, access: FaultAccess::READ, offset, size: 4096 };
+    FaultVerdict::parse(&function.memory_fault(&report).unwrap().body).unwrap()
+}
+
+fn errno<T>(result: Result<T, super::RequestError>) -> Option<Errno> {
+    result.err().map(|error| error.errno())
+}
+
+#[test]
+fn accesses_are_counted_by_what_became_of_them() {
+    let (fake, mut function) = served();
+    assert_eq!(read(&mut function, 0, 0), [0xff; 4]);
+    write(&mut function, 0, 0, &[1; 4]);
+    write(&mut function, 7, 4, &[2, 0]);
+    assert_eq!(read(&mut function, 0, 0), [0x5a; 4]);
+    assert_eq!(read(&mut function, 0, 4), [0x5a; 4]);
+    write(&mut function, 0, 0, &[1; 4]);
+    let counted = state(&mut function);
+    assert_eq!((counted.reads, counted.reads_ur), (2, 1));
+    assert_eq!((counted.writes, counted.writes_dropped), (1, 1));
+    assert!(counted.claimed());
+    // Behind our back.
+    fake.state().config[4] = 0;
+    let later = state(&mut function);
+    assert!(!later.claimed() && later.epoch > counted.epoch);
+    function.client_left();
+    let fresh = state(&mut function);
+    assert_eq!((fresh.reads, fresh.reads_ur, fresh.claimed()), (0, 0, false));
+}
+
+#[test]
+fn a_memory_fault_is_judged_by_what_the_device_decodes_and_what_can_be_mapped() {
+    let (fake, mut function) = served();
+    assert!(matches!(fault(&mut function, 0), FaultVerdict::UnsupportedRequest { .. }));
+    write(&mut function, 7, 4, &[2, 0]);
+    assert!(matches!(fault(&mut function, 0), FaultVerdict::Map { .. }));
+    assert!(matches!(fault(&mut function, 0x1000), FaultVerdict::Trap { .. }), "the MSI-X table");
+    fake.state().config[4] = 0;
+    assert!(matches!(fault(&mut function, 0), FaultVerdict::UnsupportedRequest { .. }));
+    assert_eq!(state(&mut function).memory_faults, 4);
+    let config = FaultReport { region: 7, access: FaultAccess::READ, offset: 0, size: 4096 };
+    assert_eq!(errno(function.memory_fault(&config)), Some(Errno::INVAL));
+}
+
+#[test]
+fn regions_are_described_with_the_device_file_and_what_of_it_may_be_mapped() {
+    let (_fake, function) = served();
+    let info = |index| {
+        let reply = function.region_info(InfoQuery { index, argsz: 4096 }).unwrap();
+        (RegionInfo::parse(&reply.body).unwrap().0, reply.fds.len())
+    };
+    let (bar, fds) = info(0);
+    assert!(bar.flags.contains(RegionFlags::MMAP) && fds == 1);
+    let areas = [(0, 0x1000), (0x2000, 0x2000)];
+    assert_eq!(bar.sparse, areas.map(|(offset, size)| SparseArea { offset, size }));
+    let (config, fds) = info(7);
+    assert_eq!((config.size, config.flags, fds), (4096, RegionFlags::READ | RegionFlags::WRITE, 0));
+    for absent in [1, 5, 8] {
+        assert_eq!((info(absent).0.size, info(absent).1), (0, 0), "{absent}");
+    }
+    assert_eq!(errno(function.region_info(InfoQuery { index: 9, argsz: 32 })), Some(Errno::INVAL));
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let (_fake, mut function) = served();
+    let set = |action, data, index, start, count| SetIrqs { action, data, index, start, count };
+    let (trigger, mask) = (IrqAction::Trigger, IrqAction::Mask);
+    let rows = [
+        ("no such index", set(trigger, IrqData::None, 5, 0, 1), 0, Some(Errno::INVAL)),
+        ("no such interrupt", set(trigger, IrqData::None, 4, 0, 1), 0, Some(Errno::INVAL)),
+        ("too many", set(trigger, IrqData::None, 1, 0, u32::MAX), 0, Some(Errno::INVAL)),
+        ("behind the last", set(trigger, IrqData::Eventfd, 1, 8, 1), 1, Some(Errno::INVAL)),
+        ("fewer eventfds", set(trigger, IrqData::Eventfd, 1, 0, 2), 1, Some(Errno::INVAL)),
+        ("mask by eventfd", set(mask, IrqData::Eventfd, 0, 0, 1), 1, Some(Errno::INVAL)),
+        ("mask MSI", set(mask, IrqData::None, 1, 0, 1), 0, Some(Errno::INVAL)),
+        ("mask none of it", set(mask, IrqData::Bool(&[0]), 0, 0, 1), 0, None),
+        ("nothing", set(trigger, IrqData::Eventfd, 1, 0, 0), 0, None),
+        ("disable", set(trigger, IrqData::None, 2, 0, 0), 0, None),
+        ("all of MSI", set(trigger, IrqData::Eventfd, 1, 0, 8), 8, None),
+        ("take some away", set(trigger, IrqData::Eventfd, 1, 2, 3), 0, None),
+    ];
+    for (what, set, count, expected) in rows {
+        let fds: Vec<OwnedFd> =
+            (0..count).map(|_| eventfd(0, EventfdFlags::CLOEXEC).unwrap()).collect();
+        assert_eq!(errno(function.set_irqs(&set, fds)), expected, "{what}");
+    }
+    let map = DmaMap { access: DmaAccess::READ, file_offset: 0, address: 0, size: 4096 };
+    assert_eq!(errno(function.dma_map(&map, None)), Some(Errno::NOTSUP));
+    let access = RegionAccess { offset: u64::MAX, region: 0, count: 4 };
+    assert_eq!(errno(function.region_read(&access)), Some(Errno::INVAL));
+    assert_eq!(errno(function.irq_info(InfoQuery { index: 5, argsz: 16 })), Some(Errno::INVAL));
+    let msi = function.irq_info(InfoQuery { index: 1, argsz: 16 }).unwrap();
+    assert_eq!(IrqInfo::parse(&msi.body).unwrap().count, 8);
+}
