@@ -197,12 +197,19 @@ impl<B: Backend> Frontend<B> {
         result
     }
 
-    /// A counter that moves whenever a memory slot comes or goes, or a backend tells of another
-    /// epoch: a fault that repeats while it stands still makes no progress.
+    /// A counter that moves whenever a memory slot of the functions that a fault may be about comes or
+    /// goes, or one of them tells of another epoch: a fault that repeats while it stands still makes
+    /// no progress.
     #[must_use]
-    pub fn progress(&self) -> u64 {
-        let progress = self.functions.iter().map(AttachedFunction::progress);
-        progress.fold(0, u64::wrapping_add)
+    pub fn progress(&self, fault: &MemoryFault) -> u64 {
+        let about: Vec<&AttachedFunction<B>> = match self.windows.route(fault) {
+            Route::Bars(targets) => {
+                targets.iter().filter_map(|target| self.functions.get(target.function)).collect()
+            }
+            Route::Anywhere | Route::Nowhere => self.functions.iter().collect(),
+            Route::NotMine => Vec::new(),
+        };
+        about.iter().fold(0, |sum, function| sum.wrapping_add(function.progress()))
     }
 
     /// How often a memory slot came or went.

@@ -3,8 +3,9 @@
 //!
 //! [`Hypervisor`] is the small half that a foreign VMM implements to embed this crate: it maps and
 //! unmaps memory slots. [`Vm`] adds the virtual CPUs, which a foreign VMM keeps to itself.
-//! Two adapters are here: [`kvm`] for Linux KVM, and [`model`], a software hypervisor that executes the
-//! same guest code on machines without KVM.
+//! Adapters are here: `kvm` for Linux KVM, `mshv` for Microsoft's hypervisor, and `model`, a software
+//! hypervisor that executes the same guest code on machines without any. [`stage2`] models arm64's
+//! second translation stage.
 
 #[cfg(feature = "x86")]
 pub mod kvm;
@@ -75,7 +76,7 @@ pub trait Vcpu: Send {
     ///
     /// # Errors
     /// [`HypervisorError::Call`] where the hypervisor fails, and
-    /// [`HypervisorError::UnsupportedInstruction`] where [`model`] meets code it can't execute. The
+    /// [`HypervisorError::UnsupportedInstruction`] where an adapter meets code it can't execute. The
     /// virtual CPU can't go on after either.
     fn run(&mut self) -> Result<VcpuExit<'_>, HypervisorError>;
 }
@@ -333,7 +334,7 @@ pub enum HypervisorError {
         /// Number of slots supported.
         limit: u32,
     },
-    /// The model met an instruction that it does not implement, or could not fetch one.
+    /// An instruction that is executed in software is not known, or could not be fetched.
     #[error("vCPU {vcpu} can't execute the instruction at rip {rip:#x} ({bytes:02x?}): {reason}")]
     UnsupportedInstruction {
         /// Virtual CPU.

@@ -19,6 +19,8 @@ use crate::bar::AttachError;
 use crate::client::ClientError;
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::model::Model;
+#[cfg(feature = "mshv")]
+use crate::hypervisor::mshv::{MapPolicy, Mshv};
 use crate::hypervisor::{
     GuestAddress, HostMapping, Hypervisor, HypervisorError, HypervisorKind, SlotId, Vm,
 };
@@ -233,6 +235,10 @@ impl Machine {
 fn choose_hypervisor(choice: HypervisorChoice) -> Result<Arc<dyn Vm>, MachineError> {
     match choice {
         HypervisorChoice::Model => return Ok(Arc::new(Model::new())),
+        #[cfg(feature = "mshv")]
+        HypervisorChoice::Mshv => {
+            return Ok(Arc::new(Mshv::open(MapPolicy::default())?));
+        }
         HypervisorChoice::Kvm => Kvm::probe()?,
         HypervisorChoice::Auto => {
             if let Err(error) = Kvm::probe() {

@@ -100,6 +100,9 @@ pub enum HypervisorChoice {
     Auto,
     /// KVM or nothing
     Kvm,
+    /// Microsoft's hypervisor; has never been tried on a real one
+    #[cfg(feature = "mshv")]
+    Mshv,
     /// The software hypervisor
     Model,
 }

@@ -130,7 +130,7 @@ impl Faults {
             return Err(fault.to_string());
         }
         self.since.get_or_insert_with(Instant::now);
-        if let Err(error) = self.guard.fault(fault, frontend.progress()) {
+        if let Err(error) = self.guard.fault(fault, frontend.progress(fault)) {
             // Trapped, the BAR needs no memory that could fault.
             self.guard.progress();
             return if frontend.quarantine(fault) { Ok(()) } else { Err(error.to_string()) };

@@ -2,8 +2,8 @@
 //! a backend, a hypervisor and virtual CPUs in memory. `BARKEEP_MODEL_CHECK=100000` runs each test
 //! with so many schedules, and other ones each time.
 //!
-//! A failure prints its schedule. To see it again:
-//! `BARKEEP_REPLAY=<schedule>`, and run the same test alone, of the same code.
+//! A failure prints its schedule, and before it the number of the search in its test. To see it again
+//! run that test alone, of the same code, with `BARKEEP_REPLAY=<number>:<schedule>`.
 
 mod device;
 mod hypervisor;
@@ -12,6 +12,7 @@ mod windows;
 mod world;
 
 use std::env;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler, Scheduler};
@@ -33,7 +34,7 @@ enum Search {
 }
 
 /// Of each search, without `BARKEEP_MODEL_CHECK`.
-const ITERATIONS: usize = 100;
+const ITERATIONS: usize = 200;
 const PCT_DEPTH: usize = 3;
 const SEED: u64 = 0x6261_726b_6565_7021;
 
@@ -44,7 +45,9 @@ fn check(
     effort: usize,
     body: impl Fn() -> FaultCounts + Send + Sync + 'static,
 ) {
-    eprint!("{name}, {search:?}: ");
+    static SEARCHES: AtomicUsize = AtomicUsize::new(0);
+    let number = SEARCHES.fetch_add(1, Ordering::Relaxed).to_string();
+    eprint!("{number}: {name}, {search:?}: ");
     let total = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&total);
     let _failure = Failure(Arc::clone(&total));
@@ -52,8 +55,12 @@ fn check(
         let counts = body();
         seen.lock().unwrap().push(counts);
     };
-    if let Ok(schedule) = env::var("BARKEEP_REPLAY") {
-        return shuttle::replay(body, &schedule);
+    if let Ok(replay) = env::var("BARKEEP_REPLAY") {
+        let (wanted, schedule) = replay.split_once(':').unwrap();
+        if wanted == number {
+            shuttle::replay(body, schedule);
+        }
+        return;
     }
     let long = env::var("BARKEEP_MODEL_CHECK").ok().map(|text| text.parse().unwrap());
     let iterations = long.unwrap_or(ITERATIONS).div_ceil(effort);

@@ -235,7 +235,7 @@ fn anything_happens() {
     for devices in [&[VFIO, VFIO], &[MEMFD, PLAIN], &[PLAIN, SPARSE]] {
         for order in ORDERS {
             let scenario = Scenario { name: "anything", devices, actors, order, ..BASE };
-            let scenario = Scenario { shuffled: true, max_faults: 16, ..scenario };
+            let scenario = Scenario { shuffled: true, max_faults: 16, effort: 2, ..scenario };
             search_styles(scenario);
         }
     }

@@ -392,7 +392,7 @@ impl VcpuThread<'_> {
     /// As the reference VMM does it.
     fn resolve(&mut self, fault: &MemoryFault) -> Result<FaultOutcome, String> {
         let frontend = &self.world.frontend;
-        if let Err(error) = self.guard.fault(fault, frontend.progress()) {
+        if let Err(error) = self.guard.fault(fault, frontend.progress(fault)) {
             self.guard.progress();
             let broken = |device: &Arc<Device>| device.kind.backing == Backing::Broken;
             let expected = self.world.devices.iter().any(broken) || self.is_of_ram(fault);
