@@ -38,7 +38,7 @@ mod vm;
 use std::sync::Arc;
 
 use self::hypercalls::{Partition, Processor};
-pub use self::policy::MapPolicy;
+pub use self::policy::{GuestFrame, HostFrame, MapPlan, MapPolicy};
 use self::regions::Regions;
 use self::vcpu::MshvVcpu;
 use self::vm::IoctlPartition;

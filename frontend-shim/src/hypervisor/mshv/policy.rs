@@ -18,19 +18,22 @@ pub enum MapPolicy {
 
 /// Number of a guest-physical page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct GuestFrame(pub(super) u64);
+pub struct GuestFrame(pub u64);
 
 /// Number of a page of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct HostFrame(pub(super) u64);
+pub struct HostFrame(pub u64);
 
 /// Consecutive guest pages and the consecutive host pages behind them: a region, or what one hypercall
 /// maps of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MapPlan {
-    pub(super) guest: GuestFrame,
-    pub(super) host: HostFrame,
-    pub(super) pages: u64,
+pub struct MapPlan {
+    /// The first guest page.
+    pub guest: GuestFrame,
+    /// The host page behind it.
+    pub host: HostFrame,
+    /// How many.
+    pub pages: u64,
 }
 
 impl GuestFrame {
@@ -70,7 +73,8 @@ impl MapPlan {
 
 impl MapPolicy {
     /// What to map of `region` when the guest accesses `fault`; `None` if that is not in it.
-    pub(super) fn plan(self, region: MapPlan, fault: GuestFrame) -> Option<MapPlan> {
+    #[must_use]
+    pub fn plan(self, region: MapPlan, fault: GuestFrame) -> Option<MapPlan> {
         let page = region.page(fault)?;
         Some(match self {
             MapPolicy::Whole => region,
