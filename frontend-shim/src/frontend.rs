@@ -1,5 +1,6 @@
 //! The shim as a VMM sees it: exits in, completed accesses out.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,7 +175,7 @@ impl<B: Backend> Frontend<B> {
                 // If the fault was about something else it comes again, and the caller's bound
                 // ends it.
                 let mapped = self.functions.iter().filter(|function| function.has_mapped_bars());
-                mapped.for_each(|function| function.recheck(self.hypervisor.as_ref()));
+                mapped.for_each(|function| function.unlocated_fault(self.hypervisor.as_ref()));
                 FaultOutcome::Reenter(Verdict::Retry)
             }
             Route::Nowhere | Route::Anywhere => FaultOutcome::NotMine,
@@ -223,10 +224,13 @@ impl<B: Backend> Frontend<B> {
     /// the fault goes on although the BAR is trapped.
     pub fn quarantine(&self, fault: &MemoryFault) -> bool {
         let Route::Bars(targets) = self.windows.route(fault) else { return false };
+        // Each BAR once: a gather may have all of its lanes in one.
+        let bars: BTreeSet<_> =
+            targets.iter().map(|target| (target.function, target.bar)).collect();
         let mut helps = false;
-        for target in &targets {
-            if let Some(function) = self.functions.get(target.function) {
-                helps |= function.quarantine(self.hypervisor.as_ref(), target.bar);
+        for (function, bar) in bars {
+            if let Some(function) = self.functions.get(function) {
+                helps |= function.quarantine(self.hypervisor.as_ref(), bar);
             }
         }
         helps
@@ -235,9 +239,8 @@ impl<B: Backend> Frontend<B> {
     /// Resets every function, as a reset of the machine does.
     pub fn reset(&self) {
         for function in &self.functions {
-            if let Err(error) = function.reset(self.hypervisor.as_ref()) {
-                tracing::warn!(socket = %function.backend().name(), "reset: {error}");
-            }
+            // It has been reported; whatever became of it, the function is not mapped now.
+            drop(function.reset(self.hypervisor.as_ref()));
         }
     }
 

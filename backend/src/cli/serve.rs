@@ -23,7 +23,7 @@ use crate::usage_error;
     --socket /run/vm1/shm.sock --device ivshmem,size=4M\n\n\
     Devices:\n  edu[,dma_mask=MASK]              QEMU's educational device\n  \
     ivshmem,size=SIZE[,path=FILE]    shared memory (ivshmem-plain)\n  \
-    passthrough,host=BDF             a real PCI device that is bound to vfio-pci"
+    passthrough,host=BDF[,map=WHOM]  a real PCI device that is bound to vfio-pci"
 )]
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
@@ -89,8 +89,8 @@ fn function(text: String) -> Result<(String, ServedFunction), String> {
     let spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
     #[cfg(feature = "passthrough")]
     if spec.name == passthrough::NAME {
-        let function = passthrough::create(spec).map_err(|error| option(&error))?;
-        let function = PassthroughFunction::new(&text, function);
+        let (function, map) = passthrough::create(spec).map_err(|error| option(&error))?;
+        let function = PassthroughFunction::new(&text, function, map);
         return Ok((text, function.into()));
     }
     let device = devices::create(spec).map_err(|error| option(&error))?;

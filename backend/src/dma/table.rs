@@ -66,7 +66,7 @@ impl DmaTable {
     /// # Errors
     /// Nothing has changed: [`DmaError::Bisected`] when a window lies only partly in the range,
     /// [`DmaError::NoSuchWindow`] when none lies in it, [`DmaError::Overflow`] when the range wraps.
-    /// Or [`DmaError::Iommu`]: a window of the range, and those behind it, are still there.
+    /// Or [`DmaError::Iommu`]: the windows that it does not give back are still there.
     pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
         let reach = size.checked_sub(1).ok_or(DmaError::NoSuchWindow)?;
         let last = iova.0.checked_add(reach).ok_or(DmaError::Overflow)?;
@@ -123,11 +123,10 @@ impl DmaTable {
         let mut refusal = None;
         let iommu = &self.iommu;
         let removed = self.windows.extract_if(first..=last, |start, window| {
-            if refusal.is_some() {
-                return false;
-            }
-            refusal = iommu.as_ref().and_then(|iommu| iommu.unmap(*start, window.size()).err());
-            refusal.is_none()
+            let Some(iommu) = iommu else { return true };
+            let outcome = iommu.unmap(*start, window.size());
+            refusal = refusal.or(outcome.err());
+            outcome.is_ok()
         });
         let removed = removed.count();
         refusal.map_or(Ok(removed), |errno| Err(DmaError::Iommu(errno)))

@@ -2,15 +2,17 @@ use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::limits::MAX_DMA_MAPS;
 use barkeep_protocol::wire::{
-    self, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict,
-    InfoQuery, PciIrq, PciRegion, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
+    BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, FaultReport,
+    FaultVerdict, InfoQuery, PciIrq, PciRegion, RegionAccess, RegionData, RegionFlags, RegionState,
     RegionStateQuery, SetIrqs,
 };
 use tracing::info;
 
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
-use super::served::{Reply, Served, checked_end, dma_access, unmap_range};
+use super::served::{
+    Reply, Served, absent_region, checked_end, dma_access, duplicate, unmap_range,
+};
 use crate::devices::{Context, Device};
 use crate::dma::{DmaTable, Iova};
 use crate::irq::Interrupts;
@@ -96,16 +98,10 @@ impl Served for HostedFunction {
         Reply::body(info.to_bytes())
     }
 
-    fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+    fn region_info(&self, query: InfoQuery, _: BarkeepExtensions) -> Result<Reply, RequestError> {
         let region =
             PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
-        let mut info = RegionInfo {
-            flags: RegionFlags::empty(),
-            index: query.index,
-            size: 0,
-            file_offset: 0,
-            sparse: Vec::new(),
-        };
+        let mut info = absent_region(query.index);
         let mut fds = Vec::new();
         if let Some((target, size)) = self.target(region) {
             info.flags = RegionFlags::READ | RegionFlags::WRITE;
@@ -113,12 +109,7 @@ impl Served for HostedFunction {
             if let Target::Bar(bar) = target
                 && let Some(mapping) = self.device.mapping(bar)
             {
-                let file = mapping.file.try_clone_to_owned();
-                fds.push(file.map_err(|error| {
-                    RequestError::Descriptor(
-                        wire::Errno::from_io_error(&error).unwrap_or(wire::Errno::IO),
-                    )
-                })?);
+                fds.push(duplicate(mapping.file)?);
                 info.flags |= RegionFlags::MMAP;
                 info.file_offset = mapping.offset;
             }

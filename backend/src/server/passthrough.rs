@@ -1,19 +1,20 @@
 use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::{
-    DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, Errno, FaultReport, FaultVerdict,
-    InfoQuery, IrqAction, IrqData, IrqInfo, IrqInfoFlags, PciIrq, PciRegion, RegionAccess,
-    RegionData, RegionFlags, RegionInfo, RegionState, RegionStateQuery, SetIrqs, SparseArea,
+    BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, Errno, FaultReport,
+    FaultVerdict, InfoQuery, IrqAction, IrqData, IrqInfo, IrqInfoFlags, PciIrq, PciRegion,
+    RegionAccess, RegionData, RegionFlags, RegionState, RegionStateQuery, SetIrqs, SparseArea,
 };
 use tracing::{error, info, warn};
 
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::served::{
-    Reply, Served, check_descriptors, checked_end, disables_all, dma_access, unmap_range,
+    Reply, Served, absent_region, check_descriptors, checked_end, disables_all, dma_access,
+    duplicate, unmap_range,
 };
 use crate::devices::passthrough::{
-    Completion, IrqRequest, VfioFunction, VfioIrq, VfioIrqError, VfioRegion,
+    Completion, IrqRequest, MapBars, VfioFunction, VfioIrq, VfioIrqError, VfioRegion,
 };
 use crate::dma::{DmaError, Iova};
 use crate::irq::{EventFd, IrqError};
@@ -23,6 +24,7 @@ use crate::irq::{EventFd, IrqError};
 pub struct PassthroughFunction {
     name: String,
     function: VfioFunction,
+    map: MapBars,
     regions: [RegionState; PciRegion::COUNT as usize],
     log: RateLimit,
     failure_log: RateLimit,
@@ -37,7 +39,7 @@ enum Direction {
 impl PassthroughFunction {
     /// `name` is what logs call it.
     #[must_use]
-    pub fn new(name: impl Into<String>, function: VfioFunction) -> Self {
+    pub fn new(name: impl Into<String>, function: VfioFunction, map: MapBars) -> Self {
         let name = name.into();
         if !function.resettable() {
             warn!(
@@ -48,6 +50,7 @@ impl PassthroughFunction {
         Self {
             name,
             function,
+            map,
             regions: Default::default(),
             log: RateLimit::default(),
             failure_log: RateLimit::default(),
@@ -63,24 +66,23 @@ impl Served for PassthroughFunction {
         Reply::body(info.to_bytes())
     }
 
-    fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+    fn region_info(
+        &self,
+        query: InfoQuery,
+        extensions: BarkeepExtensions,
+    ) -> Result<Reply, RequestError> {
         let region =
             PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
-        let mut info = RegionInfo {
-            flags: RegionFlags::empty(),
-            index: query.index,
-            size: 0,
-            file_offset: 0,
-            sparse: Vec::new(),
-        };
+        let mut info = absent_region(query.index);
         let mut fds = Vec::new();
         if let Some(region) = self.target(region) {
             let description = self.function.region(region);
             info.flags.set(RegionFlags::READ, description.readable);
             info.flags.set(RegionFlags::WRITE, description.writable);
             info.size = description.size;
-            if !description.mappable.is_empty() {
-                fds.push(self.device_file()?);
+            let maps = self.map.allows(extensions.memory_fault);
+            if maps && !description.mappable.is_empty() {
+                fds.push(duplicate(self.function.descriptor())?);
                 info.flags |= RegionFlags::MMAP;
                 info.file_offset = description.file_offset;
                 if !description.wholly_mappable() {
@@ -116,7 +118,8 @@ impl Served for PassthroughFunction {
         check_descriptors(set, &fds)?;
         let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
         let range = IrqError::Range { start: set.start, count: set.count };
-        if set.count > self.function.irq(irq).count {
+        let end = set.start.checked_add(set.count);
+        if end.is_none_or(|end| end > self.function.irq(irq).count) {
             return Err(range.into());
         }
         if let Some(request) = irq_request(set, eventfds)? {
@@ -193,7 +196,7 @@ impl Served for PassthroughFunction {
         let epoch = self.function.epoch();
         let verdict = if !claimed {
             FaultVerdict::UnsupportedRequest { epoch }
-        } else if self.function.maps(region, report.offset) {
+        } else if self.map.allows(true) && self.function.maps(region, report.offset) {
             FaultVerdict::Map { epoch }
         } else {
             FaultVerdict::Trap { epoch }
@@ -245,12 +248,6 @@ impl PassthroughFunction {
         let region = region.ok_or(RequestError::NoRegion(access.region))?;
         checked_end(access, self.function.region(region).size)?;
         Ok(region)
-    }
-
-    fn device_file(&self) -> Result<OwnedFd, RequestError> {
-        self.function.descriptor().try_clone_to_owned().map_err(|error| {
-            RequestError::Descriptor(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        })
     }
 
     /// Counts an access, and logs one that did not reach the device.

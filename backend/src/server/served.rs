@@ -1,9 +1,10 @@
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use barkeep_protocol::wire::{
-    self, DmaMap, DmaUnmap, DmaUnmapFlags, FaultReport, InfoQuery, IrqAction, IrqData,
-    RegionAccess, RegionData, RegionStateQuery, SetIrqs, WireError,
+    self, BarkeepExtensions, DmaMap, DmaUnmap, DmaUnmapFlags, FaultReport, InfoQuery, IrqAction,
+    IrqData, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionStateQuery, SetIrqs,
+    WireError,
 };
 
 use super::function::HostedFunction;
@@ -35,7 +36,12 @@ impl From<super::PassthroughFunction> for ServedFunction {
 /// What a session asks of a function: one method a request.
 pub(super) trait Served: Send + fmt::Debug {
     fn device_info(&self) -> Reply;
-    fn region_info(&self, query: InfoQuery) -> Result<Reply, RequestError>;
+    /// What a region is, for a client with these extensions.
+    fn region_info(
+        &self,
+        query: InfoQuery,
+        extensions: BarkeepExtensions,
+    ) -> Result<Reply, RequestError>;
     fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError>;
     fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Reply, RequestError>;
     fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError>;
@@ -64,6 +70,19 @@ impl Reply {
     pub(super) fn body(body: Vec<u8>) -> Self {
         Self { body, fds: Vec::new() }
     }
+}
+
+/// A region that the function does not have.
+pub(super) fn absent_region(index: u32) -> RegionInfo {
+    let flags = RegionFlags::empty();
+    RegionInfo { flags, index, size: 0, file_offset: 0, sparse: Vec::new() }
+}
+
+/// A descriptor of ours that a client gets.
+pub(super) fn duplicate(fd: BorrowedFd<'_>) -> Result<OwnedFd, RequestError> {
+    fd.try_clone_to_owned().map_err(|error| {
+        RequestError::Descriptor(wire::Errno::from_io_error(&error).unwrap_or(wire::Errno::IO))
+    })
 }
 
 /// What a window allows, in the words of [`crate::dma`].

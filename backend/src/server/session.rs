@@ -208,7 +208,7 @@ fn serve_request(
         Request::DmaMap(map) => function.dma_map(&map, fds.into_iter().next()),
         Request::DmaUnmap(unmap) => function.dma_unmap(&unmap),
         Request::GetInfo => Ok(function.device_info()),
-        Request::GetRegionInfo(query) => function.region_info(query),
+        Request::GetRegionInfo(query) => function.region_info(query, extensions),
         Request::GetIrqInfo(query) => function.irq_info(query),
         Request::SetIrqs(set) => function.set_irqs(&set, fds),
         Request::RegionRead(access) => function.region_read(&access),

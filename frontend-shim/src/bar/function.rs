@@ -36,6 +36,8 @@ pub struct AttachedFunction<B = Client> {
     state: Mutex<State>,
     /// Moves with every slot that comes or goes: what a fault may have been about has changed.
     changes: AtomicU64,
+    /// Moves when writes become protected again: a fault on them is a new one.
+    protections: AtomicU64,
     /// Of the function, as last heard.
     epoch: AtomicU64,
     /// Somebody else stopped decode, as last heard, although the guest wants it. The BARs get their
@@ -145,6 +147,7 @@ impl<B: Backend> AttachedFunction<B> {
             windows,
             state: Mutex::new(state),
             changes: AtomicU64::new(0),
+            protections: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             tracks_writes: AtomicBool::new(false),
@@ -184,10 +187,13 @@ impl<B: Backend> AttachedFunction<B> {
         self.changes.load(Ordering::Relaxed)
     }
 
-    /// A counter that moves when a slot comes or goes, or the backend tells of another epoch.
+    /// A counter that moves when a slot comes or goes, writes are to be tracked anew, or the backend
+    /// tells of another epoch.
     #[must_use]
     pub fn progress(&self) -> u64 {
-        self.slot_changes().wrapping_add(self.epoch.load(Ordering::Relaxed))
+        let protections = self.protections.load(Ordering::Relaxed);
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        self.slot_changes().wrapping_add(protections).wrapping_add(epoch)
     }
 
     /// Reads configuration space. A backend that does not answer reads as all ones, like a function
@@ -248,6 +254,9 @@ impl<B: Backend> AttachedFunction<B> {
         self.suspend_all(hypervisor, &mut state);
         state.wanted = Enables::default();
         let result = self.backend.reset();
+        if let Err(error) = &result {
+            self.report("reset", error);
+        }
         self.synchronise_after_reset(hypervisor, &mut state);
         result
     }
@@ -304,6 +313,7 @@ impl<B: Backend> AttachedFunction<B> {
         let mut state = self.lock();
         // First the flag: a forwarded write that does not see it yet comes before the tracking.
         self.tracks_writes.store(true, Ordering::Relaxed);
+        self.protections.fetch_add(1, Ordering::Relaxed);
         Ok(state.mapping(bar)?.track_writes()?)
     }
 
@@ -321,14 +331,14 @@ impl<B: Backend> AttachedFunction<B> {
     /// # Errors
     /// As for [`track_writes`](Self::track_writes), and [`TrackingError::NotTracked`].
     pub fn take_written(&self, bar: u8) -> Result<Vec<Range<u64>>, TrackingError> {
-        self.lock().mapping(bar)?.take_written()?.ok_or(TrackingError::NotTracked)
+        let mut state = self.lock();
+        self.protections.fetch_add(1, Ordering::Relaxed);
+        state.mapping(bar)?.take_written()?.ok_or(TrackingError::NotTracked)
     }
 
     fn note_write(&self, bar: u8, offset: u64, len: usize) {
-        if let Some(mapping) = &mut self.lock().mappings[usize::from(bar)]
-            && let Err(failure) = mapping.note_write(offset, len as u64)
-        {
-            debug!(function = self.index, bar, "mprotect: {failure}");
+        if let Some(mapping) = &mut self.lock().mappings[usize::from(bar)] {
+            mapping.note_write(offset, len as u64);
         }
     }
 
@@ -369,8 +379,16 @@ impl<B: Backend> AttachedFunction<B> {
         verdict
     }
 
-    /// Makes every slot of the function agree with what the backend says now: for a memory fault of
-    /// unknown address, and for a function that answers again.
+    /// Resolves a memory fault of unknown address as far as it can be about this function: its slots
+    /// agree with what the backend says now, and no write is refused for being tracked.
+    pub fn unlocated_fault(&self, hypervisor: &dyn Hypervisor) {
+        let mut state = self.lock();
+        self.synchronise(hypervisor, &mut state);
+        self.note_writes_anywhere(hypervisor, &mut state);
+    }
+
+    /// Makes every slot of the function agree with what the backend says now: for one that answers
+    /// again.
     pub fn recheck(&self, hypervisor: &dyn Hypervisor) {
         let mut state = self.lock();
         self.synchronise(hypervisor, &mut state);
@@ -382,7 +400,7 @@ impl<B: Backend> AttachedFunction<B> {
     pub fn quarantine(&self, hypervisor: &dyn Hypervisor, bar: u8) -> bool {
         let mut state = self.lock();
         if self.suspend(hypervisor, &mut state, bar)
-            && state.mappings[usize::from(bar)].take().is_some()
+            && state.mappings[usize::from(bar)].as_mut().is_some_and(BarMapping::quarantine)
         {
             let socket = self.backend.name();
             warn!(%socket, bar, "its memory faults without end: not mapped any more");
@@ -421,7 +439,12 @@ impl<B: Backend> AttachedFunction<B> {
     }
 
     fn answers_again(&self, bar: u8) -> bool {
-        self.backend.region_state(bar.into()).is_ok_and(|state| state.claimed())
+        match self.backend.region_state(bar.into()) {
+            Ok(state) => state.claimed(),
+            // Then its registers have to tell.
+            Err(ClientError::NotOffered(_)) => true,
+            Err(_) => false,
+        }
     }
 
     fn disable_memory(
@@ -495,11 +518,12 @@ impl<B: Backend> AttachedFunction<B> {
     fn ask_plainly(&self, state: &mut State, bar: u8) -> Option<FaultVerdict> {
         let (registers, in_d0) = self.ask_registers().ok()?;
         (state.enables, state.in_d0) = (registers.enables(), in_d0);
-        let decodes = registers.enables().memory && in_d0;
+        let agreeing = self.agreeing(state, Some(&registers));
+        let decodes = state.decodes(AddressSpace::Memory) && agreeing.contains(&bar);
         if !decodes {
             self.note_lost(state, true);
         }
-        self.publish(state, |_| true);
+        self.publish(state, |bar| agreeing.contains(&bar));
         Some(match (decodes, &state.mappings[usize::from(bar)]) {
             (false, _) => FaultVerdict::UnsupportedRequest { epoch: 0 },
             (true, Some(_)) => FaultVerdict::Map { epoch: 0 },

@@ -21,6 +21,8 @@ pub(super) struct BarMapping {
     size: u64,
     /// Access was refused and not given back yet.
     refused: bool,
+    /// Given up: it gets no slot any more.
+    quarantined: bool,
     /// What was written, while that is tracked.
     written: Option<Written>,
 }
@@ -69,7 +71,14 @@ impl BarMapping {
             let memory = Arc::new(HostMapping::from_fd(file, at, size, true)?.of_device());
             areas.push(Area { offset, memory, slot: slots(), present: false });
         }
-        Ok(Self { areas, mapped_at: None, size: region.size, refused: false, written: None })
+        Ok(Self {
+            areas,
+            mapped_at: None,
+            size: region.size,
+            refused: false,
+            quarantined: false,
+            written: None,
+        })
     }
 
     /// Where the BAR is mapped, if it is.
@@ -89,14 +98,17 @@ impl BarMapping {
         hypervisor: &dyn Hypervisor,
         address: GuestAddress,
     ) -> Result<(), MappingError> {
+        if self.quarantined {
+            return Ok(());
+        }
         if self.mapped_at != Some(address) {
             self.suspend(hypervisor)?;
             // From the first slot on, also if a later one fails and does not let itself be removed.
             self.mapped_at = Some(address);
-            if let Err(error) = self.map_areas(hypervisor, address) {
-                self.suspend(hypervisor)?;
-                return Err(error.into());
-            }
+        }
+        if let Err(error) = self.map_areas(hypervisor, address) {
+            self.suspend(hypervisor)?;
+            return Err(error.into());
         }
         self.restore_access()
     }
@@ -106,7 +118,8 @@ impl BarMapping {
         hypervisor: &dyn Hypervisor,
         address: GuestAddress,
     ) -> Result<(), HypervisorError> {
-        for area in &mut self.areas {
+        // Some are there already where the others were removed and these could not be.
+        for area in self.areas.iter_mut().filter(|area| !area.present) {
             let guest = GuestAddress(address.0 + area.offset);
             hypervisor.map_slot(area.slot, SlotMapping::whole(guest, &area.memory))?;
             area.present = true;
@@ -130,6 +143,15 @@ impl BarMapping {
         Ok(())
     }
 
+    /// Gives up on slots for this session; `false` if that had been done. Writes go on to be tracked.
+    pub(super) fn quarantine(&mut self) -> bool {
+        !std::mem::replace(&mut self.quarantined, true)
+    }
+
+    pub(super) fn is_quarantined(&self) -> bool {
+        self.quarantined
+    }
+
     /// Refuses access to the memory behind the slots, as vfio-pci does when a device stops to decode.
     pub(super) fn refuse_access(&mut self) -> io::Result<()> {
         self.refused = true;
@@ -140,9 +162,7 @@ impl BarMapping {
     /// what is written already.
     fn restore_access(&mut self) -> Result<(), MappingError> {
         if let Some(written) = &self.written {
-            for area in &self.areas {
-                area.memory.protect(0, area.memory.len(), Protection::ReadOnly)?;
-            }
+            self.refuse_writes()?;
             written.ranges().iter().try_for_each(|range| self.allow_writes(range))?;
         } else {
             self.areas.iter().try_for_each(|area| area.memory.set_accessible(true))?;
@@ -158,30 +178,46 @@ impl BarMapping {
         len: u64,
         writes: bool,
     ) -> Result<(), MappingError> {
-        if writes {
-            self.note_write(offset, len)?;
+        let touched = if writes { self.note_write(offset, len) } else { None };
+        match touched {
+            // Also what was written before: it may still be protected.
+            Some(touched) if !self.refused => Ok(self.allow_writes(&touched)?),
+            // What is tracked is write-protected on purpose.
+            None if !self.refused && self.written.is_some() => Ok(()),
+            _ => self.restore_access(),
         }
-        // What is tracked is write-protected on purpose.
-        if self.refused || self.written.is_none() { self.restore_access() } else { Ok(()) }
     }
 
-    /// Notes a write, where writes are tracked; the guest's next ones to the same grains don't fault.
-    pub(super) fn note_write(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        let Some(written) = &mut self.written else { return Ok(()) };
-        let fresh = written.note(offset, len);
-        fresh.iter().try_for_each(|range| self.allow_writes(range))
+    /// Notes a write and returns the grains that it touches; `None` where writes are not tracked.
+    pub(super) fn note_write(&mut self, offset: u64, len: u64) -> Option<Range<u64>> {
+        Some(self.written.as_mut()?.note(offset, len))
+    }
+
+    /// The same for a write that can have been anywhere, and lets it go on.
+    pub(super) fn note_all(&mut self) -> Result<(), MappingError> {
+        if self.refused { Ok(()) } else { self.relax(0, self.size, true) }
+    }
+
+    pub(super) fn tracks_writes(&self) -> bool {
+        self.written.is_some()
     }
 
     /// Starts to track writes: none so far.
+    ///
+    /// On an error, everything is tracked as it was before.
     pub(super) fn track_writes(&mut self) -> Result<(), MappingError> {
+        // Memory that refuses access stays so: it may belong to a function that does not decode.
+        if !self.refused {
+            self.refuse_writes()?;
+        }
         self.written = Some(Written::nothing(self.size));
-        self.restore_access()
+        Ok(())
     }
 
     /// Ends tracking.
     pub(super) fn stop_tracking(&mut self) -> Result<(), MappingError> {
         self.written = None;
-        self.restore_access()
+        if self.refused { Ok(()) } else { self.restore_access() }
     }
 
     /// What was written since tracking began or this was asked last; `None` if writes are not tracked.
@@ -190,6 +226,12 @@ impl BarMapping {
         let ranges = written.ranges();
         self.track_writes()?;
         Ok(Some(ranges))
+    }
+
+    fn refuse_writes(&self) -> io::Result<()> {
+        self.areas
+            .iter()
+            .try_for_each(|area| area.memory.protect(0, area.memory.len(), Protection::ReadOnly))
     }
 
     fn allow_writes(&self, range: &Range<u64>) -> io::Result<()> {

@@ -6,6 +6,9 @@ mod mapping;
 #[cfg(test)]
 #[cfg(feature = "model-check")]
 mod model_check;
+#[cfg(test)]
+#[cfg(not(feature = "model-check"))]
+mod tests;
 mod written;
 
 pub use crate::fault::{AddressSpace, BarWindow, Piece, WindowTable};

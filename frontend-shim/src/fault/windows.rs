@@ -61,9 +61,11 @@ struct Published {
 }
 
 impl WindowTable {
-    /// A table for a VM that claims these `(start, length)` ranges of memory itself.
+    /// A table for a VM that claims these `(start, length)` ranges of memory itself. Empty ones claim
+    /// nothing.
     #[must_use]
-    pub fn new(claimed: Vec<(u64, u64)>) -> Self {
+    pub fn new(mut claimed: Vec<(u64, u64)>) -> Self {
+        claimed.retain(|(_, len)| *len > 0);
         Self { windows: Published::default(), slots: Published::default(), claimed }
     }
 

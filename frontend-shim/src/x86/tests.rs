@@ -1,5 +1,6 @@
 //! A machine with two pages of RAM and nothing but devices around them.
 
+mod hostile;
 mod integer;
 mod resume;
 mod vector;
@@ -87,8 +88,8 @@ fn pending(
 fn complete(pending: &mut PendingInstruction) -> String {
     match pending.exit().expect("an access to complete") {
         VcpuExit::MmioRead { address, data } => {
-            for (byte, address) in data.iter_mut().zip(address.0..) {
-                *byte = device_byte(address);
+            for (at, byte) in (0..).zip(data.iter_mut()) {
+                *byte = device_byte(address.0.wrapping_add(at));
             }
             format!("read {address} {}", data.len())
         }

@@ -167,17 +167,19 @@ impl ConfigPolicy {
     }
 
     /// Forgets what a guest wrote. Returns the registers that the kernel keeps across a reset of the
-    /// device and that are zero after one.
+    /// device and that are zero after one, and the power state for devices without a reset.
     pub fn reset(&mut self) -> Vec<Range<usize>> {
         for owned in self.owned.values_mut() {
             owned.value &= !owned.writable;
         }
-        let mut zero = vec![
+        // D0 first: a device may lose the others on its way there.
+        let mut zero: Vec<_> = self.layout.power.iter().map(|at| *at..at + 1).collect();
+        zero.extend([
             header::COMMAND..header::COMMAND + 2,
             header::BAR0..header::BAR0 + 24,
             header::EXPANSION_ROM..header::EXPANSION_ROM + 4,
             header::INTERRUPT_LINE..header::INTERRUPT_LINE + 1,
-        ];
+        ]);
         zero.extend(self.layout.msi.as_ref().map(|msi| msi.addresses.clone()));
         zero
     }

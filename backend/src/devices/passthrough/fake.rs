@@ -34,6 +34,8 @@ pub(crate) struct State {
     pub(crate) unplugged: bool,
     pub(crate) mapped: Vec<(u64, u64, DmaAccess)>,
     pub(crate) iommu_error: Option<Errno>,
+    /// A window that the IOMMU does not give back.
+    pub(crate) stuck: Option<u64>,
 }
 
 /// What somebody else does between a look at decode and the access.
@@ -63,6 +65,7 @@ impl Fake {
             unplugged: false,
             mapped: Vec::new(),
             iommu_error: None,
+            stuck: None,
         })))
     }
 
@@ -195,6 +198,9 @@ impl Iommu for Fake {
         let mut state = self.state();
         if let Some(errno) = state.iommu_error {
             return Err(errno);
+        }
+        if state.stuck == Some(iova.0) {
+            return Err(Errno::BUSY);
         }
         state.log.push(format!("unmap {:#x}", iova.0));
         let before = state.mapped.len();

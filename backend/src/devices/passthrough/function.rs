@@ -62,7 +62,7 @@ impl VfioFunction {
         mut description: Description,
         dma: DmaTable,
     ) -> Result<Self, Errno> {
-        let size = description.regions[slot(VfioRegion::Config)].size;
+        let size = description.regions[VfioRegion::Config.index() as usize].size;
         let size = usize::try_from(size).unwrap_or(usize::MAX).min(EXTENDED_CONFIG_SIZE);
         let mut config = vec![0xff; size];
         device.read(VfioRegion::Config, 0, &mut config)?;
@@ -107,7 +107,7 @@ impl VfioFunction {
     /// What a region is; of size 0 where the function has none.
     #[must_use]
     pub fn region(&self, region: VfioRegion) -> &RegionDescription {
-        &self.description.regions[slot(region)]
+        &self.description.regions[region.index() as usize]
     }
 
     /// What an interrupt type is.
@@ -341,14 +341,6 @@ impl VfioFunction {
 
     fn config(&self, at: usize, data: &mut [u8]) -> Option<()> {
         self.device.read(VfioRegion::Config, at as u64, data).ok()
-    }
-}
-
-fn slot(region: VfioRegion) -> usize {
-    match region {
-        VfioRegion::Bar(bar) => usize::from(bar),
-        VfioRegion::Rom => 6,
-        VfioRegion::Config => 7,
     }
 }
 

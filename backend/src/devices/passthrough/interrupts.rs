@@ -73,11 +73,20 @@ pub(super) struct Interrupts {
     active: Option<Active>,
 }
 
-/// What the kernel has enabled: the number of vectors is part of it.
+/// What the guest has enabled and the client has wired: the number of vectors is part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wanted {
+    irq: VfioIrq,
+    vectors: usize,
+}
+
+/// What the kernel has enabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Active {
     irq: VfioIrq,
     vectors: usize,
+    /// More than `vectors` where the kernel had no more. It is not asked again for the same.
+    asked: usize,
 }
 
 impl Interrupts {
@@ -107,6 +116,9 @@ impl Interrupts {
         match request {
             IrqRequest::Disable => {
                 self.wired[slot(irq)].fill_with(|| None);
+                if irq == VfioIrq::Intx {
+                    self.unmask = None;
+                }
                 self.rewired(device, enables, irq, 0..in_use)
             }
             IrqRequest::Connect { start, eventfds } => {
@@ -134,8 +146,12 @@ impl Interrupts {
             IrqRequest::Unmask if in_use > 0 => tell(IrqCommand::Unmask).map(|_| ()),
             IrqRequest::Mask | IrqRequest::Unmask => Ok(()),
             IrqRequest::UnmaskBy(eventfd) => {
-                if in_use > 0 {
-                    tell(IrqCommand::UnmaskBy(eventfd.as_ref().map(AsFd::as_fd)))?;
+                // The kernel takes another one only when the one before has gone.
+                if self.unmask.take().is_some() && in_use > 0 {
+                    tell(IrqCommand::UnmaskBy(None))?;
+                }
+                if let Some(eventfd) = eventfd.as_ref().filter(|_| in_use > 0) {
+                    tell(IrqCommand::UnmaskBy(Some(eventfd.as_fd())))?;
                 }
                 self.unmask = eventfd;
                 Ok(())
@@ -150,14 +166,14 @@ impl Interrupts {
         enables: MessageEnables,
     ) -> Result<(), Errno> {
         let wanted = self.wanted(enables);
-        let enough = |(wanted, active): (Active, Active)| {
+        let enough = |wanted: Wanted, active: Active| {
             // More vectors of MSI-X than are wired cost nothing; of MSI, the device would use them.
-            let spare = wanted.irq == VfioIrq::Msix && wanted.vectors < active.vectors;
-            wanted.irq == active.irq && (spare || wanted.vectors == active.vectors)
+            let spare = wanted.irq == VfioIrq::Msix && wanted.vectors < active.asked;
+            wanted.irq == active.irq && (spare || wanted.vectors == active.asked)
         };
         match (wanted, self.active) {
             (None, None) => return Ok(()),
-            (Some(wanted), Some(active)) if enough((wanted, active)) => return Ok(()),
+            (Some(wanted), Some(active)) if enough(wanted, active) => return Ok(()),
             _ => {}
         }
         let before = self.active.take();
@@ -166,7 +182,7 @@ impl Interrupts {
         }
         let Some(wanted) = wanted else { return Ok(()) };
         let vectors = self.enable(device, wanted)?;
-        self.active = Some(Active { vectors, ..wanted });
+        self.active = Some(Active { irq: wanted.irq, vectors, asked: wanted.vectors });
         if wanted.irq == VfioIrq::Intx {
             if let Some(eventfd) = &self.unmask {
                 device.set_irqs(VfioIrq::Intx, IrqCommand::UnmaskBy(Some(eventfd.as_fd())))?;
@@ -207,15 +223,17 @@ impl Interrupts {
         irq: VfioIrq,
         changed: Range<usize>,
     ) -> Result<(), VfioIrqError> {
-        let result = if matches!(irq, VfioIrq::Error | VfioIrq::Request) {
+        let single = matches!(irq, VfioIrq::Error | VfioIrq::Request);
+        let result = if single {
             self.connect_single(device, irq)
         } else {
             self.update(device, enables, irq, changed)
         };
         if result.is_err() {
             self.wired[slot(irq)].fill_with(|| None);
-            // With nothing wired this only disables.
-            let _ = self.apply(device, enables);
+            // With nothing wired these only take away what the kernel had before.
+            let _ =
+                if single { self.connect_single(device, irq) } else { self.apply(device, enables) };
         }
         result.map_err(VfioIrqError::Device)
     }
@@ -239,39 +257,40 @@ impl Interrupts {
             self.active = None;
             return self.apply(device, enables);
         }
-        if wanted.vectors > active.vectors && !self.describe(irq).resizable {
+        let grows = wanted.vectors > active.asked;
+        if grows && !self.describe(irq).resizable {
             return self.apply(device, enables);
         }
         // The other vectors are not touched: they would lose messages.
-        let vectors = active.vectors.max(wanted.vectors);
+        let vectors = if grows { wanted.vectors } else { active.vectors };
         let changed = changed.start.min(vectors)..changed.end.min(vectors);
         if !changed.is_empty() {
             let start = u32::try_from(changed.start).expect("a function has at most 2048 vectors");
             let eventfds = self.descriptors(irq, changed);
             device.set_irqs(irq, IrqCommand::Connect { start, eventfds: &eventfds })?;
         }
-        self.active = Some(Active { irq, vectors });
+        self.active = Some(Active { irq, vectors, asked: active.asked.max(wanted.vectors) });
         Ok(())
     }
 
-    fn wanted(&self, enables: MessageEnables) -> Option<Active> {
+    fn wanted(&self, enables: MessageEnables) -> Option<Wanted> {
         let used = |irq: VfioIrq| {
             let last = self.wired[slot(irq)].iter().rposition(Option::is_some);
             last.map(|last| last + 1)
         };
         if enables.msix {
-            return used(VfioIrq::Msix).map(|vectors| Active { irq: VfioIrq::Msix, vectors });
+            return used(VfioIrq::Msix).map(|vectors| Wanted { irq: VfioIrq::Msix, vectors });
         }
         if let Some(enabled) = enables.msi {
             let most = self.wired[slot(VfioIrq::Msi)].len();
             let vectors = (enabled as usize).min(most);
-            return used(VfioIrq::Msi).map(|_| Active { irq: VfioIrq::Msi, vectors });
+            return used(VfioIrq::Msi).map(|_| Wanted { irq: VfioIrq::Msi, vectors });
         }
-        used(VfioIrq::Intx).map(|vectors| Active { irq: VfioIrq::Intx, vectors })
+        used(VfioIrq::Intx).map(|vectors| Wanted { irq: VfioIrq::Intx, vectors })
     }
 
     /// Enables a type, with fewer vectors if there are no more. Returns how many.
-    fn enable(&self, device: &dyn VfioDevice, wanted: Active) -> Result<usize, Errno> {
+    fn enable(&self, device: &dyn VfioDevice, wanted: Wanted) -> Result<usize, Errno> {
         let mut vectors = wanted.vectors;
         loop {
             let eventfds = self.descriptors(wanted.irq, 0..vectors);
@@ -284,13 +303,10 @@ impl Interrupts {
         }
     }
 
+    /// No eventfd is connected too: to disable what is not in use is an error to the kernel.
     fn connect_single(&self, device: &dyn VfioDevice, irq: VfioIrq) -> Result<(), Errno> {
         let eventfds = self.descriptors(irq, 0..1);
-        let command = match eventfds.first() {
-            Some(Some(_)) => IrqCommand::Connect { start: 0, eventfds: &eventfds },
-            _ => IrqCommand::Disable,
-        };
-        device.set_irqs(irq, command).map(|_| ())
+        device.set_irqs(irq, IrqCommand::Connect { start: 0, eventfds: &eventfds }).map(|_| ())
     }
 
     fn descriptors(&self, irq: VfioIrq, vectors: Range<usize>) -> Vec<Option<BorrowedFd<'_>>> {

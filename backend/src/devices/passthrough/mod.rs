@@ -16,6 +16,7 @@ mod function;
 mod interrupts;
 mod ioctl;
 mod kernel;
+mod map_bars;
 mod msix_table;
 mod open_error;
 
@@ -29,6 +30,7 @@ pub use device::{
 };
 pub use function::{Completion, VfioFunction};
 pub use interrupts::{IrqRequest, VfioIrqError};
+pub use map_bars::{MapBars, NoMapBars};
 pub use open_error::OpenError;
 
 use std::ffi::OsStr;
@@ -47,17 +49,22 @@ const SYSFS: &str = "/sys/bus/pci/devices";
 /// What an operator calls it.
 pub const NAME: &str = "passthrough";
 
-/// Opens the device that `spec` describes: `host=BDF`.
+/// Opens the device that `spec` describes: `host=BDF[,map=auto|always|never]`.
 ///
 /// # Errors
 /// [`ConfigError`] that names the parameter and says what to do.
-pub fn create(spec: DeviceSpec) -> Result<VfioFunction, ConfigError> {
+pub fn create(spec: DeviceSpec) -> Result<(VfioFunction, MapBars), ConfigError> {
     let mut parameters = spec.parameters;
     let host = parameters.take_string("host").ok_or(ConfigError::Missing("host"))?;
     let address =
         host.parse::<PciAddress>().map_err(|error| ConfigError::invalid("host", error))?;
+    let map = match parameters.take_string("map") {
+        Some(map) => map.parse().map_err(|error| ConfigError::invalid("map", error))?,
+        None => MapBars::default(),
+    };
     parameters.finish()?;
-    open(address).map_err(|error| ConfigError::invalid("host", error))
+    let function = open(address).map_err(|error| ConfigError::invalid("host", error))?;
+    Ok((function, map))
 }
 
 /// Opens a device and takes it over.
@@ -78,12 +85,14 @@ fn iommu_group(sysfs: &Path, address: PciAddress) -> Result<String, OpenError> {
     if !function.exists() {
         return Err(OpenError::NoDevice(address));
     }
+    // Before the driver: vfio-pci refuses what has no group, so binding it would not help.
+    let group = link_name(&function.join("iommu_group")).ok_or(OpenError::NoGroup(address))?;
     let driver = link_name(&function.join("driver"));
     // Vendors have variants of the driver, such as mlx5_vfio_pci.
     if !driver.as_ref().is_some_and(|driver| driver.replace('_', "-").contains("vfio-pci")) {
         return Err(OpenError::NotBound { address, driver });
     }
-    link_name(&function.join("iommu_group")).ok_or(OpenError::NoGroup(address))
+    Ok(group)
 }
 
 /// The last part of what a symbolic link points to.

@@ -82,7 +82,10 @@ fn file_hint(path: &str, errno: Errno) -> String {
         Errno::ACCESS | Errno::PERM => {
             format!("; run as root, or give the file to this user: chown USER {path}")
         }
-        Errno::NOENT => "; load the driver: modprobe vfio-pci".to_owned(),
+        // vfio-pci has the device by then, so its modules are loaded.
+        Errno::NOENT => "; a container needs the file too, and the kernel groups \
+                         (CONFIG_VFIO_GROUP) with a real IOMMU behind them"
+            .to_owned(),
         _ => String::new(),
     }
 }

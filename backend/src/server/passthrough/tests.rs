@@ -1,20 +1,21 @@
 use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::{
-    DmaAccess, DmaMap, FaultAccess, FaultReport, FaultVerdict, InfoQuery, IrqAction, IrqData,
-    IrqInfo, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState, RegionStateQuery,
-    SetIrqs, SparseArea,
+    BarkeepExtensions, DmaAccess, DmaMap, FaultAccess, FaultReport, FaultVerdict, InfoQuery,
+    IrqAction, IrqData, IrqInfo, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
+    RegionStateQuery, SetIrqs, SparseArea,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use super::PassthroughFunction;
+use crate::devices::passthrough::MapBars;
 use crate::devices::passthrough::fake::{Fake, config};
 use crate::server::served::Served;
 
 fn served() -> (Fake, PassthroughFunction) {
     let fake = Fake::new(config(&[]));
-    let function = PassthroughFunction::new("test", fake.function(false));
+    let function = PassthroughFunction::new("test", fake.function(false), MapBars::Auto);
     (fake, function)
 }
 
@@ -79,11 +80,36 @@ fn a_memory_fault_is_judged_by_what_the_device_decodes_and_what_can_be_mapped() 
     assert_eq!(errno(function.memory_fault(&config)), Some(Errno::INVAL));
 }
 
+/// A client that forwards memory faults.
+const FORWARDS: BarkeepExtensions = BarkeepExtensions { memory_fault: true, region_state: true };
+
+#[test]
+fn memory_that_may_refuse_access_is_mapped_by_clients_that_forward_faults() {
+    let plain = BarkeepExtensions::default();
+    let rows = [
+        (MapBars::Auto, FORWARDS, true),
+        (MapBars::Auto, plain, false),
+        (MapBars::Always, plain, true),
+        (MapBars::Never, FORWARDS, false),
+    ];
+    for (map, extensions, mapped) in rows {
+        let fake = Fake::new(config(&[]));
+        let mut function = PassthroughFunction::new("test", fake.function(false), map);
+        let reply = function.region_info(InfoQuery { index: 0, argsz: 4096 }, extensions).unwrap();
+        let (bar, _) = RegionInfo::parse(&reply.body).unwrap();
+        assert_eq!(bar.flags.contains(RegionFlags::MMAP), mapped, "{map:?}");
+        assert_eq!((reply.fds.len(), bar.sparse.len()), if mapped { (1, 2) } else { (0, 0) });
+        write(&mut function, 7, 4, &[2, 0]);
+        let trap = matches!(fault(&mut function, 0), FaultVerdict::Trap { .. });
+        assert_eq!(trap, map == MapBars::Never, "{map:?}");
+    }
+}
+
 #[test]
 fn regions_are_described_with_the_device_file_and_what_of_it_may_be_mapped() {
     let (_fake, function) = served();
     let info = |index| {
-        let reply = function.region_info(InfoQuery { index, argsz: 4096 }).unwrap();
+        let reply = function.region_info(InfoQuery { index, argsz: 4096 }, FORWARDS).unwrap();
         (RegionInfo::parse(&reply.body).unwrap().0, reply.fds.len())
     };
     let (bar, fds) = info(0);
@@ -95,7 +121,10 @@ fn regions_are_described_with_the_device_file_and_what_of_it_may_be_mapped() {
     for absent in [1, 5, 8] {
         assert_eq!((info(absent).0.size, info(absent).1), (0, 0), "{absent}");
     }
-    assert_eq!(errno(function.region_info(InfoQuery { index: 9, argsz: 32 })), Some(Errno::INVAL));
+    assert_eq!(
+        errno(function.region_info(InfoQuery { index: 9, argsz: 32 }, FORWARDS)),
+        Some(Errno::INVAL)
+    );
 }
 
 #[test]
@@ -111,6 +140,9 @@ fn requests_that_make_no_sense_are_refused() {
         ("fewer eventfds", set(trigger, IrqData::Eventfd, 1, 0, 2), 1, Some(Errno::INVAL)),
         ("mask by eventfd", set(mask, IrqData::Eventfd, 0, 0, 1), 1, Some(Errno::INVAL)),
         ("mask MSI", set(mask, IrqData::None, 1, 0, 1), 0, Some(Errno::INVAL)),
+        ("mask behind the pin", set(mask, IrqData::None, 0, 1, 1), 0, Some(Errno::INVAL)),
+        ("unmask behind", set(IrqAction::Unmask, IrqData::Eventfd, 0, 1, 1), 1, Some(Errno::INVAL)),
+        ("end behind everything", set(mask, IrqData::None, 0, u32::MAX, 1), 0, Some(Errno::INVAL)),
         ("mask none of it", set(mask, IrqData::Bool(&[0]), 0, 0, 1), 0, None),
         ("nothing", set(trigger, IrqData::Eventfd, 1, 0, 0), 0, None),
         ("disable", set(trigger, IrqData::None, 2, 0, 0), 0, None),

@@ -52,14 +52,10 @@ impl<B: Backend> AttachedFunction<B> {
         state: &mut State,
         registers: Option<&Registers>,
     ) {
-        // A backend that names another address than the guest wrote does not decode there.
-        let agrees = |info: &BarInfo| {
-            registers.is_some_and(|r| r.address(info) == state.placed.address(info))
-        };
-        let agreeing: Vec<u8> =
-            self.bars.iter().filter(|info| agrees(info)).map(|info| info.bar).collect();
+        let agreeing = self.agreeing(state, registers);
         let mut in_memory = self.bars.iter().filter(|info| info.space == AddressSpace::Memory);
-        let stopped = !state.decodes(AddressSpace::Memory) || !in_memory.all(agrees);
+        let stopped = !state.decodes(AddressSpace::Memory)
+            || !in_memory.all(|info| agreeing.contains(&info.bar));
         if stopped {
             // Before anybody can see a window that does not decode.
             self.note_lost(state, true);
@@ -75,6 +71,14 @@ impl<B: Backend> AttachedFunction<B> {
             }
         }
         self.note_lost(state, stopped);
+    }
+
+    /// The BARs that are where the guest has put them. A backend that names another address does not
+    /// decode there.
+    pub(super) fn agreeing(&self, state: &State, registers: Option<&Registers>) -> Vec<u8> {
+        let Some(registers) = registers else { return Vec::new() };
+        let agrees = |info: &&BarInfo| registers.address(info) == state.placed.address(info);
+        self.bars.iter().filter(agrees).map(|info| info.bar).collect()
     }
 
     /// Command and BARs, and whether the function is in D0.
@@ -114,6 +118,19 @@ impl<B: Backend> AttachedFunction<B> {
             debug!(function = self.index, bar, "memory slot: {failure}");
         }
         result.is_ok()
+    }
+
+    /// A write may have faulted for being tracked, and nobody knows where: lets all of them through.
+    pub(super) fn note_writes_anywhere(&self, hypervisor: &dyn Hypervisor, state: &mut State) {
+        for info in &self.bars {
+            let tracked =
+                |mapping: &BarMapping| mapping.mapped_at().is_some() && mapping.tracks_writes();
+            if state.mappings[usize::from(info.bar)].as_ref().is_some_and(tracked)
+                && !self.change(state, info.bar, BarMapping::note_all)
+            {
+                self.suspend(hypervisor, state, info.bar);
+            }
+        }
     }
 
     /// Takes a BAR's slot away; whether it is gone.
@@ -195,12 +212,15 @@ impl State {
     pub(super) fn slot(&self, bar: u8) -> SlotState {
         match &self.mappings[usize::from(bar)] {
             None => SlotState::Trapped,
+            Some(mapping) if mapping.is_quarantined() => SlotState::Trapped,
             Some(mapping) if mapping.mapped_at().is_some() => SlotState::Mapped,
             Some(_) => SlotState::Suspended,
         }
     }
 
+    /// Whether the function claims a space: it says so, and the guest wants it. A backend that says so
+    /// by itself could place BARs that the guest is only sizing, or has put aside, over its neighbours.
     pub(super) fn decodes(&self, space: AddressSpace) -> bool {
-        self.in_d0 && self.enables.of(space)
+        self.in_d0 && self.enables.of(space) && self.wanted.of(space)
     }
 }

@@ -54,10 +54,12 @@ impl x86::Bus for Recorder {
     }
 }
 
-/// A guest whose linear addresses are guest-physical ones.
+/// A guest whose linear addresses are guest-physical ones, and whose code goes round and round.
 struct Flat {
     state: VcpuState,
     code: Vec<u8>,
+    vector: Option<[u8; 64]>,
+    mask: Option<u64>,
 }
 
 impl StoppedVcpu for Flat {
@@ -70,17 +72,20 @@ impl StoppedVcpu for Flat {
     }
 
     fn read_ram(&self, address: GuestAddress, data: &mut [u8]) -> bool {
-        let from = usize::try_from(address.0 - RIP).unwrap();
-        data.copy_from_slice(&self.code[from..from + data.len()]);
+        let from = usize::try_from(address.0.wrapping_sub(self.state.code_address())).unwrap_or(0);
+        let rest = self.code.iter().cycle().skip(from % self.code.len());
+        data.iter_mut().zip(rest).for_each(|(byte, code)| *byte = *code);
         true
     }
 
-    fn vector(&self, _: usize) -> Option<[u8; 64]> {
-        None
+    fn vector(&self, number: usize) -> Option<[u8; 64]> {
+        assert!(number < 32, "vector register {number}");
+        self.vector
     }
 
-    fn mask(&self, _: usize) -> Option<u64> {
-        None
+    fn mask(&self, number: usize) -> Option<u64> {
+        assert!(number < 8, "mask register {number}");
+        self.mask
     }
 }
 
@@ -108,7 +113,7 @@ fn compare(bytes: &[u8], general: [u64; 16]) -> Option<()> {
     execute(&mut registers, &instruction, &mut recorder).ok()?;
 
     let state = VcpuState { general, rip: RIP, ..VcpuState::default() };
-    let located = locate(&Flat { state, code: bytes.to_vec() })
+    let located = locate(&Flat { state, code: bytes.to_vec(), vector: None, mask: None })
         .unwrap_or_else(|error| panic!("{instruction:?}: {error}"));
     let located = touched(
         located
@@ -176,4 +181,50 @@ fn what_an_instruction_accesses_is_what_was_located() {
         .unwrap();
     // The rest were not instructions, or not of the subset.
     assert!(executed.get() > 2_000, "{} cases were executed", executed.get());
+}
+
+/// Of one instruction: 64 lanes or 11008 bytes, in pieces within a page.
+const MOST_ACCESSES: usize = 160;
+
+fn any_state() -> impl Strategy<Value = VcpuState> {
+    let code = prop::sample::select(vec![CodeWidth::Bits16, CodeWidth::Bits32, CodeWidth::Bits64]);
+    let segments = prop::array::uniform6(prop_oneof![Just(0), register()]);
+    (prop::array::uniform16(register()), register(), segments, code, any::<bool>()).prop_map(
+        |(general, rip, [es, cs, ss, ds, fs, gs], code, stack32)| {
+            let segments = SegmentBases { es, cs, ss, ds, fs, gs };
+            VcpuState { general, rip, segments, code, stack32 }
+        },
+    )
+}
+
+#[test]
+fn no_bytes_make_it_panic_or_list_without_end() {
+    let located = std::cell::Cell::new(0_u32);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 10_000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    // EVEX with P0 as it must be, VEX, and anything.
+    let vex = (prop::sample::select(vec![0xc5_u8, 0xc4, 0x62, 0x8f]), 0_u8..8, any::<[u8; 14]>())
+        .prop_map(|(first, map, rest)| [&[first, 0xf0 | map], &rest[..]].concat());
+    let code = prop_oneof![encoding(), vex, prop::collection::vec(any::<u8>(), 1..32)];
+    let vector = prop::option::of(prop::collection::vec(any::<u8>(), 64));
+    let strategy = (any_state(), code, vector, any::<Option<u64>>());
+    runner
+        .run(&strategy, |(state, code, vector, mask)| {
+            let vector = vector.map(|bytes| bytes.try_into().unwrap());
+            let hostile = Flat { state, code, vector, mask };
+            if let Ok(accesses) = locate(&hostile) {
+                located.set(located.get() + 1);
+                prop_assert!(accesses.len() < MOST_ACCESSES, "{} accesses", accesses.len());
+                for GuestAccess { address, size, .. } in accesses {
+                    let within = address.0 % PAGE_SIZE + size <= PAGE_SIZE;
+                    prop_assert!(size > 0 && within, "{address} {size}");
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(located.get() > 2_500, "{} instructions were located", located.get());
 }

@@ -523,12 +523,17 @@ fn memory_that_may_have_refused_is_told_from_memory_that_can_not_have() {
         _ => Backing::Usable,
     };
     let (code, none, ram, broken) = (access(1, X), access(0, R), access(1, R), access(2, R));
+    let (also_none, gone_code) = (access(0, W), access(0, X));
     let (bar, other_bar) = (access(3, W), access(4, R));
     let unknown = FaultPlace::Unknown(Unlocated::NoSlot(7));
     let rows: &[(&[GuestAccess], FaultPlace)] = &[
         (&[], unknown.clone()),
         (&[code, ram], unknown.clone()),
-        (&[code, none], unknown.clone()),
+        // The slot was there when the access faulted.
+        (&[code, none], FaultPlace::Located(none)),
+        (&[code, none, ram, also_none], FaultPlace::OneOf(vec![none, also_none])),
+        (&[gone_code], FaultPlace::Located(gone_code)),
+        (&[code, none, broken], FaultPlace::Located(broken)),
         (&[code, bar], FaultPlace::Located(bar)),
         (&[code, ram, bar, none], FaultPlace::Located(bar)),
         (&[code, other_bar, bar], FaultPlace::OneOf(vec![other_bar, bar])),

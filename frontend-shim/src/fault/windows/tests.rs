@@ -96,3 +96,9 @@ proptest! {
         prop_assert_eq!(at, address + len as u64);
     }
 }
+
+#[test]
+fn an_empty_claim_claims_nothing() {
+    let table = WindowTable::new(vec![(0x1000, 0), (0, 0)]);
+    assert!(!table.is_claimed(0x1000) && !table.is_claimed(0));
+}

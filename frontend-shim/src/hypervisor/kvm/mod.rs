@@ -2,10 +2,11 @@
 //!
 //! The slots of a [`Kvm`] are `KVM_SET_USER_MEMORY_REGION` slots; their numbers go to the kernel as
 //! they are. Deleting one is synchronous in the kernel: the ioctl returns after every virtual CPU has
-//! left the old memory.
+//! left the old memory. Adding one of device memory takes a gate, see [`gate`].
 #![expect(unsafe_code, reason = "gives the kernel addresses of host memory to map into a guest")]
 
 mod complete;
+mod gate;
 mod paging;
 mod probe;
 mod stopped;
@@ -23,6 +24,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 
+use self::gate::{Closed, Gate};
 use self::vcpu::KvmVcpu;
 use self::xsave::XsaveLayout;
 use super::slots::{Slot, SlotTable};
@@ -54,6 +56,8 @@ struct Machine {
     vm: VmFd,
     /// Locked across the ioctl, so that this table and the kernel's change together.
     slots: Mutex<SlotTable>,
+    /// Locked after `slots`.
+    gate: Gate,
     /// Where KVM puts the vector registers.
     xsave: XsaveLayout,
 }
@@ -93,7 +97,8 @@ impl Kvm {
         }
         exit_on_emulation_failure(&vm)?;
         let xsave = XsaveLayout::new(&cpuid);
-        let machine = Arc::new(Machine { vm, slots: Mutex::default(), xsave });
+        let machine =
+            Arc::new(Machine { vm, slots: Mutex::default(), gate: Gate::default(), xsave });
         Ok(Kvm { machine, cpuid, slot_limit })
     }
 
@@ -117,6 +122,19 @@ impl Kvm {
 impl Machine {
     fn slots(&self) -> MutexGuard<'_, SlotTable> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds the slots that wait for instructions to be done, if none is half way any more.
+    fn add_waiting(&self) {
+        let slots = self.slots();
+        self.release(&slots, &self.gate.close());
+    }
+
+    fn release(&self, slots: &SlotTable, closed: &Closed<'_>) {
+        closed.release(|id| {
+            let added = slots.get(id).and_then(|slot| self.set_region(slot, slot.len));
+            added.inspect_err(|error| tracing::warn!("slot {id} stays without memory: {error}"))
+        });
     }
 
     fn set_region(&self, slot: &Slot, len: u64) -> Result<(), HypervisorError> {
@@ -150,13 +168,20 @@ impl Hypervisor for Kvm {
         let slot = Slot::new(slot, mapping)?;
         let mut slots = self.machine.slots();
         slots.admits(&slot)?;
-        self.machine.set_region(&slot, slot.len)?;
+        let closed = slot.memory.is_of_device().then(|| self.machine.gate.close());
+        match closed {
+            Some(closed) if closed.is_half_way() => closed.hold_back(slot.id),
+            _ => self.machine.set_region(&slot, slot.len)?,
+        }
         slots.insert(slot)
     }
 
     fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError> {
         let mut slots = self.machine.slots();
-        self.machine.set_region(slots.get(slot)?, 0)?;
+        let mapped = slots.get(slot)?;
+        if !self.machine.gate.withdraw(slot) {
+            self.machine.set_region(mapped, 0)?;
+        }
         slots.remove(slot).map(|_| ())
     }
 }

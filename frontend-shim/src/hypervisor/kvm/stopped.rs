@@ -5,10 +5,12 @@ use std::cell::OnceCell;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
+use super::complete::in_nested_guest;
 use super::xsave::Image;
 use super::{EFER_LMA, Machine};
 use crate::fault::{
-    Backing, CodeWidth, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState, locate, narrow,
+    Backing, CodeWidth, FaultAccess, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState,
+    locate, narrow,
 };
 use crate::hypervisor::{GuestAddress, SlotAccess};
 
@@ -23,6 +25,25 @@ pub(super) fn find_fault(fd: &VcpuFd, machine: &Machine) -> FaultPlace {
         Ok(narrow(stopped.state.rip, &accesses, |page, write| machine.backing(page, write)))
     });
     found.unwrap_or_else(FaultPlace::Unknown)
+}
+
+/// Finds the access to a slot that made KVM's emulator give up, if the instruction has one that can
+/// have been refused.
+pub(super) fn find_refusal(fd: &VcpuFd, machine: &Machine) -> Option<FaultPlace> {
+    if in_nested_guest(fd) {
+        return None;
+    }
+    let stopped = Stopped::new(fd, machine).ok()?;
+    let mut accesses = locate(&stopped).ok()?;
+    accesses.retain(|access| access.kind != Some(FaultAccess::Execute));
+    let place = narrow(stopped.state.rip, &accesses, |page, write| {
+        match machine.backing(page, write) {
+            // The emulator would have made an exit of it.
+            Backing::NoSlot => Backing::Usable,
+            backing => backing,
+        }
+    });
+    (!matches!(place, FaultPlace::Unknown(_))).then_some(place)
 }
 
 /// A virtual CPU outside of `KVM_RUN`.
@@ -103,6 +124,7 @@ impl Machine {
         let slots = self.slots();
         match slots.locate(page.0) {
             None => Backing::NoSlot,
+            Some((slot, _)) if self.gate.holds_back(slot.id) => Backing::NoSlot,
             // A write to a read-only slot exits as MMIO.
             Some((slot, _)) if write && slot.access == SlotAccess::ReadOnly => Backing::NoSlot,
             Some((slot, offset)) if !slot.memory.probe(offset, write) => Backing::Refused,

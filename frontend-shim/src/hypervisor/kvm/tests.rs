@@ -7,7 +7,7 @@ use super::xsave::Image;
 use super::*;
 use crate::fault::{FaultAccess, FaultPlace, GuestAccess, Unlocated};
 use crate::hypervisor::memory::Protection;
-use crate::hypervisor::{GuestAddress, HostMapping, PAGE_SIZE};
+use crate::hypervisor::{GuestAddress, HostMapping, PAGE_SIZE, VcpuExit};
 
 const RAM_SIZE: u64 = 0x20_0000;
 const TABLES: u64 = 0x1000;
@@ -161,7 +161,7 @@ fn a_stopped_vcpu_tells_which_of_its_accesses_can_have_faulted() {
         ("BAR to nothing", MOVE, BAR_PAGE, NO_SLOT_PAGE, located(access(BAR, 4, Read))),
         ("BAR to the stack", PUSH, 0, BAR_PAGE, located(access(BAR, 8, Read))),
         ("RAM", LOAD, 0, 0x6000, unknown(Unlocated::NoSlot(CODE))),
-        ("no slot", LOAD, 0, NO_SLOT_PAGE, unknown(Unlocated::NoSlot(CODE))),
+        ("slot gone since", LOAD, 0, NO_SLOT_PAGE + 8, located(access(BAR - 0xff8, 4, Read))),
         ("not mapped", LOAD, 0, UNMAPPED_PAGE, unknown(Unlocated::NotMapped(UNMAPPED_PAGE))),
         ("not canonical", LOAD, 0, 1 << 63, unknown(Unlocated::NotMapped(1 << 63))),
         (
@@ -194,13 +194,41 @@ fn memory_that_we_took_away_ourselves_is_the_culprit() {
 }
 
 #[test]
-fn a_write_to_a_read_only_slot_is_no_fault() {
+fn a_write_to_a_read_only_slot_has_no_slot() {
     let Some(guest) = guest(&[0x01, 0x07]) else { return }; // add [rdi], eax
     guest.kvm.unmap_slot(SlotId(1)).unwrap();
     let mapping = SlotMapping::whole(GuestAddress(BAR), &guest.bar);
     guest.kvm.map_slot(SlotId(1), SlotMapping { access: SlotAccess::ReadOnly, ..mapping }).unwrap();
     guest.registers(|regs| regs.rdi = BAR_PAGE);
-    assert_eq!(guest.vcpu.find_fault(), FaultPlace::Unknown(Unlocated::NoSlot(CODE)));
+    // Had it faulted, then before the slot became read-only.
+    assert_eq!(guest.vcpu.find_fault(), FaultPlace::Located(access(BAR, 4, Write)));
+}
+
+#[test]
+fn a_locked_access_to_a_device_that_refuses_is_a_fault_and_has_changed_nothing() {
+    let rows: [(&str, &[u8], u64); 3] = [
+        ("lock xadd [rdi], eax", &[0xf0, 0x0f, 0xc1, 0x07], 4),
+        ("lock cmpxchg8b [rdi]", &[0xf0, 0x0f, 0xc7, 0x0f], 8),
+        ("lock inc word [rdi]", &[0x66, 0xf0, 0xff, 0x07], 2),
+    ];
+    for (name, code, size) in rows {
+        let Some(mut guest) = guest(code) else { return };
+        guest.registers(|regs| (regs.rax, regs.rdi) = (0x1234, BAR_PAGE));
+        let before = guest.vcpu.fd().get_regs().unwrap();
+        let fault = loop {
+            match guest.vcpu.run().unwrap() {
+                // Where KVM emulates everything, refused memory exits as MMIO.
+                VcpuExit::MmioRead { data, .. } => data.fill(7),
+                VcpuExit::Interrupted => {}
+                VcpuExit::MemoryFault(fault) => break fault,
+                other => panic!("{name}: {other:?}"),
+            }
+        };
+        if !matches!(fault.place, FaultPlace::Reported(_)) {
+            assert_eq!(fault.place, FaultPlace::Located(access(BAR, size, Write)), "{name}");
+        }
+        assert_eq!(guest.vcpu.fd().get_regs().unwrap(), before, "{name}");
+    }
 }
 
 #[test]

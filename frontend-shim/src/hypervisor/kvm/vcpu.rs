@@ -11,9 +11,10 @@ use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 
 use super::complete::{Completion, Progress, in_nested_guest};
-use super::stopped::find_fault;
+use super::gate::{Entry, Pass};
+use super::stopped::{find_fault, find_refusal};
 use super::{EFER_LMA, Machine, failed};
-use crate::fault::FaultPlace;
+use crate::fault::{Backing, FaultPlace};
 use crate::hypervisor::{GuestAddress, HypervisorError, MemoryFault, Vcpu, VcpuEntry, VcpuExit};
 
 /// Bits of CR0, CR4 and EFER that make 64-bit mode (AMD64 APM volume 2, 14.6).
@@ -53,13 +54,17 @@ pub(super) struct KvmVcpu {
     // Declared before `machine`, so that it is closed while the memory of the slots still exists.
     fd: VcpuFd,
     machine: Arc<Machine>,
+    pass: Pass,
+    /// The registers before an instruction that KVM may yet find out it can't emulate.
+    before: Option<kvm_regs>,
     /// An instruction that KVM could not emulate and that is executed here.
     completion: Option<Completion>,
 }
 
 impl KvmVcpu {
     pub(super) fn new(fd: VcpuFd, machine: Arc<Machine>) -> KvmVcpu {
-        KvmVcpu { fd, machine, completion: None }
+        let pass = machine.gate.pass();
+        KvmVcpu { fd, machine, pass, before: None, completion: None }
     }
 
     pub(super) fn enter_long_mode(&self, entry: &VcpuEntry) -> Result<(), HypervisorError> {
@@ -141,10 +146,27 @@ impl KvmVcpu {
         Ok(step)
     }
 
-    /// After KVM's emulator gave up: the first exit of the instruction, executed here.
-    fn emulation_failed(&mut self) -> Result<VcpuExit<'_>, HypervisorError> {
+    /// After KVM's emulator gave up: the first exit of the instruction, executed here. Without a device to
+    /// exit for, it may be the memory of one that made the emulator give up, as it does where a locked
+    /// access is refused.
+    /// `before` has the registers of its beginning, unless they are still the same.
+    fn emulation_failed(
+        &mut self,
+        before: Option<kvm_regs>,
+    ) -> Result<VcpuExit<'_>, HypervisorError> {
         self.completion = Completion::new(&self.fd, &self.machine);
-        let step = if self.completion.is_some() { self.go_on()? } else { Step::GaveUp };
+        let step = if self.completion.is_some() {
+            self.go_on()?
+        } else if let Some(place) = find_refusal(&self.fd, &self.machine) {
+            // Also takes back the exception that older kernels have queued for the guest.
+            self.set_regs(match before {
+                Some(regs) => regs,
+                None => self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?,
+            })?;
+            Step::Fault(MemoryFault { place, private: false })
+        } else {
+            Step::GaveUp
+        };
         self.exit(step)
     }
 
@@ -197,11 +219,28 @@ impl Vcpu for KvmVcpu {
         // that have KVM_EXIT_MEMORY_FAULT (since 6.8) reset it when they begin to run the guest, but not
         // where KVM_RUN fails before that; a reason from an earlier run must not stay.
         self.fd.get_kvm_run().exit_reason = KVM_EXIT_UNKNOWN;
+        // Finishing what an exit is in hand for is all that KVM_RUN does then.
+        let entry = self.machine.gate.enter(&mut self.pass, &self.fd)?;
+        self.fd.set_kvm_immediate_exit(u8::from(entry == Entry::Finish));
         let fd: *mut VcpuFd = &mut self.fd;
         // SAFETY: this is `&mut self.fd`. The detour hides from the borrow checker that exits without
         // data end the borrow, which it can't see while other arms return theirs.
-        match unsafe { &mut *fd }.run() {
+        let result = unsafe { &mut *fd }.run();
+        let reading = matches!(
+            result,
+            Ok(kvm_ioctls::VcpuExit::MmioRead(..) | kvm_ioctls::VcpuExit::IoIn(..))
+        );
+        if self.machine.gate.leave(&self.pass, reading) {
+            self.machine.add_waiting();
+        }
+        let before = self.before.take();
+        match result {
             Ok(kvm_ioctls::VcpuExit::MmioRead(address, data)) => {
+                // Memory that refuses: where KVM emulates everything, it exits for the read, and gives up
+                // where the write has to be one locked access with it. Registers have changed by then.
+                if self.machine.backing(GuestAddress(address), false) != Backing::NoSlot {
+                    self.before = self.fd.get_regs().ok();
+                }
                 Ok(VcpuExit::MmioRead { address: GuestAddress(address), data })
             }
             Ok(kvm_ioctls::VcpuExit::MmioWrite(address, data)) => {
@@ -241,7 +280,7 @@ impl Vcpu for KvmVcpu {
                 // SAFETY: this exit holds no borrow of the fd, so that there is no other one.
                 match internal_error(unsafe { &mut *fd }) {
                     VcpuExit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, .. } => {
-                        self.emulation_failed()
+                        self.emulation_failed(before)
                     }
                     other => Ok(other),
                 }
@@ -266,6 +305,14 @@ impl Vcpu for KvmVcpu {
                 }
                 _ => Err(failed("KVM_RUN")(error)),
             },
+        }
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        if self.machine.gate.forget(&self.pass) {
+            self.machine.add_waiting();
         }
     }
 }

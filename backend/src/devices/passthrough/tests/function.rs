@@ -199,6 +199,29 @@ fn a_refused_window_leaves_no_trace() {
 }
 
 #[test]
+fn one_window_that_the_iommu_keeps_keeps_no_other() {
+    let (fake, mut function) = decoding();
+    for iova in [0x1000, 0x2000, 0x3000] {
+        function.dma_map(Iova(iova), 0x1000, DmaAccess::all(), memory(0x1000)).unwrap();
+    }
+    fake.state().stuck = Some(0x2000);
+    assert_eq!(function.disconnect(), Err(Errno::BUSY));
+    assert_eq!(fake.state().mapped, [(0x2000, 0x1000, DmaAccess::all())]);
+    fake.state().stuck = None;
+    function.disconnect().unwrap();
+    assert_eq!(fake.state().mapped, []);
+}
+
+#[test]
+fn a_device_that_was_left_asleep_is_awake_for_the_next_client() {
+    let (fake, mut function) = decoding();
+    assert_eq!(function.write(CONFIG, 0x64, &[3]), Completion::Done);
+    // The fake's reset changes nothing, as if there were none.
+    function.disconnect().unwrap();
+    assert_eq!(fake.state().config[0x64], 0);
+}
+
+#[test]
 fn when_a_client_leaves_the_device_is_silenced_before_its_memory_goes() {
     let (fake, mut function) = decoding();
     let msi = EventFd::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).unwrap();

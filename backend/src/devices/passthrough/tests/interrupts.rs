@@ -89,6 +89,10 @@ fn fewer_vectors_than_the_guest_enabled_are_better_than_none() {
             |f| wire(f, VfioIrq::Msi, 0, "+++"),
             &["Msi connect 0 +++-----", "Msi connect 0 ++"],
         ),
+        ("a write to another register", |f| write(f, 0x3c, 11), &[]),
+        ("a new eventfd for the last", |f| wire(f, VfioIrq::Msi, 1, "+"), &["Msi connect 1 +"]),
+        ("one for a vector that there is not", |f| wire(f, VfioIrq::Msi, 5, "+"), &[]),
+        ("fewer", |f| write(f, 0x42, 0x01), &["Msi disable", "Msi connect 0 +", "Msi trigger 0 !"]),
     ];
     play(&fake, false, steps);
 }
@@ -114,6 +118,21 @@ fn what_the_kernel_refuses_is_told_and_not_kept() {
     fake.state().irq_error = Some(Errno::NOSPC);
     let completion = function.write(VfioRegion::Config, 0x42, &[1]);
     assert_eq!(completion, Completion::Failed(Errno::NOSPC));
+}
+
+#[test]
+fn an_error_eventfd_that_the_kernel_refuses_takes_the_one_before_with_it() {
+    let fake = Fake::new(config(&[]));
+    let mut function = fake.function(false);
+    wire(&mut function, VfioIrq::Error, 0, "+");
+    fake.log();
+    fake.state().irq_error = Some(Errno::INVAL);
+    let fd = EventFd::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).unwrap();
+    let connect = IrqRequest::Connect { start: 0, eventfds: vec![Some(fd)] };
+    let refused = function.set_irqs(VfioIrq::Error, connect);
+    assert_eq!(refused, Err(VfioIrqError::Device(Errno::INVAL)));
+    // It would go to this client from the next one's session.
+    assert_eq!(fake.log(), ["Error connect 0 +", "Error connect 0 -"]);
 }
 
 #[test]
@@ -149,21 +168,45 @@ fn masks_and_triggers_reach_only_what_is_in_use() {
     fn all(start: u32, count: usize) -> IrqRequest {
         IrqRequest::Trigger { start, which: vec![true; count] }
     }
+    fn unmask_by(any: bool) -> IrqRequest {
+        let new = || EventFd::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).unwrap();
+        IrqRequest::UnmaskBy(any.then(new))
+    }
     let steps: &[Step] = &[
         ("mask an unused pin", |f| request(f, VfioIrq::Intx, IrqRequest::Mask), &[]),
         ("trigger an unused pin", |f| request(f, VfioIrq::Intx, all(0, 1)), &[]),
-        ("an unmasking eventfd", |f| request(f, VfioIrq::Intx, IrqRequest::UnmaskBy(None)), &[]),
+        ("an unmasking eventfd", |f| request(f, VfioIrq::Intx, unmask_by(true)), &[]),
+        ("none any more", |f| request(f, VfioIrq::Intx, unmask_by(false)), &[]),
         ("use the pin", |f| wire(f, VfioIrq::Intx, 0, "+"), &["Intx connect 0 +"]),
         ("mask", |f| request(f, VfioIrq::Intx, IrqRequest::Mask), &["Intx mask"]),
         ("unmask", |f| request(f, VfioIrq::Intx, IrqRequest::Unmask), &["Intx unmask"]),
+        ("by an eventfd", |f| request(f, VfioIrq::Intx, unmask_by(true)), &["Intx unmask by true"]),
+        // The kernel says EBUSY to a second one.
         (
-            "by none",
-            |f| request(f, VfioIrq::Intx, IrqRequest::UnmaskBy(None)),
-            &["Intx unmask by false"],
+            "by another",
+            |f| request(f, VfioIrq::Intx, unmask_by(true)),
+            &["Intx unmask by false", "Intx unmask by true"],
         ),
+        (
+            "a new pin",
+            |f| wire(f, VfioIrq::Intx, 0, "+"),
+            &["Intx disable", "Intx connect 0 +", "Intx unmask by true"],
+        ),
+        ("by none", |f| request(f, VfioIrq::Intx, unmask_by(false)), &["Intx unmask by false"]),
+        (
+            "by one that goes with the pin",
+            |f| {
+                request(f, VfioIrq::Intx, unmask_by(true));
+                request(f, VfioIrq::Intx, IrqRequest::Disable);
+            },
+            &["Intx unmask by true", "Intx disable"],
+        ),
+        ("the pin again", |f| wire(f, VfioIrq::Intx, 0, "+"), &["Intx connect 0 +"]),
         ("the error", |f| wire(f, VfioIrq::Error, 0, "+"), &["Error connect 0 +"]),
         ("trigger it", |f| request(f, VfioIrq::Error, all(0, 1)), &["Error trigger 0 !"]),
-        ("it goes", |f| wire(f, VfioIrq::Error, 0, "-"), &["Error disable"]),
+        ("it goes", |f| wire(f, VfioIrq::Error, 0, "-"), &["Error connect 0 -"]),
+        // The kernel refuses to disable what is not in use.
+        ("again", |f| request(f, VfioIrq::Error, IrqRequest::Disable), &["Error connect 0 -"]),
         ("MSI on", |f| write(f, 0x42, 0x11), &["Intx disable"]),
         ("wired", |f| wire(f, VfioIrq::Msi, 0, "++++"), &["Msi connect 0 ++"]),
         (

@@ -1,6 +1,8 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
 
+use rustix::io::Errno;
+
 use super::super::device::{IrqCommand, RegionDescription, VfioIrq};
 use super::super::kernel::{irq_set, sparse_areas};
 use super::super::{OpenError, PciAddress, iommu_group};
@@ -39,6 +41,9 @@ fn a_device_that_is_not_ready_is_refused_with_what_to_do() {
         text(iommu_group(sysfs.path(), address)).starts_with("there is no PCI device 0000:00:02.0")
     );
     std::fs::create_dir(&device).unwrap();
+    // No driver would help: vfio-pci itself refuses a device without a group.
+    assert_eq!(iommu_group(sysfs.path(), address), Err(OpenError::NoGroup(address)));
+    symlink("../../kernel/iommu_groups/17", device.join("iommu_group")).unwrap();
     let unbound = text(iommu_group(sysfs.path(), address));
     assert!(unbound.contains("not bound to vfio-pci but to no driver"), "{unbound}");
     symlink("../drivers/e1000e", device.join("driver")).unwrap();
@@ -52,11 +57,22 @@ fn a_device_that_is_not_ready_is_refused_with_what_to_do() {
     for driver in ["vfio-pci", "mlx5_vfio_pci"] {
         std::fs::remove_file(device.join("driver")).unwrap();
         symlink(format!("../drivers/{driver}"), device.join("driver")).unwrap();
-        let no_group = iommu_group(sysfs.path(), address);
-        assert_eq!(no_group, Err(OpenError::NoGroup(address)), "{driver}");
+        assert_eq!(iommu_group(sysfs.path(), address).as_deref(), Ok("17"), "{driver}");
     }
-    symlink("../../kernel/iommu_groups/17", device.join("iommu_group")).unwrap();
-    assert_eq!(iommu_group(sysfs.path(), address).as_deref(), Ok("17"));
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_is_told_with_what_to_do() {
+    let rows = [
+        (Errno::ACCESS, "/dev/vfio/17: Permission denied (os error 13); run as root, "),
+        (Errno::NOENT, "/dev/vfio/17: No such file or directory (os error 2); a container "),
+        (Errno::IO, "/dev/vfio/17: Input/output error (os error 5)"),
+    ];
+    for (errno, start) in rows {
+        let text = OpenError::File { path: "/dev/vfio/17".to_owned(), errno }.to_string();
+        assert!(text.starts_with(start) && !text.contains('\n'), "{text}");
+        assert!(!text.contains("modprobe"), "vfio-pci has the device by then: {text}");
+    }
 }
 
 #[test]
