@@ -42,6 +42,10 @@ pub trait Hypervisor: Send + Sync {
     /// Maps host memory into the guest. The hypervisor keeps the memory alive for as long as the slot
     /// exists.
     ///
+    /// An access that found no slot must not be completed from the memory of one that appears meanwhile:
+    /// for memory of a device ([`HostMapping::is_of_device`]), no virtual CPU may be inside the hypervisor
+    /// while the slot is added. The guest may still see MMIO exits there for a while after this returns.
+    ///
     /// # Errors
     /// [`HypervisorError::Misaligned`], [`HypervisorError::BadRange`], [`HypervisorError::SlotInUse`]
     /// and [`HypervisorError::SlotOverlap`] for a request that can't be right whatever the hypervisor;
