@@ -31,18 +31,20 @@ boot_guest() {
 }
 
 # boot_nested BOOT QEMU_ARGUMENT...: the same with the guest of the nested lab, whose processors have
-# SVM and which has QEMU's edu function behind an IOMMU.
+# SVM and which has QEMU's edu function behind an IOMMU. One thread emulates both processors, and timers
+# tick: with a thread each, memory slots that come and go thousands of times end in corrupted memory or
+# a lost timer of that guest's kernel, whatever VMM runs in it.
 boot_nested() {
   local boot=$1 status=0
   shift
   : > "$work/$boot.results"
   timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
-    -accel tcg,thread=multi -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
+    -accel tcg,thread=single -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
     -nodefaults -display none -no-reboot \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
     -device intel-iommu,intremap=on,caching-mode=on -device edu \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" \
-    -append "console=ttyS0 quiet panic=-1 intel_iommu=on $parameters" \
+    -append "console=ttyS0 quiet panic=-1 intel_iommu=on nohz=off highres=off $parameters" \
     "$@" "${extra_arguments[@]}" > "$work/$boot.qemu" 2>&1 &
   qemu=$!
   wait "$qemu" || status=$?
