@@ -2,7 +2,7 @@
 //! the instruction alone, because touching the memory itself could have effects.
 //!
 //! [`locate`] lists every access that the instruction makes, with guest-physical address, size and
-//! direction. [`narrow`] drops those that can't have faulted.
+//! direction. [`narrow()`] drops those that can't have faulted.
 
 mod lanes;
 mod narrow;

@@ -2,7 +2,7 @@
 //!
 //! The slots of a [`Kvm`] are `KVM_SET_USER_MEMORY_REGION` slots; their numbers go to the kernel as
 //! they are. Deleting one is synchronous in the kernel: the ioctl returns after every virtual CPU has
-//! left the old memory. Adding one of device memory takes a gate, see [`gate`].
+//! left the old memory. Adding one of device memory takes the gate of `gate.rs`.
 #![expect(unsafe_code, reason = "gives the kernel addresses of host memory to map into a guest")]
 
 mod complete;
