@@ -86,6 +86,8 @@ fn replies_that_nobody_reads_hold_few_descriptors() {
         let reply = peer.reply_to(id, command::GET_REGION_INFO);
         assert_eq!((reply.error, reply.fds.len()), (0, 1), "reply {id}");
     }
+    // The server closes what it has sent before it serves the next request.
+    assert_eq!(peer.config_u16(0), 0x1af4);
     assert_eq!(descriptors_of(&shared), held, "and none stays behind");
 }
 
