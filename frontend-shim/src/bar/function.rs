@@ -460,19 +460,19 @@ impl<B: Backend> AttachedFunction<B> {
             SuspendOrder::BackingFirst | SuspendOrder::FaultsOnly => false,
             SuspendOrder::Alternate => !state.memory_clears.is_multiple_of(2),
         };
-        if !slots_first {
-            for mapping in state.mappings.iter_mut().flatten() {
-                if let Err(failure) = mapping.refuse_access() {
-                    error!(function = self.index, "mprotect: {failure}");
-                }
-            }
-            self.forward(hypervisor, state, offset, data);
-            if self.suspend_order != SuspendOrder::FaultsOnly {
-                self.suspend_all(hypervisor, state);
-            }
-        } else {
+        if slots_first {
             self.suspend_all(hypervisor, state);
             self.forward(hypervisor, state, offset, data);
+            return;
+        }
+        for mapping in state.mappings.iter_mut().flatten() {
+            if let Err(failure) = mapping.refuse_access() {
+                error!(function = self.index, "mprotect: {failure}");
+            }
+        }
+        self.forward(hypervisor, state, offset, data);
+        if self.suspend_order != SuspendOrder::FaultsOnly {
+            self.suspend_all(hypervisor, state);
         }
     }
 

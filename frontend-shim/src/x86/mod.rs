@@ -9,6 +9,7 @@
 
 mod alu;
 mod execute;
+pub(crate) mod long_mode;
 mod operand;
 mod registers;
 mod resume;

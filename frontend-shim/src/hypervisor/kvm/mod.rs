@@ -37,9 +37,6 @@ use super::{
 /// way of RAM and of every PCI window.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-/// Long mode is active (AMD64 APM volume 2, 3.1.7).
-const EFER_LMA: u64 = 1 << 10;
-
 /// A virtual machine of Linux KVM.
 #[derive(Debug)]
 pub struct Kvm {

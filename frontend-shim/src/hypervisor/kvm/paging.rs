@@ -9,19 +9,15 @@ use kvm_bindings::kvm_sregs;
 
 use crate::hypervisor::slots::SlotTable;
 use crate::hypervisor::{GuestAddress, SlotAccess};
+use crate::x86::long_mode::{CR0_WP, CR4_LA57, LARGE, PRESENT, WRITABLE};
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
 const PROTECTION_KEY: u64 = 0xf << 59;
 /// Bits 12 to 51.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-const CR0_WP: u64 = 1 << 16;
-const CR4_LA57: u64 = 1 << 12;
 const CR4_SMAP: u64 = 1 << 21;
 const CR4_PKE: u64 = 1 << 22;
 const RFLAGS_AC: u64 = 1 << 18;

@@ -5,17 +5,15 @@ use std::cell::OnceCell;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
+use super::Machine;
 use super::complete::in_nested_guest;
 use super::xsave::Image;
-use super::{EFER_LMA, Machine};
 use crate::fault::{
     Backing, CodeWidth, FaultAccess, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState,
     locate, narrow,
 };
 use crate::hypervisor::{GuestAddress, SlotAccess};
-
-/// Linear addresses have 57 bits instead of 48 (AMD64 APM volume 2, 3.1.3).
-const CR4_LA57: u64 = 1 << 12;
+use crate::x86::long_mode::{CR4_LA57, EFER_LMA};
 
 /// Finds the access that made `KVM_RUN` fail: from registers, the guest's page tables and the
 /// instruction. Device memory is never touched.

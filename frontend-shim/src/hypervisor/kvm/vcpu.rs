@@ -13,30 +13,13 @@ use rustix::io::Errno;
 use super::complete::{Completion, Progress, in_nested_guest};
 use super::gate::{Entry, Pass};
 use super::stopped::{find_fault, find_refusal};
-use super::{EFER_LMA, Machine, failed};
+use super::{Machine, failed};
 use crate::fault::{Backing, FaultPlace};
 use crate::hypervisor::{GuestAddress, HypervisorError, MemoryFault, Vcpu, VcpuEntry, VcpuExit};
-
-/// Bits of CR0, CR4 and EFER that make 64-bit mode (AMD64 APM volume 2, 14.6).
-const CR0_PE: u64 = 1 << 0;
-const CR0_MP: u64 = 1 << 1;
-const CR0_ET: u64 = 1 << 4;
-const CR0_NE: u64 = 1 << 5;
-const CR0_WP: u64 = 1 << 16;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME: u64 = 1 << 8;
-
-/// RFLAGS with nothing but the bit that is always one.
-const RFLAGS_RESERVED: u64 = 1 << 1;
-
-/// Selectors that a GDT would have; nothing reloads a segment, so there is none.
-const CODE_SELECTOR: u16 = 0x08;
-const DATA_SELECTOR: u16 = 0x10;
-
-/// Segment types (AMD64 APM volume 2, 4.7 and 4.8).
-const TYPE_CODE_READ_ACCESSED: u8 = 0xb;
-const TYPE_DATA_WRITE_ACCESSED: u8 = 0x3;
+use crate::x86::long_mode::{
+    CODE_SELECTOR, CR0, CR4_PAE, DATA_SELECTOR, EFER, RFLAGS_RESERVED, TYPE_CODE_READ_ACCESSED,
+    TYPE_DATA_WRITE_ACCESSED,
+};
 
 /// Exception vector of an instruction that does not exist (AMD64 APM volume 2, 8.2.7).
 const INVALID_OPCODE: u8 = 6;
@@ -89,10 +72,10 @@ impl KvmVcpu {
             ..data
         };
         (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
-        sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG;
+        sregs.cr0 = CR0;
         sregs.cr3 = entry.page_table_root.0;
         sregs.cr4 = CR4_PAE;
-        sregs.efer = EFER_LME | EFER_LMA;
+        sregs.efer = EFER;
         self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
         self.set_regs(kvm_regs {
             rip: entry.rip,

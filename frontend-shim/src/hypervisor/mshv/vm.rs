@@ -20,23 +20,10 @@ use super::message::{MESSAGE_SIZE, Message};
 use super::policy::MapPlan;
 use crate::hypervisor::{FaultAccess, GuestAddress, HypervisorError, SlotAccess, VcpuEntry};
 use crate::x86::Registers;
-
-/// Bits of CR0, CR4 and EFER that make 64-bit mode (AMD64 APM volume 2, 14.6).
-const CR0: u64 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1 << 0;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-
-/// RFLAGS with nothing but the bit that is always one.
-const RFLAGS_RESERVED: u64 = 1 << 1;
-
-/// Selectors that a GDT would have; nothing reloads a segment, so there is none.
-const CODE_SELECTOR: u16 = 0x08;
-const DATA_SELECTOR: u16 = 0x10;
-
-/// Segment types (AMD64 APM volume 2, 4.7 and 4.8).
-const TYPE_CODE_READ_ACCESSED: u8 = 0xb;
-const TYPE_DATA_WRITE_ACCESSED: u8 = 0x3;
+use crate::x86::long_mode::{
+    CODE_SELECTOR, CR0, CR4_PAE, DATA_SELECTOR, EFER, RFLAGS_RESERVED, TYPE_CODE_READ_ACCESSED,
+    TYPE_DATA_WRITE_ACCESSED,
+};
 
 /// A partition of the kernel's driver.
 #[derive(Debug)]
@@ -159,7 +146,7 @@ impl Processor for IoctlProcessor {
         sregs.cr0 = CR0;
         sregs.cr3 = entry.page_table_root.0;
         sregs.cr4 = CR4_PAE;
-        sregs.efer = EFER_LME | EFER_LMA;
+        sregs.efer = EFER;
         self.vcpu.set_sregs(&sregs).map_err(failed("HVCALL_SET_VP_REGISTERS"))?;
         let regs = StandardRegisters {
             rip: entry.rip,

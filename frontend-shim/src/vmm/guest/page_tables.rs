@@ -6,6 +6,7 @@
 
 use super::GuestError;
 use crate::hypervisor::{GuestAddress, HostMapping};
+use crate::x86::long_mode::{LARGE, PRESENT, WRITABLE};
 
 /// Where 64-bit BARs may be.
 pub const MMIO_WINDOW: GuestAddress = GuestAddress(64 << 30);
@@ -16,10 +17,6 @@ const GIB: u64 = 1 << 30;
 const LOW_GIBS: u64 = 4;
 const LARGE_PAGE: u64 = 2 << 20;
 const TABLE_SIZE: u64 = 0x1000;
-
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const LARGE: u64 = 1 << 7;
 
 /// Writes the tables from `root` on: PML4, PDPT, one page directory per mapped GiB.
 pub(super) fn install(ram: &HostMapping, root: u64) -> Result<(), GuestError> {
