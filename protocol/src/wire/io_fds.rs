@@ -3,6 +3,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::WireError;
 use super::device::{RawInfo, prefix};
+use super::limits::MAX_MESSAGE_FDS;
 use super::request::{argsz_of, with_argsz};
 
 /// Asks for the file descriptors that stand for parts of a region
@@ -103,6 +104,10 @@ struct RawIoFd {
     value: u64,
 }
 
+/// A message has no more descriptors; room for more entries was not counted but allocated.
+#[expect(clippy::cast_possible_truncation, reason = "it is 16")]
+const MAX_COUNTED: u32 = MAX_MESSAGE_FDS as u32;
+
 const TYPE_EVENTFD: u32 = 0;
 const TYPE_IOREGION: u32 = 1;
 const EVENTFD_DATAMATCH: u32 = 1 << 0;
@@ -127,15 +132,16 @@ impl IoFdsQuery {
 
     /// The layout that the asker expects.
     ///
-    /// Nothing in the protocol says it, so it is taken from `argsz`: room for a whole number of
-    /// 48-byte entries that is not one of 40-byte entries too is a client made with libvfio-user's
-    /// header. Everything else, also a query without room for entries, is the specification's. Where
-    /// both fit (room for 6 or a multiple of 6 entries of 40 bytes) it is the specification's.
+    /// Nothing in the protocol says it, so it is taken from `argsz`. Room for 1 to 16 whole entries
+    /// of 48 bytes that is not whole in 40 bytes too is a client made with libvfio-user's header, as
+    /// its tests are. Everything else is the specification's: a query without room for entries, room
+    /// that is whole in both (6 or 12 entries of 40 bytes), and the round size of a buffer.
     #[must_use]
     pub fn layout(&self) -> IoFdLayout {
         let room = self.argsz.saturating_sub(Self::FIXED_SIZE);
         let whole = |layout: IoFdLayout| room.is_multiple_of(layout.entry_size());
-        if whole(IoFdLayout::Libvfio) && !whole(IoFdLayout::Spec) {
+        let counted = room / IoFdLayout::Libvfio.entry_size() <= MAX_COUNTED;
+        if counted && whole(IoFdLayout::Libvfio) && !whole(IoFdLayout::Spec) {
             IoFdLayout::Libvfio
         } else {
             IoFdLayout::Spec
