@@ -89,14 +89,11 @@ impl<'a> SetIrqs<'a> {
         if set.start.checked_add(set.count).is_none() {
             return Err(WireError::Range { address, size });
         }
-        if set.count == 0 && !set.disables_index() {
-            return Err(WireError::Count(0));
-        }
         Ok(set)
     }
 
     /// Whether it takes away everything of the index: "a count (and start) of 0, with data flags of
-    /// NONE". It is the only form with count 0.
+    /// NONE". Every other form with count 0 means no vector, as in VFIO.
     #[must_use]
     pub fn disables_index(&self) -> bool {
         (self.action, self.data, self.start, self.count)
