@@ -135,13 +135,9 @@ impl DmaUnmap {
         let (address, size) = (raw.address, raw.size);
         let rest = &body[size_of::<RawDmaUnmap>()..];
         let mut bitmap = None;
-        if flags.contains(DmaUnmapFlags::ALL) {
-            if flags != DmaUnmapFlags::ALL {
-                return Err(WireError::Flags(raw.flags));
-            }
-            if (address, size) != (0, 0) {
-                return Err(WireError::Range { address, size });
-            }
+        // With a bitmap this leaves nothing to be right: a bitmap's range must not be empty.
+        if flags.contains(DmaUnmapFlags::ALL) && (address, size) != (0, 0) {
+            return Err(WireError::Range { address, size });
         }
         if flags.contains(DmaUnmapFlags::DIRTY_BITMAP) {
             bitmap = Some(exact::<BitmapRequest>(rest)?.checked(address, size)?);
