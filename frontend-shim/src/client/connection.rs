@@ -60,7 +60,7 @@ impl Connection {
             // One read at a time, and then the clock. Waiting in the read itself, and not in a poll
             // before it, saves a system call for each request.
             let frame = match self.receiver.receive_within(&self.socket, 1)? {
-                Received::Frame(frame) => frame,
+                Received::Message(message) => message.into_frame(),
                 Received::Refused(..) => return Err(ClientError::Protocol("oversized message")),
                 Received::Pending => {
                     self.check(expires)?;
