@@ -1,26 +1,59 @@
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
-use barkeep_protocol::wire::{Command, Errno, MessageId, MessageKind};
+use barkeep_protocol::wire::{Command, Errno, Header, MessageKind};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+    socket_with,
+};
 
 use super::ClientError;
+use super::waiters::{Ticket, Turn, Waiters};
 
-/// A stream with a deadline for each request: send, then wait for the answer.
+/// A stream that any number of threads use at a time, with a deadline for each request.
 ///
-/// The deadline covers the whole exchange. A backend that drips bytes, or sends commands of its own
-/// without end, gains no time.
+/// A thread sends its request and then waits for the reply with the id of its own. One of those that
+/// wait reads the socket, in the read itself, and hands the others what is theirs: alone, a request
+/// is one send and one receive.
+///
+/// The deadline covers the whole exchange, of those that read and of those that sleep. A backend that
+/// drips bytes, or sends commands of its own without end, gains no time. A missed deadline ends the
+/// session: the guest has gone on by then, with all ones, and a device that does what was asked of it
+/// long ago is worse than one that is gone.
+///
+/// Locks are taken in the order of the fields.
 #[derive(Debug)]
 pub(super) struct Connection {
+    /// Of who reads.
+    receiving: Mutex<Receiver>,
+    /// Held while the socket is given what it takes at once.
+    sending: Mutex<Sender>,
+    waiters: Mutex<Waiters>,
+    /// As in `waiters`, to be seen without its lock.
+    ended: AtomicBool,
     socket: OwnedFd,
-    receiver: Receiver,
-    sender: Sender,
-    next_id: u16,
     deadline: Duration,
 }
+
+/// The successful answer to a request.
+#[derive(Debug)]
+pub(super) struct Reply<'a> {
+    pub(super) body: &'a [u8],
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// Takes the reply where it is, without a copy.
+type Take<'a> = &'a mut dyn FnMut(Reply<'_>);
+
+/// A full send buffer is waited for in `poll` and not under the lock of those that send: the kernel
+/// rounds this up to its tick.
+const SEND_TIMEOUT: Duration = Duration::from_millis(1);
 
 impl Connection {
     pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
@@ -29,75 +62,241 @@ impl Connection {
             .map_err(ClientError::Connect)?;
         // Each wait in the kernel ends early enough for the clock to be looked at: a request takes
         // its deadline and one of these at most. A full backlog makes connect wait as well.
-        let slice = (deadline / 4).max(Duration::from_millis(1));
+        let slice = slice(deadline);
         for timeout in [Timeout::Send, Timeout::Recv] {
             set_socket_timeout(&socket, timeout, Some(slice)).map_err(ClientError::Connect)?;
         }
         let address = SocketAddrUnix::new(path).map_err(ClientError::Connect)?;
         connect(&socket, &address).map_err(ClientError::Connect)?;
+        set_socket_timeout(&socket, Timeout::Send, Some(SEND_TIMEOUT))
+            .map_err(ClientError::Connect)?;
         Ok(Self {
+            receiving: Mutex::default(),
+            sending: Mutex::default(),
+            waiters: Mutex::default(),
+            ended: AtomicBool::new(false),
             socket,
-            receiver: Receiver::default(),
-            sender: Sender::default(),
-            next_id: 0,
             deadline,
         })
     }
 
-    /// Sends a command and returns its successful reply.
-    pub(super) fn call(
-        &mut self,
+    /// Sends a command and returns what `take` makes of its successful reply.
+    pub(super) fn call<T>(
+        &self,
         command: Command,
         body: Vec<u8>,
         fds: Vec<OwnedFd>,
-    ) -> Result<Frame, ClientError> {
+        mut take: impl FnMut(Reply<'_>) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
         let expires = Instant::now() + self.deadline;
-        let id = MessageId(self.next_id);
-        self.next_id = self.next_id.wrapping_add(1);
-        self.sender.queue(Frame::command(id, command, body).with_fds(fds));
-        self.flush(expires)?;
-        loop {
-            // One read at a time, and then the clock. Waiting in the read itself, and not in a poll
-            // before it, saves a system call for each request.
-            let frame = match self.receiver.receive_within(&self.socket, 1)? {
-                Received::Frame(frame) => frame,
-                Received::Refused(..) => return Err(ClientError::Protocol("oversized message")),
-                Received::Pending => {
-                    self.check(expires)?;
-                    continue;
-                }
-                Received::Closed => return Err(ClientError::Gone),
-            };
-            let ours = (frame.header.id, frame.header.command) == (id, command.code());
-            match frame.header.kind {
-                MessageKind::Reply { error: None } if ours => return Ok(frame),
-                MessageKind::Reply { error: Some(errno) } if ours => {
-                    return Err(ClientError::Refused(errno));
-                }
-                MessageKind::Reply { .. } => {
-                    return Err(ClientError::Protocol("reply to another request"));
-                }
-                // The server's own commands, which are not served here, may come in between.
-                MessageKind::Command { no_reply } => {
-                    if !no_reply {
-                        let header = frame.header;
-                        self.sender.queue(Frame::error(header.id, header.command, Errno::NOTSUP));
-                        self.flush(expires)?;
-                    }
-                    self.check(expires)?;
-                }
-            }
+        let ticket = lock(&self.waiters).enter(command.code()).ok_or(ClientError::Gone)?;
+        let frame = Frame::command(ticket.id, command, body).with_fds(fds);
+        let mut taken = None;
+        let result = self.send(ticket, frame, expires).and_then(|()| {
+            self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
+        });
+        if let Err(error) = &result {
+            lock(&self.waiters).leave(ticket);
+            self.note(error);
+        }
+        result?;
+        // A reply that can't be read ends the session like one that does not come.
+        taken.unwrap_or(Err(ClientError::Gone)).inspect_err(|error| self.note(error))
+    }
+
+    /// Whether no request can succeed any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Ends the session, whoever waits or reads: they return at once.
+    pub(super) fn end(&self) {
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            lock(&self.waiters).end();
+            // It may be gone already, which is as good.
+            let _ = shutdown(&self.socket, Shutdown::Both);
         }
     }
 
-    fn flush(&mut self, expires: Instant) -> Result<(), ClientError> {
-        while self.sender.flush(&self.socket)? == Flush::Blocked {
-            self.check(expires)?;
+    /// Ends the session unless the backend just said no.
+    fn note(&self, error: &ClientError) {
+        if error.ends_session() {
+            self.end();
+        }
+    }
+
+    fn send(&self, ticket: Ticket, frame: Frame, expires: Instant) -> Result<(), ClientError> {
+        let flushed = {
+            let mut sender = lock(&self.sending);
+            sender.queue(frame);
+            sender.flush(&self.socket)?
+        };
+        match flushed {
+            Flush::Done => Ok(()),
+            Flush::Blocked => self.push(ticket, expires),
+        }
+    }
+
+    /// Goes on sending to a backend that does not read, perhaps because nobody reads what it has
+    /// sent.
+    fn push(&self, ticket: Ticket, expires: Instant) -> Result<(), ClientError> {
+        while !lock(&self.waiters).is_answered(ticket) {
+            let reading = self.try_read();
+            let interest = if reading.is_some() { PollFlags::IN } else { PollFlags::empty() };
+            let found =
+                wait_for(self.socket.as_fd(), interest | PollFlags::OUT, self.left(expires)?)?;
+            if let Some(reading) = reading.filter(|_| !(found - PollFlags::OUT).is_empty()) {
+                reading.receive(None, expires)?;
+            }
+            if lock(&self.sending).flush(&self.socket)? == Flush::Done {
+                break;
+            }
         }
         Ok(())
     }
 
-    fn check(&self, expires: Instant) -> Result<(), ClientError> {
-        if Instant::now() < expires { Ok(()) } else { Err(ClientError::Deadline(self.deadline)) }
+    fn await_reply(
+        &self,
+        ticket: Ticket,
+        expires: Instant,
+        take: Take<'_>,
+    ) -> Result<(), ClientError> {
+        loop {
+            let turn = lock(&self.waiters).turn(ticket);
+            match turn {
+                Turn::Answered(answer) => {
+                    let result = match answer.error {
+                        None => {
+                            take(Reply { body: &answer.body, fds: answer.fds });
+                            Ok(())
+                        }
+                        Some(errno) => Err(ClientError::Refused(errno)),
+                    };
+                    lock(&self.waiters).give_back(answer.body);
+                    return result;
+                }
+                Turn::Ended => return Err(ClientError::Gone),
+                Turn::Lead => {
+                    let reading = Reading { connection: self };
+                    while !reading.receive(Some((ticket, take)), expires)? {
+                        self.left(expires)?;
+                    }
+                    return Ok(());
+                }
+                Turn::Sleep => std::thread::park_timeout(self.left(expires)?),
+            }
+        }
     }
+
+    /// Becomes the one that reads, if nobody does.
+    fn try_read(&self) -> Option<Reading<'_>> {
+        lock(&self.waiters).lead().then_some(Reading { connection: self })
+    }
+
+    /// Sends a reply of ours. A backend that reads none of them gets no more commands served.
+    fn reply(&self, frame: Frame, expires: Instant) -> Result<(), ClientError> {
+        lock(&self.sending).queue(frame);
+        while lock(&self.sending).flush(&self.socket)? == Flush::Blocked {
+            wait_for(self.socket.as_fd(), PollFlags::OUT, self.left(expires)?)?;
+        }
+        Ok(())
+    }
+
+    /// Time until `expires`.
+    fn left(&self, expires: Instant) -> Result<Duration, ClientError> {
+        if self.has_ended() {
+            return Err(ClientError::Gone);
+        }
+        let left = expires.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ClientError::Deadline(self.deadline)) } else { Ok(left) }
+    }
+}
+
+/// The right to read the socket; somebody else gets it when this one is dropped.
+struct Reading<'a> {
+    connection: &'a Connection,
+}
+
+impl Reading<'_> {
+    /// Reads once, and passes on what has come; whether that was the reply to `mine`.
+    fn receive(
+        &self,
+        mine: Option<(Ticket, Take<'_>)>,
+        expires: Instant,
+    ) -> Result<bool, ClientError> {
+        let connection = self.connection;
+        let mut receiver = lock(&connection.receiving);
+        // One read at a time, and then the clock. Waiting in the read itself, and not in a poll
+        // before it, saves a system call for each request.
+        match receiver.receive_within(&connection.socket, 1)? {
+            Received::Frame(Frame { header, body, fds }) => match header.kind {
+                MessageKind::Reply { error } => self.hand_out(mine, &header, error, &body, fds),
+                MessageKind::Command { no_reply } => {
+                    // The server's own commands may come in between.
+                    if !no_reply {
+                        let refusal = Frame::error(header.id, header.command, Errno::NOTSUP);
+                        connection.reply(refusal, expires)?;
+                    }
+                    Ok(false)
+                }
+            },
+            Received::Refused(..) => Err(ClientError::Protocol("oversized message")),
+            Received::Pending => Ok(false),
+            Received::Closed => Err(ClientError::Gone),
+        }
+    }
+
+    fn hand_out(
+        &self,
+        mine: Option<(Ticket, Take<'_>)>,
+        header: &Header,
+        error: Option<Errno>,
+        body: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<bool, ClientError> {
+        let mut waiters = lock(&self.connection.waiters);
+        let ticket = Ticket { id: header.id, command: header.command };
+        match (mine, error) {
+            (Some((mine, take)), None) if mine == ticket => {
+                waiters.leave(mine);
+                drop(waiters);
+                take(Reply { body, fds });
+                Ok(true)
+            }
+            (Some((mine, _)), Some(errno)) if mine == ticket => Err(ClientError::Refused(errno)),
+            _ if waiters.answer(header, error, body, fds) => Ok(false),
+            _ => Err(ClientError::Protocol("reply to no request of ours")),
+        }
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        lock(&self.connection.waiters).pass_on();
+    }
+}
+
+/// Waits until a descriptor is ready, at most `timeout`; tells for what.
+fn wait_for(
+    fd: BorrowedFd<'_>,
+    interest: PollFlags,
+    timeout: Duration,
+) -> Result<PollFlags, ClientError> {
+    let mut polled = [PollFd::from_borrowed_fd(fd, interest)];
+    let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+    match poll(&mut polled, Some(&timeout)) {
+        Ok(_) => Ok(polled[0].revents()),
+        Err(Errno::INTR) => Ok(PollFlags::empty()),
+        Err(errno) => Err(barkeep_protocol::transport::TransportError::Socket(errno).into()),
+    }
+}
+
+/// How long one read may take: the clock is looked at after each.
+fn slice(deadline: Duration) -> Duration {
+    (deadline / 4).max(Duration::from_millis(1))
+}
+
+/// Locks what every holder leaves valid.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

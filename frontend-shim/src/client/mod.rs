@@ -2,6 +2,7 @@
 
 mod connection;
 mod error;
+mod waiters;
 
 #[cfg(test)]
 mod tests;
@@ -11,8 +12,7 @@ pub use error::ClientError;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
@@ -21,21 +21,20 @@ use barkeep_protocol::wire::{
     WireError,
 };
 
-use self::connection::Connection;
+use self::connection::{Connection, Reply};
 
 /// How long a backend may take for one answer. A vCPU is waiting: longer than any device needs, and
 /// short enough that a guest survives it.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A connected client. All methods may be called from any thread; requests are sent one at a time.
+/// A connected client. All methods may be called from any number of threads at a time. The requests
+/// of one thread reach the server in their order: each waits for its answer.
 ///
 /// Once the backend has gone, or has not answered in time, every call fails at once: an answer that
 /// comes too late can't be told from the answer to a later question.
 pub struct Client {
     path: PathBuf,
-    connection: Mutex<Connection>,
-    /// Kept beside the connection so that a dead one is noticed without waiting for its lock.
-    dead: AtomicBool,
+    connection: Arc<Connection>,
     extensions: BarkeepExtensions,
     transfer_size: u32,
 }
@@ -46,17 +45,17 @@ impl Client {
     /// # Errors
     /// [`ClientError`] when nobody listens, no common version exists or `deadline` passes.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
-        let mut connection = Connection::open(path, deadline)?;
+        let connection = Connection::open(path, deadline)?;
         let proposal = Version::proposal();
-        let reply = connection.call(Command::Version, proposal.to_bytes(), Vec::new())?;
-        let answer = Version::parse(&reply.body)?;
+        let bytes = proposal.to_bytes();
+        let answer = connection
+            .call(Command::Version, bytes, Vec::new(), |reply| Ok(Version::parse(reply.body)?))?;
         if answer.major != proposal.major || answer.minor > proposal.minor {
             return Err(ClientError::Version { major: answer.major, minor: answer.minor });
         }
         Ok(Self {
             path: path.to_owned(),
-            connection: Mutex::new(connection),
-            dead: AtomicBool::new(false),
+            connection: Arc::new(connection),
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
             transfer_size: answer.capabilities.data_xfer_size(),
         })
@@ -77,7 +76,7 @@ impl Client {
     /// Whether the backend is gone for this session.
     #[must_use]
     pub fn is_dead(&self) -> bool {
-        self.dead.load(Ordering::Acquire)
+        self.connection.has_ended()
     }
 
     /// What the device is ("VFIO_USER_DEVICE_GET_INFO").
@@ -86,8 +85,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
         let query = InfoQuery { index: 0, argsz: 16 }.to_irq_bytes();
-        let body = self.call(Command::GetInfo, query)?;
-        self.parsed(DeviceInfo::parse(&body))
+        self.call(Command::GetInfo, query, DeviceInfo::parse)
     }
 
     /// What a region is, with the file to map if it can be mapped.
@@ -99,14 +97,19 @@ impl Client {
         // The first answer may tell that a complete one is larger; the second one is complete.
         for _ in 0..2 {
             let query = InfoQuery { index, argsz }.to_region_bytes();
-            let reply = self.call_with_fds(Command::GetRegionInfo, query, Vec::new())?;
-            let (info, needed) = self.parsed(RegionInfo::parse(&reply.body))?;
+            let take = |reply: Reply<'_>| {
+                let (info, needed) = RegionInfo::parse(reply.body)?;
+                Ok((info, needed, reply.fds.into_iter().next()))
+            };
+            let (info, needed, file) =
+                self.call_with_fds(Command::GetRegionInfo, query, Vec::new(), take)?;
             if needed <= argsz {
-                return Ok((info, reply.fds.into_iter().next()));
+                return Ok((info, file));
             }
             argsz = needed.min(MAX_REGION_INFO);
         }
-        Err(self.fail(ClientError::Protocol("region info does not settle")))
+        self.connection.end();
+        Err(ClientError::Protocol("region info does not settle"))
     }
 
     /// What an interrupt index is.
@@ -115,8 +118,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
         let query = InfoQuery { index, argsz: 16 }.to_irq_bytes();
-        let body = self.call(Command::GetIrqInfo, query)?;
-        self.parsed(IrqInfo::parse(&body))
+        self.call(Command::GetIrqInfo, query, IrqInfo::parse)
     }
 
     /// Configures interrupts.
@@ -124,8 +126,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn set_irqs(&self, set: &SetIrqs<'_>, eventfds: Vec<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds)?;
-        Ok(())
+        self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds, |_| Ok(()))
     }
 
     /// Announces a window of guest memory.
@@ -133,8 +134,8 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_map(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::DmaMap, map.to_bytes(), file.into_iter().collect())?;
-        Ok(())
+        let file = file.into_iter().collect();
+        self.call_with_fds(Command::DmaMap, map.to_bytes(), file, |_| Ok(()))
     }
 
     /// Withdraws a window of guest memory. When it returns, the backend does not use it any more.
@@ -142,8 +143,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
-        self.call(Command::DmaUnmap, unmap.to_bytes())?;
-        Ok(())
+        self.call(Command::DmaUnmap, unmap.to_bytes(), |_| Ok(()))
     }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
@@ -157,13 +157,14 @@ impl Client {
         data: &mut [u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        let body = self.call(Command::RegionRead, access.to_bytes())?;
-        let reply = self.parsed(RegionData::parse(&body))?;
-        if reply.data.len() != data.len() {
-            return Err(self.fail(ClientError::Protocol("read reply of another length")));
-        }
-        data.copy_from_slice(reply.data);
-        Ok(())
+        self.call_with_fds(Command::RegionRead, access.to_bytes(), Vec::new(), |reply| {
+            let reply = RegionData::parse(reply.body)?;
+            if reply.data.len() != data.len() {
+                return Err(ClientError::Protocol("read reply of another length"));
+            }
+            data.copy_from_slice(reply.data);
+            Ok(())
+        })
     }
 
     /// Writes to a region. When it returns, the backend has done it.
@@ -172,8 +173,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        self.call(Command::RegionWrite, RegionData { access, data }.to_bytes())?;
-        Ok(())
+        self.call(Command::RegionWrite, RegionData { access, data }.to_bytes(), |_| Ok(()))
     }
 
     /// Resets the function.
@@ -181,8 +181,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn reset(&self) -> Result<(), ClientError> {
-        self.call(Command::Reset, Vec::new())?;
-        Ok(())
+        self.call(Command::Reset, Vec::new(), |_| Ok(()))
     }
 
     /// Forwards a memory fault (extension `memory_fault`).
@@ -193,8 +192,7 @@ impl Client {
         if !self.extensions.memory_fault {
             return Err(ClientError::NotOffered("memory_fault"));
         }
-        let body = self.call(Command::MemoryFault, report.to_bytes())?;
-        self.parsed(FaultVerdict::parse(&body))
+        self.call(Command::MemoryFault, report.to_bytes(), FaultVerdict::parse)
     }
 
     /// Decode, epoch and counters of a region (extension `region_state`).
@@ -206,8 +204,7 @@ impl Client {
             return Err(ClientError::NotOffered("region_state"));
         }
         let query = RegionStateQuery { region }.to_bytes();
-        let body = self.call(Command::RegionState, query)?;
-        self.parsed(RegionState::parse(&body))
+        self.call(Command::RegionState, query, RegionState::parse)
     }
 
     fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {
@@ -218,35 +215,33 @@ impl Client {
         Ok(RegionAccess { offset, region, count })
     }
 
-    fn call(&self, command: Command, body: Vec<u8>) -> Result<Vec<u8>, ClientError> {
-        Ok(self.call_with_fds(command, body, Vec::new())?.body)
+    fn call<T>(
+        &self,
+        command: Command,
+        body: Vec<u8>,
+        parse: impl Fn(&[u8]) -> Result<T, WireError>,
+    ) -> Result<T, ClientError> {
+        self.call_with_fds(command, body, Vec::new(), |reply| Ok(parse(reply.body)?))
     }
 
-    fn call_with_fds(
+    fn call_with_fds<T>(
         &self,
         command: Command,
         body: Vec<u8>,
         fds: Vec<OwnedFd>,
-    ) -> Result<barkeep_protocol::transport::Frame, ClientError> {
-        // A thread that panicked in a call left the stream in an unknown state, like a lost answer.
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        take: impl FnMut(Reply<'_>) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
         if self.is_dead() {
             return Err(ClientError::Gone);
         }
-        connection.call(command, body, fds).map_err(|error| self.fail(error))
+        self.connection.call(command, body, fds, take)
     }
+}
 
-    /// A reply that can't be read ends the session like one that does not come.
-    fn parsed<T>(&self, result: Result<T, WireError>) -> Result<T, ClientError> {
-        result.map_err(|error| self.fail(error.into()))
-    }
-
-    /// Marks the session dead unless the backend just said no.
-    fn fail(&self, error: ClientError) -> ClientError {
-        if error.ends_session() {
-            self.dead.store(true, Ordering::Release);
-        }
-        error
+impl Drop for Client {
+    /// The server sees the end of the session, whoever still holds a handle on its socket.
+    fn drop(&mut self) {
+        self.connection.end();
     }
 }
 
