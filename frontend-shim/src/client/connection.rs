@@ -1,12 +1,12 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
+use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender, TransportError};
 use barkeep_protocol::wire::{Command, Errno, Header, MessageKind};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
@@ -14,6 +14,8 @@ use rustix::net::{
 };
 
 use super::ClientError;
+use super::dma::DmaService;
+use super::twin::{Twin, TwinStream};
 use super::waiters::{Ticket, Turn, Waiters};
 
 /// A stream that any number of threads use at a time, with a deadline for each request.
@@ -32,12 +34,22 @@ use super::waiters::{Ticket, Turn, Waiters};
 pub(super) struct Connection {
     /// Of who reads.
     receiving: Mutex<Receiver>,
+    /// Of the attendant that reads the server's own socket.
+    twin_stream: Mutex<TwinStream>,
     /// Held while the socket is given what it takes at once.
     sending: Mutex<Sender>,
     waiters: Mutex<Waiters>,
     /// As in `waiters`, to be seen without its lock.
     ended: AtomicBool,
+    /// Attendants shall return.
+    stopped: AtomicBool,
+    /// The server is known to send commands on this socket, or likely to.
+    commands: AtomicBool,
+    /// Wakes an attendant that polls.
+    bell: OwnedFd,
     socket: OwnedFd,
+    twin: OnceLock<Twin>,
+    dma: DmaService,
     deadline: Duration,
 }
 
@@ -70,12 +82,20 @@ impl Connection {
         connect(&socket, &address).map_err(ClientError::Connect)?;
         set_socket_timeout(&socket, Timeout::Send, Some(SEND_TIMEOUT))
             .map_err(ClientError::Connect)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(ClientError::Connect)?;
         Ok(Self {
             receiving: Mutex::default(),
+            twin_stream: Mutex::default(),
             sending: Mutex::default(),
             waiters: Mutex::default(),
             ended: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            commands: AtomicBool::new(false),
+            bell,
             socket,
+            twin: OnceLock::new(),
+            dma: DmaService::default(),
             deadline,
         })
     }
@@ -95,10 +115,12 @@ impl Connection {
         let result = self.send(ticket, frame, expires).and_then(|()| {
             self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
         });
-        if let Err(error) = &result {
+        let result = result.map_err(|error| {
             lock(&self.waiters).leave(ticket);
-            self.note(error);
-        }
+            let error = self.cause(error);
+            self.note(&error);
+            error
+        });
         result?;
         // A reply that can't be read ends the session like one that does not come.
         taken.unwrap_or(Err(ClientError::Gone)).inspect_err(|error| self.note(error))
@@ -115,6 +137,92 @@ impl Connection {
             lock(&self.waiters).end();
             // It may be gone already, which is as good.
             let _ = shutdown(&self.socket, Shutdown::Both);
+            self.twin.get().inspect(|twin| twin.shut_down());
+        }
+    }
+
+    /// The server's own commands, and the memory that they reach.
+    pub(super) fn dma(&self) -> &DmaService {
+        &self.dma
+    }
+
+    /// Serves the server's commands on a socket of their own.
+    pub(super) fn set_twin(&self, socket: OwnedFd) {
+        // VERSION is answered once.
+        let _ = self.twin.set(Twin::new(socket));
+    }
+
+    /// The server is going to send commands of its own.
+    pub(super) fn expect_commands(&self) {
+        if self.twin.get().is_none() && !self.commands.swap(true, Ordering::Relaxed) {
+            self.ring();
+        }
+    }
+
+    /// Whether the server may send commands on the same socket as replies.
+    pub(super) fn hears_commands(&self) -> bool {
+        self.commands.load(Ordering::Relaxed)
+    }
+
+    /// Has attendants return.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.ring();
+        lock(&self.waiters).wake_attendants();
+        self.twin.get().inspect(|twin| twin.shut_down());
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn ring(&self) {
+        // A counter that is full wakes as well.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// Waits until the session ends, the bell rings or a command arrives; on the socket itself for
+    /// data only if `for_data`.
+    pub(super) fn poll_idle(
+        &self,
+        for_data: bool,
+        limit: Option<Duration>,
+    ) -> Result<Found, ClientError> {
+        let data = if for_data { PollFlags::IN } else { PollFlags::empty() };
+        let twin = self.twin.get().filter(|_| !lock(&self.twin_stream).is_closed());
+        let mut polled = [
+            PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP | data),
+            PollFd::from_borrowed_fd(twin.map_or(self.bell.as_fd(), AsFd::as_fd), PollFlags::IN),
+        ];
+        let count = if twin.is_some() { 3 } else { 2 };
+        poll_all(&mut polled[..count], limit)?;
+        if !polled[0].revents().is_empty() && !self.is_stopped() {
+            // Whatever it says: what it was rung for is looked at.
+            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        }
+        let twin = if twin.is_some() { polled[2].revents() } else { PollFlags::empty() };
+        Ok(Found { socket: polled[1].revents(), twin })
+    }
+
+    /// For what the socket is ready at this moment.
+    pub(super) fn poll_now(&self, interest: PollFlags) -> Result<PollFlags, ClientError> {
+        wait_for(self.socket.as_fd(), interest, Duration::ZERO)
+    }
+
+    /// Reads the server's own socket once, and serves what is complete.
+    pub(super) fn serve_twin(&self) -> Result<(), ClientError> {
+        let Some(twin) = self.twin.get() else { return Ok(()) };
+        twin.serve(&mut lock(&self.twin_stream), &self.dma, self.deadline)
+    }
+
+    /// Sleeps while somebody else reads.
+    pub(super) fn wait_for_reader(&self, limit: Option<Duration>) {
+        if lock(&self.waiters).attend() && !self.is_stopped() {
+            match limit {
+                Some(limit) => std::thread::park_timeout(limit),
+                None => std::thread::park(),
+            }
         }
     }
 
@@ -122,6 +230,17 @@ impl Connection {
     fn note(&self, error: &ClientError) {
         if error.ends_session() {
             self.end();
+        }
+    }
+
+    /// A socket that another thread has shut down fails in ways that say nothing.
+    fn cause(&self, error: ClientError) -> ClientError {
+        match error {
+            ClientError::Transport(TransportError::Socket(Errno::PIPE | Errno::CONNRESET)) => {
+                ClientError::Gone
+            }
+            ClientError::Transport(_) if self.has_ended() => ClientError::Gone,
+            error => error,
         }
     }
 
@@ -189,8 +308,8 @@ impl Connection {
     }
 
     /// Becomes the one that reads, if nobody does.
-    fn try_read(&self) -> Option<Reading<'_>> {
-        lock(&self.waiters).lead().then_some(Reading { connection: self })
+    pub(super) fn try_read(&self) -> Option<Reading<'_>> {
+        lock(&self.waiters).lead().then(|| Reading { connection: self })
     }
 
     /// Sends a reply of ours. A backend that reads none of them gets no more commands served.
@@ -212,12 +331,34 @@ impl Connection {
     }
 }
 
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What an attendant has found.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    pub(super) socket: PollFlags,
+    pub(super) twin: PollFlags,
+}
+
 /// The right to read the socket; somebody else gets it when this one is dropped.
-struct Reading<'a> {
+pub(super) struct Reading<'a> {
     connection: &'a Connection,
 }
 
 impl Reading<'_> {
+    /// Reads once if there is something, for nobody in particular.
+    pub(super) fn receive_idle(&self) -> Result<(), ClientError> {
+        // Whoever read until now may have read it all.
+        if self.connection.poll_now(PollFlags::IN)?.is_empty() {
+            return Ok(());
+        }
+        self.receive(None, Instant::now() + self.connection.deadline).map(|_| ())
+    }
+
     /// Reads once, and passes on what has come; whether that was the reply to `mine`.
     fn receive(
         &self,
@@ -232,10 +373,10 @@ impl Reading<'_> {
             Received::Frame(Frame { header, body, fds }) => match header.kind {
                 MessageKind::Reply { error } => self.hand_out(mine, &header, error, &body, fds),
                 MessageKind::Command { no_reply } => {
-                    // The server's own commands may come in between.
+                    connection.expect_commands();
+                    let result = connection.dma.serve(&header, &body);
                     if !no_reply {
-                        let refusal = Frame::error(header.id, header.command, Errno::NOTSUP);
-                        connection.reply(refusal, expires)?;
+                        connection.reply(answer(&header, result), expires)?;
                     }
                     Ok(false)
                 }
@@ -276,18 +417,35 @@ impl Drop for Reading<'_> {
     }
 }
 
+/// The reply to a command of the server's.
+pub(super) fn answer(header: &Header, result: Result<Vec<u8>, Errno>) -> Frame {
+    match result {
+        Ok(body) => Frame::reply(header, body),
+        Err(errno) => Frame::error(header.id, header.command, errno),
+    }
+}
+
 /// Waits until a descriptor is ready, at most `timeout`; tells for what.
-fn wait_for(
+pub(super) fn wait_for(
     fd: BorrowedFd<'_>,
     interest: PollFlags,
     timeout: Duration,
 ) -> Result<PollFlags, ClientError> {
     let mut polled = [PollFd::from_borrowed_fd(fd, interest)];
-    let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
-    match poll(&mut polled, Some(&timeout)) {
-        Ok(_) => Ok(polled[0].revents()),
-        Err(Errno::INTR) => Ok(PollFlags::empty()),
-        Err(errno) => Err(barkeep_protocol::transport::TransportError::Socket(errno).into()),
+    poll_all(&mut polled, Some(timeout))?;
+    Ok(polled[0].revents())
+}
+
+fn poll_all(polled: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<(), ClientError> {
+    // One that is too long for the kernel is as good as none.
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    match poll(polled, limit.as_ref()) {
+        Ok(_) => Ok(()),
+        Err(Errno::INTR) => {
+            polled.iter_mut().for_each(PollFd::clear_revents);
+            Ok(())
+        }
+        Err(errno) => Err(TransportError::Socket(errno).into()),
     }
 }
 

@@ -1,12 +1,17 @@
 //! The vfio-user client: one connection to the process that owns a function.
 
+mod attendant;
 mod connection;
+mod dma;
 mod error;
+mod twin;
 mod waiters;
 
 #[cfg(test)]
 mod tests;
 
+pub use attendant::{Attendant, Attended};
+pub use dma::DmaTarget;
 pub use error::ClientError;
 
 use std::fmt;
@@ -16,9 +21,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
-    IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs, Version,
-    WireError,
+    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, DmaUnmapFlags, FaultReport,
+    FaultVerdict, InfoQuery, IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState,
+    RegionStateQuery, SetIrqs, TwinSocket, Version, WireError,
 };
 
 use self::connection::{Connection, Reply};
@@ -26,6 +31,24 @@ use self::connection::{Connection, Reply};
 /// How long a backend may take for one answer. A vCPU is waiting: longer than any device needs, and
 /// short enough that a guest survives it.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How to connect.
+#[derive(Clone)]
+pub struct ClientOptions {
+    /// How long the backend may take for one answer.
+    pub deadline: Duration,
+    /// Guest memory, for servers that reach it by messages. Without it they are refused.
+    pub dma_target: Option<Arc<dyn DmaTarget>>,
+    /// Whether the server may bring a socket of its own for its commands. Only an [`Attendant`]
+    /// serves that one.
+    pub twin_socket: bool,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self { deadline: DEFAULT_DEADLINE, dma_target: None, twin_socket: false }
+    }
+}
 
 /// A connected client. All methods may be called from any number of threads at a time. The requests
 /// of one thread reach the server in their order: each waits for its answer.
@@ -45,13 +68,37 @@ impl Client {
     /// # Errors
     /// [`ClientError`] when nobody listens, no common version exists or `deadline` passes.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
+        Self::connect_with(path, ClientOptions { deadline, ..ClientOptions::default() })
+    }
+
+    /// As [`connect`](Self::connect), with more to choose.
+    ///
+    /// # Errors
+    /// As for [`connect`](Self::connect), and [`ClientError::Protocol`] when the server's offer of a
+    /// socket for its own commands does not hold together.
+    pub fn connect_with(path: &Path, options: ClientOptions) -> Result<Self, ClientError> {
+        let ClientOptions { deadline, dma_target, twin_socket } = options;
         let connection = Connection::open(path, deadline)?;
-        let proposal = Version::proposal();
+        if let Some(target) = dma_target {
+            connection.dma().set_target(target);
+        }
+        let mut proposal = Version::proposal();
+        proposal.capabilities.twin_socket =
+            twin_socket.then_some(TwinSocket { supported: true, fd_index: None });
         let bytes = proposal.to_bytes();
-        let answer = connection
-            .call(Command::Version, bytes, Vec::new(), |reply| Ok(Version::parse(reply.body)?))?;
+        let (answer, fds) = connection.call(Command::Version, bytes, Vec::new(), |reply| {
+            Ok((Version::parse(reply.body)?, reply.fds))
+        })?;
         if answer.major != proposal.major || answer.minor > proposal.minor {
             return Err(ClientError::Version { major: answer.major, minor: answer.minor });
+        }
+        if twin_socket
+            && let Some(twin) =
+                answer.capabilities.twin_socket.as_ref().filter(|twin| twin.supported)
+        {
+            let named = twin.fd_index.and_then(|index| usize::try_from(index).ok());
+            let socket = named.and_then(|index| fds.into_iter().nth(index));
+            connection.set_twin(socket.ok_or(ClientError::Protocol("twin socket without one"))?);
         }
         Ok(Self {
             path: path.to_owned(),
@@ -59,6 +106,12 @@ impl Client {
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
             transfer_size: answer.capabilities.data_xfer_size(),
         })
+    }
+
+    /// Who attends to the connection while no request is under way.
+    #[must_use]
+    pub fn attendant(&self) -> Attendant {
+        Attendant::new(Arc::clone(&self.connection))
     }
 
     /// The socket it is connected to.
@@ -129,21 +182,40 @@ impl Client {
         self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds, |_| Ok(()))
     }
 
-    /// Announces a window of guest memory.
+    /// Announces a window of guest memory. Without a file, and by a server's choice also with one, the
+    /// server reaches it by messages, which the [`DmaTarget`] serves.
     ///
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_map(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
+        if file.is_none() {
+            self.connection.expect_commands();
+        }
+        // Before the server knows it: it may use the window before its reply has been read.
+        let added = self.connection.dma().announce(map);
         let file = file.into_iter().collect();
-        self.call_with_fds(Command::DmaMap, map.to_bytes(), file, |_| Ok(()))
+        let result = self.call_with_fds(Command::DmaMap, map.to_bytes(), file, |_| Ok(()));
+        if result.is_err() && added {
+            let DmaMap { address, size, .. } = *map;
+            self.connection.dma().withdraw(&DmaUnmap {
+                flags: DmaUnmapFlags::empty(),
+                address,
+                size,
+            });
+        }
+        result
     }
 
-    /// Withdraws a window of guest memory. When it returns, the backend does not use it any more.
+    /// Withdraws a window of guest memory. When it returns, the backend does not use it any more, and
+    /// would not be served.
     ///
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
-        self.call(Command::DmaUnmap, unmap.to_bytes(), |_| Ok(()))
+        // The server may finish what it has begun before it answers.
+        self.call(Command::DmaUnmap, unmap.to_bytes(), |_| Ok(()))?;
+        self.connection.dma().withdraw(unmap);
+        Ok(())
     }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
@@ -247,6 +319,12 @@ impl Drop for Client {
 
 /// Room for 256 sparse areas: no BAR needs more, and a server can't ask for more memory.
 const MAX_REGION_INFO: u32 = RegionInfo::FIXED_SIZE + 16 + 256 * 16;
+
+impl fmt::Debug for ClientOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientOptions").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
