@@ -411,6 +411,12 @@ impl<B: Backend> AttachedFunction<B> {
         state.vain_quarantines <= VAIN_QUARANTINES
     }
 
+    /// Takes every memory slot of a function away whose backend has gone, and says so, unless an
+    /// access has been the first to notice.
+    pub fn session_ended(&self, hypervisor: &dyn Hypervisor) {
+        self.failed(hypervisor, "attending", &ClientError::Gone);
+    }
+
     /// Takes every memory slot of the function away.
     pub fn detach(&self, hypervisor: &dyn Hypervisor) {
         self.suspend_all(hypervisor, &mut self.lock());

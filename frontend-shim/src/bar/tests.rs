@@ -33,6 +33,8 @@ const BAR0: u16 = 0x10;
 struct Peer {
     barkeep: bool,
     config: Mutex<[u8; 0x40]>,
+    /// Its BAR's memory.
+    file: OwnedFd,
     /// It says that it decodes whatever is in its registers, and never lets itself be reset.
     insists: AtomicBool,
 }
@@ -66,11 +68,7 @@ impl Backend for Arc<Peer> {
         info.size = SIZE;
         let area = |offset, size| SparseArea { offset, size };
         info.sparse = vec![area(0, 0x4000), area(0x5000, 0x3000)];
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("bar", flags).unwrap();
-        rustix::fs::ftruncate(&file, SIZE).unwrap();
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-        Ok((info, Some(file)))
+        Ok((info, Some(self.file.try_clone().unwrap())))
     }
 
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Answer<()> {
@@ -158,8 +156,12 @@ enum Met {
 
 impl Board {
     fn new(barkeep: bool) -> Board {
+        Board::sharing(memory(MemfdFlags::ALLOW_SEALING), barkeep)
+    }
+
+    fn sharing(file: OwnedFd, barkeep: bool) -> Board {
         let config = Mutex::new([0; 0x40]);
-        let peer = Arc::new(Peer { barkeep, config, insists: AtomicBool::new(false) });
+        let peer = Arc::new(Peer { barkeep, config, file, insists: AtomicBool::new(false) });
         let slots = Arc::new(Slots::default());
         let mut frontend = Frontend::new(slots.clone() as _, vec![(0, 0x1000)], SlotId(0));
         frontend.attach_backend(Arc::clone(&peer), SuspendOrder::SlotsFirst).unwrap();
@@ -208,6 +210,12 @@ impl Board {
     fn write_fault(&self, offset: u64) -> FaultOutcome {
         self.frontend.memory_fault(&write_fault(offset))
     }
+}
+
+fn memory(flags: MemfdFlags) -> OwnedFd {
+    let file = rustix::fs::memfd_create("bar", MemfdFlags::CLOEXEC | flags).unwrap();
+    rustix::fs::ftruncate(&file, SIZE).unwrap();
+    file
 }
 
 fn write_fault(offset: u64) -> MemoryFault {
@@ -365,4 +373,51 @@ fn a_gather_with_all_lanes_in_one_bar_asks_for_one_quarantine() {
     let place = FaultPlace::OneOf((0..100).map(lane).collect());
     assert!(board.frontend.quarantine(&MemoryFault { place, private: false }));
     assert!(board.frontend.quarantine(&write_fault(0)), "another vCPU may have been second");
+}
+
+#[test]
+fn a_backend_can_not_take_mapped_memory_away_by_truncating_its_file() {
+    let board = Board::decoding(true);
+    let file = &board.peer.file;
+    assert_eq!(rustix::fs::ftruncate(file, 0), Err(rustix::io::Errno::PERM));
+    assert_eq!(board.touch(0x7ffc, true), Met::Memory);
+}
+
+#[test]
+fn memory_that_can_not_be_sealed_is_trapped_and_works() {
+    let sealed_against_seals = memory(MemfdFlags::ALLOW_SEALING);
+    rustix::fs::fcntl_add_seals(&sealed_against_seals, SealFlags::SEAL).unwrap();
+    let regular = tempfile();
+    rustix::fs::ftruncate(&regular, SIZE).unwrap();
+    let rows = [
+        ("sealed against seals", sealed_against_seals),
+        ("not for sealing", memory(MemfdFlags::empty())),
+        ("regular file", regular),
+    ];
+    for (what, file) in rows {
+        let board = Board::sharing(file, true);
+        board.command(2);
+        assert_eq!(board.mapped(), 0, "{what}");
+        assert!(!board.function().has_mapped_bars(), "{what}");
+        let mut data = [0; 4];
+        board.frontend.read(AddressSpace::Memory, BAR, &mut data);
+        assert_eq!(data, [0x11; 4], "{what}");
+    }
+}
+
+#[test]
+fn memory_that_its_owner_has_sealed_for_good_is_mapped() {
+    let file = memory(MemfdFlags::ALLOW_SEALING);
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL).unwrap();
+    let board = Board::sharing(file, true);
+    board.command(2);
+    assert_eq!(board.touch(0, true), Met::Memory);
+}
+
+/// A file with a name no more.
+fn tempfile() -> OwnedFd {
+    let path = std::env::temp_dir().join(format!("barkeep-bar-{}", std::process::id()));
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path);
+    std::fs::remove_file(path).unwrap();
+    file.unwrap().into()
 }

@@ -102,8 +102,16 @@ fn describe_bar(
         && region.size >= 4096;
     let mapping = match file {
         Some(file) if mappable => {
-            let mapping = BarMapping::new(&region, &file, slots);
-            Some(mapping.map_err(|failure| bad(&failure.to_string()))?)
+            let mapping = BarMapping::new(&region, &file, slots)
+                .map_err(|failure| bad(&failure.to_string()))?;
+            if mapping.is_none() {
+                tracing::warn!(
+                    socket = backend.name(),
+                    bar,
+                    "its memory can't be sealed against shrinking: trapped, not mapped"
+                );
+            }
+            mapping
         }
         _ => None,
     };
