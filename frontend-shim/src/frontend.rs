@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bar::{AddressSpace, AttachError, AttachedFunction, Backend, SuspendOrder, WindowTable};
-use crate::client::Client;
+use crate::client::{Attended, Client, ClientOptions};
 use crate::fault::{BarTarget, FaultCounters, MemoryFault, Route, Verdict};
 use crate::hypervisor::{Hypervisor, SlotId};
 
@@ -54,7 +54,37 @@ impl Frontend {
         deadline: Duration,
         suspend_order: SuspendOrder,
     ) -> Result<usize, AttachError> {
-        self.attach_backend(Client::connect(path, deadline)?, suspend_order)
+        let options = ClientOptions { deadline, ..ClientOptions::default() };
+        self.attach_with(path, options, suspend_order)
+    }
+
+    /// As [`attach`](Self::attach), with more to choose about the connection.
+    ///
+    /// # Errors
+    /// [`AttachError`] with the reason.
+    pub fn attach_with(
+        &mut self,
+        path: &Path,
+        options: ClientOptions,
+        suspend_order: SuspendOrder,
+    ) -> Result<usize, AttachError> {
+        self.attach_backend(Client::connect_with(path, options)?, suspend_order)
+    }
+
+    /// Attends to the backend of a function until its session ends, and then takes its memory out of
+    /// the guest: from then on the function answers as Unsupported Request, mapped BARs as well. Serves
+    /// the backend's own commands meanwhile.
+    ///
+    /// For a thread of the VMM for each function. Without one, a backend that has gone is noticed at
+    /// the next access that is forwarded to it. Returns [`Attended::Stopped`] after
+    /// [`Attendant::stop`](crate::client::Attendant::stop).
+    pub fn attend(&self, function: usize) -> Attended {
+        let Some(attached) = self.functions.get(function) else { return Attended::Stopped };
+        let attended = attached.client().attendant().attend();
+        if attended == Attended::Ended {
+            self.session_ended(function);
+        }
+        attended
     }
 }
 
@@ -234,6 +264,14 @@ impl<B: Backend> Frontend<B> {
             }
         }
         helps
+    }
+
+    /// Takes the memory of a function whose backend has gone out of the guest. For VMMs that learn of it
+    /// in an event loop of their own, with an [`Attendant`](crate::client::Attendant).
+    pub fn session_ended(&self, function: usize) {
+        if let Some(function) = self.functions.get(function) {
+            function.session_ended(self.hypervisor.as_ref());
+        }
     }
 
     /// Resets every function, as a reset of the machine does.
