@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, DeviceFlags, DmaAccess, DmaMap, DmaUnmap, DmaUnmapFlags, Errno, IrqAction,
-    IrqData, IrqInfoFlags, RegionFlags, SetIrqs, SparseArea,
+    BarkeepExtensions, DeviceFlags, DmaAccess, DmaMap, DmaUnmap, Errno, IrqAction, IrqData,
+    IrqInfoFlags, RegionFlags, SetIrqs, SparseArea,
 };
 use barkeep_shim::client::{Client, ClientError};
 use barkeep_tests::event_counter::EventCounter;
@@ -186,7 +186,7 @@ fn memory_and_interrupts_reach_it() {
     let file: OwnedFd = sealed(SIZE).into();
     client.dma_map(&map, Some(file)).expect("a window");
     assert_eq!(theirs.notebook().windows, [(0x1000, SIZE)]);
-    let unmap = DmaUnmap { flags: DmaUnmapFlags::empty(), address: 0x1000, size: SIZE };
+    let unmap = DmaUnmap::range(0x1000, SIZE);
     client.dma_unmap(&unmap).expect("the window");
     assert!(theirs.notebook().windows.is_empty());
 

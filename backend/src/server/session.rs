@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender, TransportError};
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Errno, Header, MessageKind, Request, Version, WireError,
+    BarkeepExtensions, Command, Errno, Header, MessageKind, Request, Version, WireError,
 };
 use thiserror::Error;
 use tracing::debug;
@@ -217,5 +217,12 @@ fn serve_request(
         Request::MemoryFault(report) if extensions.memory_fault => function.memory_fault(&report),
         Request::RegionState(query) if extensions.region_state => function.region_state(query),
         Request::MemoryFault(_) | Request::RegionState(_) => Err(RequestError::NotNegotiated),
+        Request::GetRegionIoFds(_) => Err(WireError::Unsupported(Command::GetRegionIoFds).into()),
+        Request::RegionWriteMulti(_) => {
+            Err(WireError::Unsupported(Command::RegionWriteMulti).into())
+        }
+        Request::DeviceFeature(_) => Err(WireError::Unsupported(Command::DeviceFeature).into()),
+        Request::MigDataRead(_) => Err(WireError::Unsupported(Command::MigDataRead).into()),
+        Request::MigDataWrite(_) => Err(WireError::Unsupported(Command::MigDataWrite).into()),
     }
 }

@@ -51,6 +51,17 @@ impl Command {
     pub const fn code(self) -> u16 {
         self as u16
     }
+
+    /// How many file descriptors may travel with its reply.
+    #[must_use]
+    pub const fn max_reply_fds(self) -> usize {
+        match self {
+            // VERSION: the twin socket.
+            Self::Version | Self::GetRegionInfo => 1,
+            Self::GetRegionIoFds => super::limits::MAX_MESSAGE_FDS,
+            _ => 0,
+        }
+    }
 }
 
 impl TryFrom<u16> for Command {

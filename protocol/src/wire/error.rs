@@ -41,9 +41,43 @@ pub enum WireError {
     /// Flag bits that are unknown or that exclude each other.
     #[error("flags {0:#x} are not valid here")]
     Flags(u32),
-    /// A transfer above `max_data_xfer_size`.
+    /// A transfer, or a bitmap, above `max_data_xfer_size`.
     #[error("transfer of {0} bytes is above max_data_xfer_size")]
-    Transfer(u32),
+    Transfer(u64),
+    /// A count that does not go with the rest of the message.
+    #[error("count {0} is not valid here")]
+    Count(u64),
+    /// A range that is empty where it must not be, or that ends behind the last address.
+    #[error("{size:#x} bytes at {address:#x} are no range")]
+    Range {
+        /// First address.
+        address: u64,
+        /// Length in bytes.
+        size: u64,
+    },
+    /// A page size that is no power of two.
+    #[error("page size {0:#x} is no power of two")]
+    PageSize(u64),
+    /// A bitmap too small for its range.
+    #[error("bitmap of {actual} bytes where {expected} are needed")]
+    Bitmap {
+        /// What the range needs.
+        expected: u64,
+        /// What there is room for.
+        actual: u64,
+    },
+    /// A device feature that vfio-user does not have.
+    #[error("unknown device feature {0}")]
+    UnknownFeature(u16),
+    /// No migration state, or none that can be asked for.
+    #[error("migration state {0} is not valid here")]
+    MigrationState(u32),
+    /// An index into the file descriptors of the message that is not one of them.
+    #[error("file descriptor {0} did not come with the message")]
+    FdIndex(u64),
+    /// A reply that speaks of something else than its command.
+    #[error("the reply does not repeat its command")]
+    Mismatch,
     /// The major version is not ours.
     #[error("protocol major version {0} is not spoken here")]
     MajorVersion(u16),
@@ -58,6 +92,8 @@ impl WireError {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Unsupported(_) => Errno::NOTSUP,
+            // As VFIO: the specification names no errno for a feature that it has not.
+            Self::UnknownFeature(_) => Errno::NOTTY,
             _ => Errno::INVAL,
         }
     }

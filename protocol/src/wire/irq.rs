@@ -2,6 +2,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::WireError;
 use super::device::prefix;
+use super::request::with_argsz;
 
 /// What a "VFIO_USER_DEVICE_SET_IRQS" does with its vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,12 +61,13 @@ const ACTION_UNMASK: u32 = 1 << 4;
 const ACTION_TRIGGER: u32 = 1 << 5;
 
 impl<'a> SetIrqs<'a> {
+    /// The payload is its fixed part and, with `BOOL`, exactly `count` bytes. `argsz` should be its
+    /// length, but it holds no more than the length itself says, and VFIO's counts an array of file
+    /// descriptors that vfio-user has not: it is only too small if it can't hold the fixed part.
     pub(super) fn parse(body: &'a [u8]) -> Result<Self, WireError> {
         let raw: RawSetIrqs = prefix(body)?;
         let rest = &body[size_of::<RawSetIrqs>()..];
-        if (raw.argsz as usize) < size_of::<RawSetIrqs>() {
-            return Err(WireError::ArgumentSize(raw.argsz));
-        }
+        with_argsz::<RawSetIrqs>(raw.argsz)?;
         let action = match raw.flags & !DATA_MASK {
             ACTION_MASK => IrqAction::Mask,
             ACTION_UNMASK => IrqAction::Unmask,
@@ -74,16 +76,31 @@ impl<'a> SetIrqs<'a> {
         };
         let data = match raw.flags & DATA_MASK {
             DATA_NONE => IrqData::None,
-            DATA_BOOL => {
-                let actual = rest.len();
-                let expected = raw.count as usize;
-                let bools = rest.get(..expected).ok_or(WireError::Length { expected, actual })?;
-                IrqData::Bool(bools)
-            }
+            DATA_BOOL => IrqData::Bool(rest),
             DATA_EVENTFD => IrqData::Eventfd,
             _ => return Err(WireError::Flags(raw.flags)),
         };
-        Ok(Self { action, data, index: raw.index, start: raw.start, count: raw.count })
+        let expected = if matches!(data, IrqData::Bool(_)) { raw.count as usize } else { 0 };
+        if rest.len() != expected {
+            return Err(WireError::Length { expected, actual: rest.len() });
+        }
+        let set = Self { action, data, index: raw.index, start: raw.start, count: raw.count };
+        let (address, size) = (u64::from(set.start), u64::from(set.count));
+        if set.start.checked_add(set.count).is_none() {
+            return Err(WireError::Range { address, size });
+        }
+        if set.count == 0 && !set.disables_index() {
+            return Err(WireError::Count(0));
+        }
+        Ok(set)
+    }
+
+    /// Whether it takes away everything of the index: "a count (and start) of 0, with data flags of
+    /// NONE". It is the only form with count 0.
+    #[must_use]
+    pub fn disables_index(&self) -> bool {
+        (self.action, self.data, self.start, self.count)
+            == (IrqAction::Trigger, IrqData::None, 0, 0)
     }
 
     /// The payload's bytes.

@@ -36,7 +36,7 @@ impl RegionAccess {
 
     fn checked(self) -> Result<Self, WireError> {
         if self.count > MAX_DATA_XFER_SIZE {
-            return Err(WireError::Transfer(self.count));
+            return Err(WireError::Transfer(self.count.into()));
         }
         Ok(self)
     }
@@ -47,6 +47,18 @@ impl RegionAccess {
         let mut body = vec![0; Self::SIZE + self.count as usize];
         body[..Self::SIZE].copy_from_slice(self.as_bytes());
         body
+    }
+
+    /// Appends a read's reply: the fixed part, then `count` bytes that `fill` is given, all zero.
+    /// Returns what `fill` returns; if that is a failure, the bytes are the caller's to drop.
+    pub fn write_reply<R>(&self, out: &mut Vec<u8>, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        self.write_to(out);
+        fill(append_room(out, self.count as usize))
+    }
+
+    /// Appends the payload's bytes: a read's request or a write's reply.
+    pub fn write_to(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self.as_bytes());
     }
 
     /// The payload's bytes.
@@ -74,8 +86,20 @@ impl<'a> RegionData<'a> {
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(RegionAccess::SIZE + self.data.len());
-        bytes.extend_from_slice(self.access.as_bytes());
-        bytes.extend_from_slice(self.data);
+        self.write_to(&mut bytes);
         bytes
     }
+
+    /// Appends the payload's bytes: a write's request or a read's reply.
+    pub fn write_to(&self, out: &mut Vec<u8>) {
+        self.access.write_to(out);
+        out.extend_from_slice(self.data);
+    }
+}
+
+/// Appends `count` zeros and returns them.
+pub(super) fn append_room(out: &mut Vec<u8>, count: usize) -> &mut [u8] {
+    let start = out.len();
+    out.resize(start + count, 0);
+    &mut out[start..]
 }

@@ -3,7 +3,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::device::RawInfo;
 use super::extension::{FaultReport, RegionStateQuery};
 use super::{
-    Command, DmaMap, DmaUnmap, RegionAccess, RegionData, RegionInfo, SetIrqs, Version, WireError,
+    Command, DeviceFeature, DmaMap, DmaUnmap, IoFdsQuery, MigData, MigDataRead, RegionAccess,
+    RegionData, RegionInfo, RegionWrites, SetIrqs, Version, WireError,
 };
 
 /// A client's command with its payload, lengths and flags checked.
@@ -19,6 +20,8 @@ pub enum Request<'a> {
     GetInfo,
     /// "VFIO_USER_DEVICE_GET_REGION_INFO"
     GetRegionInfo(InfoQuery),
+    /// "VFIO_USER_DEVICE_GET_REGION_IO_FDS"
+    GetRegionIoFds(IoFdsQuery),
     /// "VFIO_USER_DEVICE_GET_IRQ_INFO"
     GetIrqInfo(InfoQuery),
     /// "VFIO_USER_DEVICE_SET_IRQS"
@@ -29,6 +32,14 @@ pub enum Request<'a> {
     RegionWrite(RegionData<'a>),
     /// "VFIO_USER_DEVICE_RESET"
     Reset,
+    /// "VFIO_USER_REGION_WRITE_MULTI"
+    RegionWriteMulti(RegionWrites<'a>),
+    /// "VFIO_USER_DEVICE_FEATURE"
+    DeviceFeature(DeviceFeature<'a>),
+    /// "VFIO_USER_MIG_DATA_READ"
+    MigDataRead(MigDataRead),
+    /// "VFIO_USER_MIG_DATA_WRITE"
+    MigDataWrite(MigData<'a>),
     /// Extension `memory_fault`.
     MemoryFault(FaultReport),
     /// Extension `region_state`.
@@ -93,13 +104,14 @@ impl<'a> Request<'a> {
             }
             Command::MemoryFault => Self::MemoryFault(FaultReport::parse(body)?),
             Command::RegionState => Self::RegionState(RegionStateQuery::parse(body)?),
-            command @ (Command::GetRegionIoFds
-            | Command::DmaRead
-            | Command::DmaWrite
-            | Command::RegionWriteMulti
-            | Command::DeviceFeature
-            | Command::MigDataRead
-            | Command::MigDataWrite) => return Err(WireError::Unsupported(command)),
+            Command::GetRegionIoFds => Self::GetRegionIoFds(IoFdsQuery::parse(body)?),
+            Command::RegionWriteMulti => Self::RegionWriteMulti(RegionWrites::parse(body)?),
+            Command::DeviceFeature => Self::DeviceFeature(DeviceFeature::parse(body)?),
+            Command::MigDataRead => Self::MigDataRead(MigDataRead::parse(body)?),
+            Command::MigDataWrite => Self::MigDataWrite(MigData::parse(body)?),
+            command @ (Command::DmaRead | Command::DmaWrite) => {
+                return Err(WireError::Unsupported(command));
+            }
         })
     }
 

@@ -1,11 +1,12 @@
+use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::WireError;
 use super::limits::{
     DEFAULT_MESSAGE_FDS, MAX_DATA_XFER_SIZE, MAX_DMA_MAPS, MAX_MESSAGE_FDS, MAX_VERSION_DATA,
     PAGE_SIZES,
 };
+use super::{PageBitmap, WireError};
 
 /// A proposal or an answer of "VFIO_USER_VERSION".
 #[derive(Clone, Debug, PartialEq)]
@@ -37,12 +38,43 @@ pub struct Capabilities {
     /// Whether REGION_WRITE_MULTI is understood.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub write_multiple: Option<bool>,
+    /// How dirty pages are told. Not in the specification: QEMU, libvfio-user and the `vfio_user`
+    /// crate have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationCapability>,
     /// A second socket for the server's own commands.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub twin_socket: Option<TwinSocket>,
     /// barkeep's extensions; only ever answered to a peer that proposed them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub barkeep: Option<BarkeepExtensions>,
+}
+
+/// The `migration` object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MigrationCapability {
+    /// Page size of dirty bitmaps, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pgsize: Option<u64>,
+    /// The largest dirty bitmap that the sender handles, in bytes. Only QEMU has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_bitmap_size: Option<u64>,
+}
+
+bitflags! {
+    /// What one side has beside the commands that everybody has. It is offered only to a peer that
+    /// knows its name.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Offer: u32 {
+        /// REGION_WRITE_MULTI.
+        const WRITE_MULTIPLE = 1 << 0;
+        /// The function can be migrated: the `migration` object.
+        const MIGRATION = 1 << 1;
+        /// The server's own commands on a socket of their own. A server that offers it has created
+        /// that socket: it is descriptor [`TwinSocket::FD_INDEX`] of its reply, and the only one.
+        const TWIN_SOCKET = 1 << 2;
+    }
 }
 
 /// The `twin_socket` object.
@@ -78,26 +110,54 @@ impl Version {
     /// See [`Version::MAJOR`].
     pub const MINOR: u16 = 2;
 
-    /// What a barkeep client proposes.
+    /// What a barkeep client proposes that has nothing to [`Offer`].
     #[must_use]
     pub fn proposal() -> Self {
+        Self::proposal_with(Offer::empty())
+    }
+
+    /// What a barkeep client proposes.
+    #[must_use]
+    pub fn proposal_with(offer: Offer) -> Self {
         let extensions = BarkeepExtensions { memory_fault: true, region_state: true };
+        let has = |what| offer.contains(what);
+        let twin_socket = TwinSocket { supported: true, fd_index: None };
         Self {
             major: Self::MAJOR,
             minor: Self::MINOR,
-            capabilities: Capabilities { barkeep: Some(extensions), ..Capabilities::ours() },
+            capabilities: Capabilities {
+                barkeep: Some(extensions),
+                write_multiple: has(Offer::WRITE_MULTIPLE).then_some(true),
+                migration: has(Offer::MIGRATION).then(MigrationCapability::ours),
+                twin_socket: has(Offer::TWIN_SOCKET).then_some(twin_socket),
+                ..Capabilities::ours()
+            },
         }
     }
 
+    /// A barkeep server's answer to `self` when it has nothing to [`Offer`].
+    ///
+    /// # Errors
+    /// See [`answer_with`](Self::answer_with).
+    pub fn answer(&self) -> Result<Self, WireError> {
+        self.answer_with(Offer::empty())
+    }
+
     /// A barkeep server's answer to `self`: the lower minor version, our limits, and of the
-    /// extensions those that both sides have.
+    /// extensions and of what is offered that which both sides have. It has no name beyond our limits
+    /// that the client did not send: "the capability list must be a subset of those proposed", and
+    /// QEMU warns.
     ///
     /// # Errors
     /// [`WireError::MajorVersion`] when the peer speaks an incompatible protocol.
-    pub fn answer(&self) -> Result<Self, WireError> {
+    pub fn answer_with(&self, offer: Offer) -> Result<Self, WireError> {
         if self.major != Self::MAJOR {
             return Err(WireError::MajorVersion(self.major));
         }
+        let both = offer & self.capabilities.offer();
+        let has = |what| both.contains(what);
+        let theirs = self.capabilities.migration.unwrap_or_default();
+        let twin_socket = TwinSocket { supported: true, fd_index: Some(TwinSocket::FD_INDEX) };
         let barkeep = self.capabilities.barkeep.map(|theirs| BarkeepExtensions {
             memory_fault: theirs.memory_fault,
             region_state: theirs.region_state,
@@ -105,7 +165,13 @@ impl Version {
         Ok(Self {
             major: Self::MAJOR,
             minor: self.minor.min(Self::MINOR),
-            capabilities: Capabilities { barkeep, ..Capabilities::ours() },
+            capabilities: Capabilities {
+                barkeep,
+                write_multiple: has(Offer::WRITE_MULTIPLE).then_some(true),
+                migration: has(Offer::MIGRATION).then(|| theirs.answer()),
+                twin_socket: has(Offer::TWIN_SOCKET).then_some(twin_socket),
+                ..Capabilities::ours()
+            },
         })
     }
 
@@ -148,15 +214,40 @@ fn parse_data(data: &[u8]) -> Result<VersionData, WireError> {
         return Err(WireError::VersionData("not terminated by NUL".into()));
     };
     let invalid = |error: serde_json::Error| WireError::VersionData(error.to_string());
+    // Of a member that is there twice, a `Value` would keep the last; here it is an error.
+    let data = serde_json::from_slice(json).map_err(invalid)?;
     let value: Value = serde_json::from_slice(json).map_err(invalid)?;
     // Where an object belongs, serde would also take an array of its members.
     let capabilities = value.get("capabilities");
     let member = |name| capabilities.and_then(|capabilities| capabilities.get(name));
-    let objects = [Some(&value), capabilities, member("twin_socket"), member("barkeep")];
-    if !objects.into_iter().flatten().all(|object| object.is_object() || object.is_null()) {
+    let members = ["twin_socket", "migration", "barkeep"].map(member);
+    let objects = [Some(&value), capabilities].into_iter().chain(members);
+    if !objects.flatten().all(|object| object.is_object() || object.is_null()) {
         return Err(WireError::VersionData("an object is missing".into()));
     }
-    serde_json::from_value(value).map_err(invalid)
+    Ok(data)
+}
+
+impl TwinSocket {
+    /// Which descriptor of a barkeep server's answer the socket is.
+    pub const FD_INDEX: u64 = 0;
+}
+
+impl MigrationCapability {
+    /// What this implementation has.
+    #[must_use]
+    pub fn ours() -> Self {
+        Self { pgsize: Some(PAGE_SIZES), max_bitmap_size: Some(u64::from(PageBitmap::MAX_SIZE)) }
+    }
+
+    /// Our page size and the smaller bitmap, of these what `self` names.
+    fn answer(self) -> Self {
+        let largest = u64::from(PageBitmap::MAX_SIZE);
+        Self {
+            pgsize: self.pgsize.and(Some(PAGE_SIZES)),
+            max_bitmap_size: self.max_bitmap_size.map(|theirs| theirs.min(largest)),
+        }
+    }
 }
 
 impl Capabilities {
@@ -169,6 +260,34 @@ impl Capabilities {
             max_dma_maps: Some(MAX_DMA_MAPS as u64),
             pgsizes: Some(PAGE_SIZES),
             ..Self::default()
+        }
+    }
+
+    /// What the sender of these capabilities has.
+    #[must_use]
+    pub fn offer(&self) -> Offer {
+        let mut offer = Offer::empty();
+        offer.set(Offer::WRITE_MULTIPLE, self.write_multiple == Some(true));
+        offer.set(Offer::MIGRATION, self.migration.is_some());
+        let twin_socket = self.twin_socket.as_ref().is_some_and(|twin| twin.supported);
+        offer.set(Offer::TWIN_SOCKET, twin_socket);
+        offer
+    }
+
+    /// For a client that proposed a twin socket: which of the `fds` descriptors of this answer it is,
+    /// or `None` if the server uses the one socket for everything.
+    ///
+    /// # Errors
+    /// [`WireError::FdIndex`] when the server has one that did not come with its answer: the session
+    /// can't go on.
+    pub fn twin_socket_fd(&self, fds: usize) -> Result<Option<usize>, WireError> {
+        let Some(twin) = self.twin_socket.as_ref().filter(|twin| twin.supported) else {
+            return Ok(None);
+        };
+        let index = twin.fd_index.unwrap_or(u64::MAX);
+        match usize::try_from(index) {
+            Ok(index) if index < fds => Ok(Some(index)),
+            _ => Err(WireError::FdIndex(index)),
         }
     }
 
