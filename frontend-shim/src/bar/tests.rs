@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -14,12 +14,13 @@ use barkeep_protocol::wire::{
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::*;
-use crate::client::ClientError;
+use crate::client::{ClientError, Doorbell};
 use crate::fault::{
     FaultAccess, FaultPlace, GuestAccess, MemoryFault, ProgressGuard, Unlocated, Verdict,
 };
 use crate::hypervisor::{
-    AccessError, Hypervisor, HypervisorError, HypervisorKind, SlotId, SlotMapping,
+    AccessError, DoorbellLen, DoorbellWrite, Hypervisor, HypervisorError, HypervisorKind, SlotId,
+    SlotMapping,
 };
 use crate::{FaultOutcome, Frontend, GuestAddress};
 
@@ -35,6 +36,9 @@ struct Peer {
     config: Mutex<[u8; 0x40]>,
     /// Its BAR's memory.
     file: OwnedFd,
+    doorbells: Vec<Doorbell>,
+    /// What it and its hypervisor were told.
+    told: Arc<Mutex<Vec<Told>>>,
     /// It says that it decodes whatever is in its registers, and never lets itself be reset.
     insists: AtomicBool,
 }
@@ -88,8 +92,15 @@ impl Backend for Arc<Peer> {
         if region == PciRegion::Config.index() {
             let at = usize::try_from(offset).unwrap();
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
+            if at == usize::from(COMMAND) {
+                self.told.lock().unwrap().push(Told::Command(data[0]));
+            }
         }
         Ok(())
+    }
+
+    fn doorbells(&self, region: u32) -> Answer<Vec<Doorbell>> {
+        Ok(if region == 0 { self.doorbells.clone() } else { Vec::new() })
     }
 
     fn reset(&self) -> Answer<()> {
@@ -113,8 +124,16 @@ impl Backend for Arc<Peer> {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Command(u8),
+    Connect(DoorbellWrite),
+    Disconnect(DoorbellWrite),
+}
+
 #[derive(Debug, Default)]
 struct Slots {
+    told: Arc<Mutex<Vec<Told>>>,
     mapped: Mutex<BTreeMap<SlotId, SlotMapping>>,
     /// This one can't be removed.
     stuck: Mutex<Option<SlotId>>,
@@ -136,6 +155,24 @@ impl Hypervisor for Slots {
             return Err(HypervisorError::Call { call: "unmap", source });
         }
         assert!(self.mapped.lock().unwrap().remove(&slot).is_some(), "slot {slot} is not there");
+        Ok(())
+    }
+
+    fn add_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        _: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.told.lock().unwrap().push(Told::Connect(*write));
+        Ok(())
+    }
+
+    fn remove_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        _: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.told.lock().unwrap().push(Told::Disconnect(*write));
         Ok(())
     }
 }
@@ -160,11 +197,16 @@ impl Board {
     }
 
     fn sharing(file: OwnedFd, barkeep: bool) -> Board {
-        let config = Mutex::new([0; 0x40]);
-        let peer = Arc::new(Peer { barkeep, config, file, insists: AtomicBool::new(false) });
-        let slots = Arc::new(Slots::default());
+        Board::with(file, Vec::new(), barkeep, SuspendOrder::SlotsFirst)
+    }
+
+    fn with(file: OwnedFd, doorbells: Vec<Doorbell>, barkeep: bool, order: SuspendOrder) -> Board {
+        let (config, insists) = (Mutex::new([0; 0x40]), AtomicBool::new(false));
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let slots = Arc::new(Slots { told: Arc::clone(&told), ..Slots::default() });
+        let peer = Arc::new(Peer { barkeep, config, file, doorbells, told, insists });
         let mut frontend = Frontend::new(slots.clone() as _, vec![(0, 0x1000)], SlotId(0));
-        frontend.attach_backend(Arc::clone(&peer), SuspendOrder::SlotsFirst).unwrap();
+        frontend.attach_backend(Arc::clone(&peer), order).unwrap();
         frontend.config_write(0, BAR0, &0x8000_0000_u32.to_le_bytes());
         Board { peer, slots, frontend }
     }
@@ -373,6 +415,95 @@ fn a_gather_with_all_lanes_in_one_bar_asks_for_one_quarantine() {
     let place = FaultPlace::OneOf((0..100).map(lane).collect());
     assert!(board.frontend.quarantine(&MemoryFault { place, private: false }));
     assert!(board.frontend.quarantine(&write_fault(0)), "another vCPU may have been second");
+}
+
+/// Doorbells in the trapped page: one for any write, and one for one value.
+fn doorbells() -> Vec<Doorbell> {
+    let bell = |offset, size, value| {
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let eventfd = Arc::new(rustix::event::eventfd(0, flags).unwrap());
+        Doorbell { offset, size, value, eventfd }
+    };
+    vec![
+        bell(0x4000, 0, None),
+        bell(0x4010, 4, Some(7)),
+        // None of these can be.
+        bell(SIZE, 1, None),
+        bell(0x4000, 3, None),
+        bell(0x4000, 0, Some(1)),
+        bell(u64::MAX, 4, None),
+    ]
+}
+
+#[test]
+fn doorbells_ring_exactly_where_and_while_the_bar_decodes() {
+    let orders = [
+        SuspendOrder::SlotsFirst,
+        SuspendOrder::BackingFirst,
+        SuspendOrder::Alternate,
+        SuspendOrder::FaultsOnly,
+    ];
+    for (order, mappable) in orders.into_iter().flat_map(|order| [(order, true), (order, false)]) {
+        let flags = if mappable { MemfdFlags::ALLOW_SEALING } else { MemfdFlags::empty() };
+        let board = Board::with(memory(flags), doorbells(), true, order);
+        let told = || std::mem::take(&mut *board.peer.told.lock().unwrap());
+        let rings = |base: u64| {
+            let write = |at, len, value| DoorbellWrite { address: GuestAddress(at), len, value };
+            [
+                write(base + 0x4000, None, None),
+                write(base + 0x4010, Some(DoorbellLen::Four), Some(7)),
+            ]
+        };
+        assert_eq!(told(), [], "{order:?}: not before it decodes");
+        board.command(2);
+        let [first, second] = rings(BAR);
+        let on = [Told::Command(2), Told::Connect(first), Told::Connect(second)];
+        assert_eq!(told(), on, "{order:?}: after the backend decodes");
+        board.command(6);
+        assert_eq!(told(), [Told::Command(6)], "{order:?}: once");
+        board.command(0);
+        let off = [Told::Disconnect(first), Told::Disconnect(second), Told::Command(0)];
+        assert_eq!(told(), off, "{order:?}: before the backend stops to decode");
+
+        board.command(2);
+        told();
+        board.frontend.config_write(0, BAR0, &0x9000_0000_u32.to_le_bytes());
+        let [third, fourth] = rings(0x9000_0000);
+        let moved = [
+            Told::Disconnect(first),
+            Told::Disconnect(second),
+            Told::Connect(third),
+            Told::Connect(fourth),
+        ];
+        assert_eq!(told(), moved, "{order:?}: it moves");
+        board.frontend.session_ended(0);
+        assert_eq!(told(), [Told::Disconnect(third), Told::Disconnect(fourth)], "{order:?}");
+    }
+}
+
+#[test]
+fn a_backend_may_offer_doorbells_to_a_hypervisor_that_has_none() {
+    struct Plain(Slots);
+    impl Hypervisor for Plain {
+        fn kind(&self) -> HypervisorKind {
+            HypervisorKind::Model
+        }
+        fn map_slot(&self, slot: SlotId, mapping: SlotMapping) -> Result<(), HypervisorError> {
+            self.0.map_slot(slot, mapping)
+        }
+        fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError> {
+            self.0.unmap_slot(slot)
+        }
+    }
+    let file = memory(MemfdFlags::ALLOW_SEALING);
+    let board = Board::with(file, doorbells(), true, SuspendOrder::SlotsFirst);
+    let hypervisor = Arc::new(Plain(Slots::default()));
+    let mut frontend = Frontend::new(hypervisor, Vec::new(), SlotId(0));
+    frontend.attach_backend(Arc::clone(&board.peer), SuspendOrder::SlotsFirst).unwrap();
+    frontend.config_write(0, BAR0, &0x8000_0000_u32.to_le_bytes());
+    frontend.config_write(0, COMMAND, &[2, 0]);
+    frontend.config_write(0, COMMAND, &[0, 0]);
+    assert!(!frontend.functions()[0].backend().is_dead());
 }
 
 #[test]

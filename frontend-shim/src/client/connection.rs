@@ -104,13 +104,15 @@ impl Connection {
     pub(super) fn call<T>(
         &self,
         command: Command,
-        body: Vec<u8>,
+        body: impl FnOnce(&mut Vec<u8>),
         fds: Vec<OwnedFd>,
         mut take: impl FnMut(Reply<'_>) -> Result<T, ClientError>,
     ) -> Result<T, ClientError> {
         let expires = Instant::now() + self.deadline;
         let ticket = lock(&self.waiters).enter(command.code()).ok_or(ClientError::Gone)?;
-        let frame = Frame::command(ticket.id, command, body).with_fds(fds);
+        let mut bytes = Vec::new();
+        body(&mut bytes);
+        let frame = Frame::command(ticket.id, command, bytes).with_fds(fds);
         let mut taken = None;
         let result = self.send(ticket, frame, expires).and_then(|()| {
             self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
@@ -124,6 +126,25 @@ impl Connection {
         result?;
         // A reply that can't be read ends the session like one that does not come.
         taken.unwrap_or(Err(ClientError::Gone)).inspect_err(|error| self.note(error))
+    }
+
+    /// Sends a command that has no reply.
+    pub(super) fn post(
+        &self,
+        command: Command,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), ClientError> {
+        let expires = Instant::now() + self.deadline;
+        let mut bytes = Vec::new();
+        body(&mut bytes);
+        let id = lock(&self.waiters).free_id();
+        let mut frame = Frame::command(id, command, bytes);
+        frame.header.kind = MessageKind::Command { no_reply: true };
+        self.reply(frame, expires).map_err(|error| {
+            let error = self.cause(error);
+            self.note(&error);
+            error
+        })
     }
 
     /// Whether no request can succeed any more.
@@ -312,7 +333,7 @@ impl Connection {
         lock(&self.waiters).lead().then(|| Reading { connection: self })
     }
 
-    /// Sends a reply of ours. A backend that reads none of them gets no more commands served.
+    /// Sends what nobody answers. A backend that does not read gets no more commands served.
     fn reply(&self, frame: Frame, expires: Instant) -> Result<(), ClientError> {
         lock(&self.sending).queue(frame);
         while lock(&self.sending).flush(&self.socket)? == Flush::Blocked {

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use barkeep_protocol::wire::limits::MAX_DATA_XFER_SIZE;
 use barkeep_protocol::wire::{
-    Command, DmaAccess, DmaMap, DmaUnmap, DmaUnmapFlags, Errno, Header, WireError,
+    DmaAccess, DmaData, DmaLayout, DmaMap, DmaTransfer, DmaUnmap, DmaUnmapFlags, Errno, Header,
+    ServerRequest,
 };
 
 /// Guest memory, as a server reaches it with messages ("VFIO_USER_DMA_READ", "VFIO_USER_DMA_WRITE").
@@ -83,67 +83,41 @@ impl DmaService {
     /// Does what a command asks for; the payload of the reply.
     pub(super) fn serve(&self, header: &Header, body: &[u8]) -> Result<Vec<u8>, Errno> {
         let target = self.target.get().ok_or(Errno::NOTSUP)?;
-        let command = Command::try_from(header.command).map_err(|error| error.errno())?;
-        let (transfer, data) = Transfer::parse(body).map_err(|error| error.errno())?;
+        let request = ServerRequest::parse(header.command, body).map_err(|error| error.errno())?;
         let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
-        match command {
-            Command::DmaRead if data.is_empty() => {
-                transfer.check(&windows, DmaAccess::READ)?;
-                let mut reply = transfer.to_bytes();
-                let fixed = reply.len();
-                reply.resize(fixed + transfer.count, 0);
-                target.read(transfer.address, &mut reply[fixed..])?;
-                Ok(reply)
+        let mut reply = Vec::new();
+        match request {
+            ServerRequest::DmaRead(transfer) => {
+                check(transfer, &windows, DmaAccess::READ)?;
+                let fill = |data: &mut [u8]| target.read(transfer.address, data);
+                transfer.write_data(DmaLayout::Spec, &mut reply, fill)?;
             }
-            Command::DmaWrite if data.len() == transfer.count => {
-                transfer.check(&windows, DmaAccess::WRITE)?;
+            ServerRequest::DmaWrite(DmaData { transfer, data }) => {
+                check(transfer, &windows, DmaAccess::WRITE)?;
                 target.write(transfer.address, data)?;
-                Ok(transfer.to_bytes())
+                transfer.write_to(&mut reply);
             }
-            Command::DmaRead | Command::DmaWrite => Err(Errno::INVAL),
-            _ => Err(Errno::NOTSUP),
         }
+        Ok(reply)
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Transfer {
-    address: u64,
-    count: usize,
-}
-
-impl Transfer {
-    fn parse(body: &[u8]) -> Result<(Self, &[u8]), WireError> {
-        let short = WireError::Length { expected: 16, actual: body.len() };
-        let (address, rest) = body.split_first_chunk::<8>().ok_or(short.clone())?;
-        let (count, data) = rest.split_first_chunk::<8>().ok_or(short)?;
-        let (address, count) = (u64::from_ne_bytes(*address), u64::from_ne_bytes(*count));
-        let fits = u32::try_from(count).ok().filter(|count| *count <= MAX_DATA_XFER_SIZE);
-        let count = fits.ok_or(WireError::Transfer(u32::MAX))? as usize;
-        Ok((Self { address, count }, data))
-    }
-
-    /// The range may cross windows that lie against each other, as RAM around a hole does not.
-    fn check(self, windows: &[Window], access: DmaAccess) -> Result<(), Errno> {
-        let Some(more) = (self.count as u64).checked_sub(1) else { return Ok(()) };
-        let last = self.address.checked_add(more).ok_or(Errno::FAULT)?;
-        let mut next = self.address;
-        let from = windows.partition_point(|window| window.last < next);
-        for window in &windows[from..] {
-            if window.address > next || !window.access.contains(access) {
-                break;
-            }
-            if window.last >= last {
-                return Ok(());
-            }
-            next = window.last + 1;
+/// The range may cross windows that lie against each other, as RAM around a hole does not.
+fn check(transfer: DmaTransfer, windows: &[Window], access: DmaAccess) -> Result<(), Errno> {
+    let Some(more) = transfer.count.checked_sub(1) else { return Ok(()) };
+    let last = transfer.address.checked_add(more).ok_or(Errno::FAULT)?;
+    let mut next = transfer.address;
+    let from = windows.partition_point(|window| window.last < next);
+    for window in &windows[from..] {
+        if window.address > next || !window.access.contains(access) {
+            break;
         }
-        Err(Errno::FAULT)
+        if window.last >= last {
+            return Ok(());
+        }
+        next = window.last + 1;
     }
-
-    fn to_bytes(self) -> Vec<u8> {
-        [self.address.to_ne_bytes(), (self.count as u64).to_ne_bytes()].concat()
-    }
+    Err(Errno::FAULT)
 }
 
 impl fmt::Debug for DmaService {

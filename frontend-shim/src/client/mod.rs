@@ -4,6 +4,9 @@ mod attendant;
 mod connection;
 mod dma;
 mod error;
+mod features;
+mod io_fds;
+mod posted;
 mod twin;
 mod waiters;
 
@@ -13,6 +16,7 @@ mod tests;
 pub use attendant::{Attendant, Attended};
 pub use dma::DmaTarget;
 pub use error::ClientError;
+pub use io_fds::Doorbell;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -21,9 +25,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, DmaUnmapFlags, FaultReport,
-    FaultVerdict, InfoQuery, IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState,
-    RegionStateQuery, SetIrqs, TwinSocket, Version, WireError,
+    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
+    IrqInfo, Offer, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs,
+    Version, WireError,
 };
 
 use self::connection::{Connection, Reply};
@@ -59,6 +63,7 @@ pub struct Client {
     path: PathBuf,
     connection: Arc<Connection>,
     extensions: BarkeepExtensions,
+    offer: Offer,
     transfer_size: u32,
 }
 
@@ -74,7 +79,7 @@ impl Client {
     /// As [`connect`](Self::connect), with more to choose.
     ///
     /// # Errors
-    /// As for [`connect`](Self::connect), and [`ClientError::Protocol`] when the server's offer of a
+    /// As for [`connect`](Self::connect), and [`ClientError::Malformed`] when the server's offer of a
     /// socket for its own commands does not hold together.
     pub fn connect_with(path: &Path, options: ClientOptions) -> Result<Self, ClientError> {
         let ClientOptions { deadline, dma_target, twin_socket } = options;
@@ -82,28 +87,24 @@ impl Client {
         if let Some(target) = dma_target {
             connection.dma().set_target(target);
         }
-        let mut proposal = Version::proposal();
-        proposal.capabilities.twin_socket =
-            twin_socket.then_some(TwinSocket { supported: true, fd_index: None });
-        let bytes = proposal.to_bytes();
+        let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
+        offer.set(Offer::TWIN_SOCKET, twin_socket);
+        let proposal = Version::proposal_with(offer);
+        let bytes = |out: &mut Vec<u8>| out.extend(proposal.to_bytes());
         let (answer, fds) = connection.call(Command::Version, bytes, Vec::new(), |reply| {
             Ok((Version::parse(reply.body)?, reply.fds))
         })?;
         if answer.major != proposal.major || answer.minor > proposal.minor {
             return Err(ClientError::Version { major: answer.major, minor: answer.minor });
         }
-        if twin_socket
-            && let Some(twin) =
-                answer.capabilities.twin_socket.as_ref().filter(|twin| twin.supported)
-        {
-            let named = twin.fd_index.and_then(|index| usize::try_from(index).ok());
-            let socket = named.and_then(|index| fds.into_iter().nth(index));
-            connection.set_twin(socket.ok_or(ClientError::Protocol("twin socket without one"))?);
+        if twin_socket && let Some(index) = answer.capabilities.twin_socket_fd(fds.len())? {
+            fds.into_iter().nth(index).into_iter().for_each(|socket| connection.set_twin(socket));
         }
         Ok(Self {
             path: path.to_owned(),
             connection: Arc::new(connection),
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
+            offer: answer.capabilities.offer(),
             transfer_size: answer.capabilities.data_xfer_size(),
         })
     }
@@ -138,7 +139,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
         let query = InfoQuery { index: 0, argsz: 16 }.to_irq_bytes();
-        self.call(Command::GetInfo, query, DeviceInfo::parse)
+        self.call(Command::GetInfo, |out| out.extend(query), DeviceInfo::parse)
     }
 
     /// What a region is, with the file to map if it can be mapped.
@@ -154,8 +155,12 @@ impl Client {
                 let (info, needed) = RegionInfo::parse(reply.body)?;
                 Ok((info, needed, reply.fds.into_iter().next()))
             };
-            let (info, needed, file) =
-                self.call_with_fds(Command::GetRegionInfo, query, Vec::new(), take)?;
+            let (info, needed, file) = self.call_with_fds(
+                Command::GetRegionInfo,
+                |out| out.extend(query),
+                Vec::new(),
+                take,
+            )?;
             if needed <= argsz {
                 return Ok((info, file));
             }
@@ -171,7 +176,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
         let query = InfoQuery { index, argsz: 16 }.to_irq_bytes();
-        self.call(Command::GetIrqInfo, query, IrqInfo::parse)
+        self.call(Command::GetIrqInfo, |out| out.extend(query), IrqInfo::parse)
     }
 
     /// Configures interrupts.
@@ -179,7 +184,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn set_irqs(&self, set: &SetIrqs<'_>, eventfds: Vec<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds, |_| Ok(()))
+        self.call_with_fds(Command::SetIrqs, |out| out.extend(set.to_bytes()), eventfds, |_| Ok(()))
     }
 
     /// Announces a window of guest memory. Without a file, and by a server's choice also with one, the
@@ -194,14 +199,10 @@ impl Client {
         // Before the server knows it: it may use the window before its reply has been read.
         let added = self.connection.dma().announce(map);
         let file = file.into_iter().collect();
-        let result = self.call_with_fds(Command::DmaMap, map.to_bytes(), file, |_| Ok(()));
+        let result =
+            self.call_with_fds(Command::DmaMap, |out| out.extend(map.to_bytes()), file, |_| Ok(()));
         if result.is_err() && added {
-            let DmaMap { address, size, .. } = *map;
-            self.connection.dma().withdraw(&DmaUnmap {
-                flags: DmaUnmapFlags::empty(),
-                address,
-                size,
-            });
+            self.connection.dma().withdraw(&DmaUnmap::range(map.address, map.size));
         }
         result
     }
@@ -212,10 +213,38 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
+        self.dma_unmap_with(unmap, |_| Ok(()))
+    }
+
+    /// As [`dma_unmap`](Self::dma_unmap), and asks which of the pages of a window the device has written:
+    /// their numbers, in units of `page_size` bytes from `address` on. `page_size` is a power of two.
+    ///
+    /// # Errors
+    /// [`ClientError::Request`] for a range whose bitmap is above the protocol's limits, and as for
+    /// every request.
+    pub fn dma_unmap_dirty(
+        &self,
+        address: u64,
+        size: u64,
+        page_size: u64,
+    ) -> Result<Vec<usize>, ClientError> {
+        let unmap =
+            DmaUnmap::with_bitmap(address, size, page_size).map_err(ClientError::Request)?;
+        self.dma_unmap_with(&unmap, |body| {
+            let bitmap = unmap.parse_reply(body)?;
+            Ok(bitmap.map_or_else(Vec::new, |bitmap| bitmap.pages().collect()))
+        })
+    }
+
+    fn dma_unmap_with<T>(
+        &self,
+        unmap: &DmaUnmap,
+        parse: impl Fn(&[u8]) -> Result<T, WireError>,
+    ) -> Result<T, ClientError> {
         // The server may finish what it has begun before it answers.
-        self.call(Command::DmaUnmap, unmap.to_bytes(), |_| Ok(()))?;
+        let parsed = self.call(Command::DmaUnmap, |out| unmap.write_to(out), parse)?;
         self.connection.dma().withdraw(unmap);
-        Ok(())
+        Ok(parsed)
     }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
@@ -229,14 +258,19 @@ impl Client {
         data: &mut [u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        self.call_with_fds(Command::RegionRead, access.to_bytes(), Vec::new(), |reply| {
-            let reply = RegionData::parse(reply.body)?;
-            if reply.data.len() != data.len() {
-                return Err(ClientError::Protocol("read reply of another length"));
-            }
-            data.copy_from_slice(reply.data);
-            Ok(())
-        })
+        self.call_with_fds(
+            Command::RegionRead,
+            |out| access.write_to(out),
+            Vec::new(),
+            |reply| {
+                let reply = RegionData::parse(reply.body)?;
+                if reply.data.len() != data.len() {
+                    return Err(ClientError::Protocol("read reply of another length"));
+                }
+                data.copy_from_slice(reply.data);
+                Ok(())
+            },
+        )
     }
 
     /// Writes to a region. When it returns, the backend has done it.
@@ -245,7 +279,8 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        self.call(Command::RegionWrite, RegionData { access, data }.to_bytes(), |_| Ok(()))
+        let write = RegionData { access, data };
+        self.call(Command::RegionWrite, |out| write.write_to(out), |_| Ok(()))
     }
 
     /// Resets the function.
@@ -253,7 +288,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn reset(&self) -> Result<(), ClientError> {
-        self.call(Command::Reset, Vec::new(), |_| Ok(()))
+        self.call(Command::Reset, |_| (), |_| Ok(()))
     }
 
     /// Forwards a memory fault (extension `memory_fault`).
@@ -264,7 +299,7 @@ impl Client {
         if !self.extensions.memory_fault {
             return Err(ClientError::NotOffered("memory_fault"));
         }
-        self.call(Command::MemoryFault, report.to_bytes(), FaultVerdict::parse)
+        self.call(Command::MemoryFault, |out| out.extend(report.to_bytes()), FaultVerdict::parse)
     }
 
     /// Decode, epoch and counters of a region (extension `region_state`).
@@ -276,7 +311,7 @@ impl Client {
             return Err(ClientError::NotOffered("region_state"));
         }
         let query = RegionStateQuery { region }.to_bytes();
-        self.call(Command::RegionState, query, RegionState::parse)
+        self.call(Command::RegionState, |out| out.extend(query), RegionState::parse)
     }
 
     fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {
@@ -290,7 +325,7 @@ impl Client {
     fn call<T>(
         &self,
         command: Command,
-        body: Vec<u8>,
+        body: impl FnOnce(&mut Vec<u8>),
         parse: impl Fn(&[u8]) -> Result<T, WireError>,
     ) -> Result<T, ClientError> {
         self.call_with_fds(command, body, Vec::new(), |reply| Ok(parse(reply.body)?))
@@ -299,7 +334,7 @@ impl Client {
     fn call_with_fds<T>(
         &self,
         command: Command,
-        body: Vec<u8>,
+        body: impl FnOnce(&mut Vec<u8>),
         fds: Vec<OwnedFd>,
         take: impl FnMut(Reply<'_>) -> Result<T, ClientError>,
     ) -> Result<T, ClientError> {
