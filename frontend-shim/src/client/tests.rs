@@ -11,6 +11,7 @@ use super::*;
 mod commands;
 mod flight;
 mod hangup;
+mod requests;
 
 /// A server that answers VERSION and then does what its script says.
 struct Script {
