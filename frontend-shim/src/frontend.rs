@@ -1,14 +1,19 @@
 //! The shim as a VMM sees it: exits in, completed accesses out.
 
-use std::collections::BTreeSet;
+mod interrupts;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::bar::{AddressSpace, AttachError, AttachedFunction, Backend, SuspendOrder, WindowTable};
 use crate::client::{Attended, Client, ClientOptions};
 use crate::fault::{BarTarget, FaultCounters, MemoryFault, Route, Verdict};
 use crate::hypervisor::{Hypervisor, SlotId};
+
+use interrupts::Interrupts;
+pub use interrupts::{HypervisorRoutes, InterruptError, InterruptRoutes, InterruptVector, MsiKind};
 
 /// All functions of a VM that live in backend processes.
 ///
@@ -19,6 +24,8 @@ pub struct Frontend<B: Backend = Client> {
     hypervisor: Arc<dyn Hypervisor>,
     windows: Arc<WindowTable>,
     functions: Vec<AttachedFunction<B>>,
+    /// By function; of those whose interrupts the VMM has asked for.
+    interrupts: BTreeMap<usize, Interrupts>,
     next_slot: u32,
     counters: FaultCounters,
 }
@@ -71,6 +78,22 @@ impl Frontend {
         self.attach_backend(Client::connect_with(path, options)?, suspend_order)
     }
 
+    /// Takes the message-signalled interrupts of a function to `routes`: an eventfd for each vector, and
+    /// the message that it stands for whenever the guest programs it.
+    ///
+    /// # Errors
+    /// [`InterruptError`] with the reason; the function works on without these interrupts.
+    pub fn connect_interrupts(
+        &mut self,
+        function: usize,
+        routes: Arc<dyn InterruptRoutes>,
+    ) -> Result<(), InterruptError> {
+        let attached = self.functions.get(function).ok_or(InterruptError::NoFunction)?;
+        let interrupts = Interrupts::connect(function, attached.client(), routes)?;
+        self.interrupts.insert(function, interrupts);
+        Ok(())
+    }
+
     /// Attends to the backend of a function until its session ends, and then takes its memory out of
     /// the guest: from then on the function answers as Unsupported Request, mapped BARs as well. Serves
     /// the backend's own commands meanwhile.
@@ -102,6 +125,7 @@ impl<B: Backend> Frontend<B> {
             hypervisor,
             windows: Arc::new(WindowTable::new(claimed)),
             functions: Vec::new(),
+            interrupts: BTreeMap::new(),
             next_slot: first_slot.0,
             counters: FaultCounters::default(),
         }
@@ -158,8 +182,12 @@ impl<B: Backend> Frontend<B> {
 
     /// Writes configuration space of a function.
     pub fn config_write(&self, function: usize, offset: u16, data: &[u8]) {
-        if let Some(function) = self.functions.get(function) {
-            function.config_write(self.hypervisor.as_ref(), offset, data);
+        let Some(attached) = self.functions.get(function) else { return };
+        attached.config_write(self.hypervisor.as_ref(), offset, data);
+        if let Some(interrupts) = self.interrupts.get(&function)
+            && interrupts.in_config(offset, data.len())
+        {
+            interrupts.follow(attached.backend());
         }
     }
 
@@ -188,6 +216,11 @@ impl<B: Backend> Frontend<B> {
                 && let Some(function) = self.functions.get(window.function)
             {
                 function.bar_write(self.hypervisor.as_ref(), &window, offset, now);
+                if let Some(interrupts) = self.interrupts.get(&window.function)
+                    && interrupts.in_bar(&window, offset, now.len())
+                {
+                    interrupts.follow(function.backend());
+                }
             }
         }
     }
@@ -300,4 +333,9 @@ impl<B: Backend> std::fmt::Debug for Frontend<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Frontend").field("functions", &self.functions).finish_non_exhaustive()
     }
+}
+
+/// Locks what every holder leaves valid.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

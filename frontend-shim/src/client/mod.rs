@@ -65,6 +65,7 @@ pub struct Client {
     extensions: BarkeepExtensions,
     offer: Offer,
     transfer_size: u32,
+    message_fds: usize,
 }
 
 impl Client {
@@ -106,6 +107,7 @@ impl Client {
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
             offer: answer.capabilities.offer(),
             transfer_size: answer.capabilities.data_xfer_size(),
+            message_fds: answer.capabilities.message_fds(),
         })
     }
 
@@ -125,6 +127,12 @@ impl Client {
     #[must_use]
     pub fn extensions(&self) -> BarkeepExtensions {
         self.extensions
+    }
+
+    /// How many file descriptors the server takes in one message.
+    #[must_use]
+    pub fn message_fds(&self) -> usize {
+        self.message_fds
     }
 
     /// Whether the backend is gone for this session.

@@ -47,7 +47,7 @@ fn posted_writes_arrive_before_what_the_same_thread_asks_for_later() {
         match request {
             Request::RegionWrite(write) => written.push(write.data[0]),
             Request::RegionRead(access) => {
-                access.write_reply(out, |data| data[0] = written.len() as u8)
+                access.write_reply(out, |data| data[0] = *written.last().unwrap())
             }
             other => panic!("{other:?}"),
         }
