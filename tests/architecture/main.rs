@@ -123,6 +123,7 @@ fn unsafe_code_is_where_the_design_puts_it() {
         "frontend-shim/src/hypervisor/kvm/vcpu.rs",
         "frontend-shim/src/hypervisor/memory.rs",
         "frontend-shim/src/hypervisor/mshv/vm.rs",
+        "tests/allocations/main.rs",
         "tests/src/bin/lab-guest/mmio.rs",
         "tests/src/bin/lab-guest/vfio/uapi.rs",
     ]);

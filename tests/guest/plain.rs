@@ -40,7 +40,7 @@ impl Plain {
         let (mut receiver, mut sender) = (Receiver::default(), Sender::default());
         loop {
             let frame = match receiver.receive(socket) {
-                Ok(Received::Frame(frame)) => frame,
+                Ok(Received::Message(message)) => message.into_frame(),
                 Ok(Received::Pending) => continue,
                 _ => return,
             };

@@ -14,7 +14,8 @@ use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::served::{Reply, Served};
 
-/// Requests served before other functions of the process get their turn.
+/// Requests served before other functions of the process get their turn, and those that were read
+/// with the last of them.
 const BATCH: usize = 64;
 /// Bytes of replies that may wait for a client that does not read; beyond, its requests are not read
 /// either.
@@ -92,12 +93,21 @@ impl Session {
     /// Reads and answers requests as long as the socket has some, up to a batch. Returns what to
     /// wait for next.
     pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Interest, SessionEnd> {
-        for _ in 0..BATCH {
+        for turn in 0.. {
             if self.sender.flush(&self.socket)? == Flush::Blocked && self.holds_too_much() {
                 return Ok(Interest::Write);
             }
-            let outcome = match self.receiver.receive(&self.socket) {
-                Ok(Received::Frame(frame)) => self.handle(frame, function),
+            let received = match turn {
+                0 => self.receiver.receive(&self.socket),
+                1..BATCH => self.receiver.receive_more(&self.socket),
+                // No wake-up tells of what has been read already.
+                _ => self.receiver.receive_within(&self.socket, 0),
+            };
+            let outcome = match received {
+                Ok(Received::Message(message)) => {
+                    let frame = message.into_frame();
+                    self.handle(frame, function)
+                }
                 Ok(Received::Refused(header, error)) => self.answer(&header, Err(error.into())),
                 Ok(Received::Pending) => break,
                 Ok(Received::Closed) => return Err(SessionEnd::Left),

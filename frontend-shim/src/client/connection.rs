@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender, TransportError};
+use barkeep_protocol::transport::{
+    Flush, Frame, Message, Received, Receiver, Sender, TransportError,
+};
 use barkeep_protocol::wire::{Command, Errno, Header, MessageKind};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -110,11 +112,9 @@ impl Connection {
     ) -> Result<T, ClientError> {
         let expires = Instant::now() + self.deadline;
         let ticket = lock(&self.waiters).enter(command.code()).ok_or(ClientError::Gone)?;
-        let mut bytes = Vec::new();
-        body(&mut bytes);
-        let frame = Frame::command(ticket.id, command, bytes).with_fds(fds);
         let mut taken = None;
-        let result = self.send(ticket, frame, expires).and_then(|()| {
+        let queue = |sender: &mut Sender| sender.command(ticket.id, command, false, fds, body);
+        let result = self.send(ticket, queue, expires).and_then(|()| {
             self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
         });
         let result = result.map_err(|error| {
@@ -135,12 +135,9 @@ impl Connection {
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<(), ClientError> {
         let expires = Instant::now() + self.deadline;
-        let mut bytes = Vec::new();
-        body(&mut bytes);
         let id = lock(&self.waiters).free_id();
-        let mut frame = Frame::command(id, command, bytes);
-        frame.header.kind = MessageKind::Command { no_reply: true };
-        self.reply(frame, expires).map_err(|error| {
+        let queue = |sender: &mut Sender| sender.command(id, command, true, Vec::new(), body);
+        self.reply(queue, expires).map_err(|error| {
             let error = self.cause(error);
             self.note(&error);
             error
@@ -265,10 +262,15 @@ impl Connection {
         }
     }
 
-    fn send(&self, ticket: Ticket, frame: Frame, expires: Instant) -> Result<(), ClientError> {
+    fn send(
+        &self,
+        ticket: Ticket,
+        queue: impl FnOnce(&mut Sender),
+        expires: Instant,
+    ) -> Result<(), ClientError> {
         let flushed = {
             let mut sender = lock(&self.sending);
-            sender.queue(frame);
+            queue(&mut sender);
             sender.flush(&self.socket)?
         };
         match flushed {
@@ -334,8 +336,8 @@ impl Connection {
     }
 
     /// Sends what nobody answers. A backend that does not read gets no more commands served.
-    fn reply(&self, frame: Frame, expires: Instant) -> Result<(), ClientError> {
-        lock(&self.sending).queue(frame);
+    fn reply(&self, queue: impl FnOnce(&mut Sender), expires: Instant) -> Result<(), ClientError> {
+        queue(&mut lock(&self.sending));
         while lock(&self.sending).flush(&self.socket)? == Flush::Blocked {
             wait_for(self.socket.as_fd(), PollFlags::OUT, self.left(expires)?)?;
         }
@@ -380,7 +382,8 @@ impl Reading<'_> {
         self.receive(None, Instant::now() + self.connection.deadline).map(|_| ())
     }
 
-    /// Reads once, and passes on what has come; whether that was the reply to `mine`.
+    /// Reads once, and passes on all that has come: nobody would look for what stays in the buffer.
+    /// Whether that held the reply to `mine`.
     fn receive(
         &self,
         mine: Option<(Ticket, Take<'_>)>,
@@ -388,46 +391,61 @@ impl Reading<'_> {
     ) -> Result<bool, ClientError> {
         let connection = self.connection;
         let mut receiver = lock(&connection.receiving);
+        let (mut mine, mut outcome) = (mine, Ok(false));
         // One read at a time, and then the clock. Waiting in the read itself, and not in a poll
         // before it, saves a system call for each request.
-        match receiver.receive_within(&connection.socket, 1)? {
-            Received::Frame(Frame { header, body, fds }) => match header.kind {
-                MessageKind::Reply { error } => self.hand_out(mine, &header, error, &body, fds),
-                MessageKind::Command { no_reply } => {
-                    connection.expect_commands();
-                    let result = connection.dma.serve(&header, &body);
-                    if !no_reply {
-                        connection.reply(answer(&header, result), expires)?;
+        let mut reads = 1;
+        loop {
+            match receiver.receive_within(&connection.socket, reads)? {
+                Received::Message(Message { header, body, fds }) => match header.kind {
+                    MessageKind::Reply { error } => {
+                        if let Some(found) = self.hand_out(&mut mine, &header, error, body, fds)? {
+                            outcome = found.map(|()| true);
+                        }
                     }
-                    Ok(false)
-                }
-            },
-            Received::Refused(..) => Err(ClientError::Protocol("oversized message")),
-            Received::Pending => Ok(false),
-            Received::Closed => Err(ClientError::Gone),
+                    MessageKind::Command { no_reply } => {
+                        connection.expect_commands();
+                        let result = connection.dma.serve(&header, body);
+                        if !no_reply {
+                            let queue = |sender: &mut Sender| answer(sender, &header, result);
+                            connection.reply(queue, expires)?;
+                        }
+                    }
+                },
+                Received::Refused(..) => return Err(ClientError::Protocol("oversized message")),
+                Received::Pending => return outcome,
+                Received::Closed => return Err(ClientError::Gone),
+            }
+            reads = 0;
         }
     }
 
+    /// Takes a reply to whom it is for; for `mine`, how that went.
     fn hand_out(
         &self,
-        mine: Option<(Ticket, Take<'_>)>,
+        mine: &mut Option<(Ticket, Take<'_>)>,
         header: &Header,
         error: Option<Errno>,
         body: &[u8],
         fds: Vec<OwnedFd>,
-    ) -> Result<bool, ClientError> {
+    ) -> Result<Option<Result<(), ClientError>>, ClientError> {
         let mut waiters = lock(&self.connection.waiters);
         let ticket = Ticket { id: header.id, command: header.command };
-        match (mine, error) {
-            (Some((mine, take)), None) if mine == ticket => {
-                waiters.leave(mine);
-                drop(waiters);
-                take(Reply { body, fds });
-                Ok(true)
-            }
-            (Some((mine, _)), Some(errno)) if mine == ticket => Err(ClientError::Refused(errno)),
-            _ if waiters.answer(header, error, body, fds) => Ok(false),
-            _ => Err(ClientError::Protocol("reply to no request of ours")),
+        if let Some((mine, take)) = mine.take_if(|(mine, _)| *mine == ticket) {
+            waiters.leave(mine);
+            drop(waiters);
+            return Ok(Some(match error {
+                None => {
+                    take(Reply { body, fds });
+                    Ok(())
+                }
+                Some(errno) => Err(ClientError::Refused(errno)),
+            }));
+        }
+        if waiters.answer(header, error, body, fds) {
+            Ok(None)
+        } else {
+            Err(ClientError::Protocol("reply to no request of ours"))
         }
     }
 }
@@ -438,11 +456,11 @@ impl Drop for Reading<'_> {
     }
 }
 
-/// The reply to a command of the server's.
-pub(super) fn answer(header: &Header, result: Result<Vec<u8>, Errno>) -> Frame {
+/// Queues the reply to a command of the server's.
+pub(super) fn answer(sender: &mut Sender, header: &Header, result: Result<Vec<u8>, Errno>) {
     match result {
-        Ok(body) => Frame::reply(header, body),
-        Err(errno) => Frame::error(header.id, header.command, errno),
+        Ok(body) => sender.queue(Frame::reply(header, body)),
+        Err(errno) => sender.error(header.id, header.command, errno),
     }
 }
 

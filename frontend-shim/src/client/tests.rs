@@ -38,7 +38,7 @@ impl Server {
     fn request(&mut self) -> Option<Frame> {
         loop {
             match self.receiver.receive(&self.socket) {
-                Ok(Received::Frame(frame)) => return Some(frame),
+                Ok(Received::Message(message)) => return Some(message.into_frame()),
                 Ok(Received::Pending) => {}
                 _ => return None,
             }

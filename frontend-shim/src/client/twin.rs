@@ -1,7 +1,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
+use barkeep_protocol::transport::{Flush, Message, Received, Receiver, Sender};
 use barkeep_protocol::wire::MessageKind;
 use rustix::event::PollFlags;
 use rustix::net::{Shutdown, shutdown};
@@ -45,25 +45,34 @@ impl Twin {
         service: &DmaService,
         deadline: Duration,
     ) -> Result<(), ClientError> {
-        let (header, body) = match stream.receiver.receive_within(&self.socket, 1)? {
-            Received::Frame(Frame { header, body, .. }) => (header, body),
-            Received::Refused(..) => return Err(ClientError::Protocol("oversized command")),
-            Received::Pending => return Ok(()),
-            Received::Closed => {
-                stream.closed = true;
-                return Ok(());
+        // All that one read brings: nobody would look for what stays in the buffer.
+        let TwinStream { receiver, sender, closed } = stream;
+        let mut reads = 1;
+        loop {
+            let (header, body) = match receiver.receive_within(&self.socket, reads)? {
+                Received::Message(Message { header, body, .. }) => (header, body),
+                Received::Refused(..) => return Err(ClientError::Protocol("oversized command")),
+                Received::Pending => return Ok(()),
+                Received::Closed => {
+                    *closed = true;
+                    return Ok(());
+                }
+            };
+            reads = 0;
+            let MessageKind::Command { no_reply } = header.kind else {
+                return Err(ClientError::Protocol("reply on the socket for commands"));
+            };
+            let result = service.serve(&header, body);
+            if !no_reply {
+                answer(sender, &header, result);
+                self.flush(sender, deadline)?;
             }
-        };
-        let MessageKind::Command { no_reply } = header.kind else {
-            return Err(ClientError::Protocol("reply on the socket for commands"));
-        };
-        let result = service.serve(&header, &body);
-        if no_reply {
-            return Ok(());
         }
-        stream.sender.queue(answer(&header, result));
+    }
+
+    fn flush(&self, sender: &mut Sender, deadline: Duration) -> Result<(), ClientError> {
         let expires = Instant::now() + deadline;
-        while stream.sender.flush(&self.socket)? == Flush::Blocked {
+        while sender.flush(&self.socket)? == Flush::Blocked {
             let left = expires.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(ClientError::Deadline(deadline));

@@ -1,18 +1,24 @@
-//! Moves frames, and the file descriptors that travel with them, over a UNIX stream socket.
+//! Moves messages, and the file descriptors that travel with them, over a UNIX stream socket.
 //!
 //! [`Receiver`] and [`Sender`] hold the state of one direction each and never block by themselves:
 //! on a non-blocking socket they stop where the socket does and go on there, on a blocking socket
-//! with a timeout they return [`Received::Pending`] when it expires.
+//! with a timeout they return [`Received::Pending`] when it expires. In steady state neither of them
+//! allocates: a message is borrowed from the receiver's buffer, and a reply is written into the
+//! sender's.
+//!
+//! The two are all that knows about sockets. Another channel, such as rings in shared memory, finds
+//! its place beside them: it hands out the same [`Received`] and takes the same replies.
 #![forbid(unsafe_code)]
 
-mod frame;
+mod descriptors;
+mod message;
 mod receiver;
 mod sender;
 
 #[cfg(test)]
 mod tests;
 
-pub use frame::Frame;
+pub use message::{Frame, Message};
 pub use receiver::{Received, Receiver};
 pub use sender::{Flush, Sender};
 
@@ -20,6 +26,10 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::wire::{HeaderError, MessageId};
+
+/// The largest buffer that is kept between messages, in bytes. What a larger message needed is given
+/// back after it: a process with hundreds of connections has no megabyte for each.
+const KEPT_BUFFER: usize = 64 << 10;
 
 /// Why a stream can't go on. The session ends; everything else is answered and survived.
 #[derive(Debug, Error)]

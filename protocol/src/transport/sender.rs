@@ -7,8 +7,9 @@ use rustix::cmsg_space;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
 
-use super::{Frame, TransportError};
+use super::{Frame, KEPT_BUFFER, TransportError};
 use crate::wire::limits::{HEADER_SIZE, MAX_MESSAGE_FDS};
+use crate::wire::{Command, Header, MessageId, MessageKind};
 
 /// How far a flush came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,38 +20,67 @@ pub enum Flush {
     Blocked,
 }
 
-/// Queues frames and writes them in order, each with one system call where the socket lets it.
+/// Queues messages in one buffer and writes them in order, all of them with one system call where
+/// the socket lets it and no file descriptors are among them.
+///
+/// A message with descriptors gets a call of its own: whatever the peer reads with them is then part
+/// of that message.
 #[derive(Debug, Default)]
 pub struct Sender {
-    queue: VecDeque<Outgoing>,
-    queued_bytes: usize,
+    buffer: Vec<u8>,
+    /// Bytes of the buffer that the kernel has already.
+    sent: usize,
+    /// Messages with descriptors that are not sent yet, in order.
+    attached: VecDeque<Attached>,
     queued_fds: usize,
 }
 
+/// Descriptors, and where in the buffer the message is that they belong to.
 #[derive(Debug)]
-struct Outgoing {
-    bytes: Vec<u8>,
+struct Attached {
+    start: usize,
+    end: usize,
     fds: Vec<OwnedFd>,
-    sent: usize,
 }
 
 impl Sender {
-    /// Appends a frame.
+    /// Appends the successful reply to `command`; `body` appends its payload to what it is given.
+    ///
+    /// If the kernel refuses the descriptors because too many are on their way already, the reply
+    /// that is sent is the error `ETOOMANYREFS`, and the stream goes on.
+    pub fn reply(&mut self, command: &Header, fds: Vec<OwnedFd>, body: impl FnOnce(&mut Vec<u8>)) {
+        self.append(command.id, command.command, MessageKind::Reply { error: None }, fds, body);
+    }
+
+    /// Appends the error reply to a command: header only ("Header").
+    pub fn error(&mut self, id: MessageId, command: u16, errno: Errno) {
+        let kind = MessageKind::Reply { error: Some(errno) };
+        self.append(id, command, kind, Vec::new(), |_| {});
+    }
+
+    /// Appends a command; `body` appends its payload to what it is given.
+    pub fn command(
+        &mut self,
+        id: MessageId,
+        command: Command,
+        no_reply: bool,
+        fds: Vec<OwnedFd>,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) {
+        self.append(id, command.code(), MessageKind::Command { no_reply }, fds, body);
+    }
+
+    /// Appends a message that is whole already.
     pub fn queue(&mut self, frame: Frame) {
-        debug_assert!(frame.fds.len() <= MAX_MESSAGE_FDS, "our own frames keep to the limit");
-        let mut bytes = Vec::with_capacity(HEADER_SIZE + frame.body.len());
-        bytes.extend_from_slice(&frame.header.to_bytes());
-        bytes.extend_from_slice(&frame.body);
-        self.queued_bytes += bytes.len();
-        self.queued_fds += frame.fds.len();
-        self.queue.push_back(Outgoing { bytes, fds: frame.fds, sent: 0 });
+        let Header { id, command, kind, .. } = frame.header;
+        self.append(id, command, kind, frame.fds, |bytes| bytes.extend_from_slice(&frame.body));
     }
 
     /// Bytes that wait for the peer to read. Back-pressure is decided on these and on
     /// [`queued_fds`](Self::queued_fds).
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
-        self.queued_bytes
+        self.buffer.len() - self.sent
     }
 
     /// File descriptors that wait with them, open in this process until they are sent.
@@ -62,46 +92,118 @@ impl Sender {
     /// Writes as much as the socket takes.
     ///
     /// # Errors
-    /// [`TransportError::Socket`] when the peer is gone or the socket failed.
+    /// [`TransportError::Socket`] when the peer is gone or the socket failed. With `ETOOMANYREFS`,
+    /// the next message is a command whose descriptors the kernel refuses for now; it is queued
+    /// still and may be flushed again.
     pub fn flush(&mut self, socket: impl AsFd) -> Result<Flush, TransportError> {
         let socket = socket.as_fd();
-        while let Some(front) = self.queue.front_mut() {
-            let fds = front.fds.len();
-            match front.write(socket) {
-                Ok(count) => {
-                    self.queued_fds -= fds - front.fds.len();
-                    front.sent += count;
-                    self.queued_bytes -= count;
-                    if front.sent == front.bytes.len() {
-                        self.queue.pop_front();
-                    }
-                }
+        while self.sent < self.buffer.len() {
+            match self.write(socket) {
+                Ok(count) => self.sent += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(Flush::Blocked),
+                Err(Errno::TOOMANYREFS) if self.refuse_next() => {}
                 Err(errno) => return Err(TransportError::Socket(errno)),
             }
         }
+        self.buffer.clear();
+        self.buffer.shrink_to(KEPT_BUFFER);
+        self.sent = 0;
         Ok(Flush::Done)
     }
-}
 
-impl Outgoing {
+    fn append(
+        &mut self,
+        id: MessageId,
+        command: u16,
+        kind: MessageKind,
+        fds: Vec<OwnedFd>,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) {
+        debug_assert!(fds.len() <= MAX_MESSAGE_FDS, "our own messages keep to the limit");
+        self.forget_sent();
+        let start = self.buffer.len();
+        self.buffer.extend_from_slice(&[0; HEADER_SIZE]);
+        body(&mut self.buffer);
+        let end = self.buffer.len();
+        let body_size = end.checked_sub(start + HEADER_SIZE).and_then(|size| size.try_into().ok());
+        let body_size = body_size.expect("a payload is appended, and bounded by the limits");
+        let header = Header { id, command, body_size, kind };
+        self.buffer[start..start + HEADER_SIZE].copy_from_slice(&header.to_bytes());
+        if !fds.is_empty() {
+            self.queued_fds += fds.len();
+            self.attached.push_back(Attached { start, end, fds });
+        }
+    }
+
+    /// Makes room where a slow peer has left more sent bytes than waiting ones, so that moving the
+    /// latter costs no more than sending the former did.
+    fn forget_sent(&mut self) {
+        if self.sent <= self.buffer.len() / 2 {
+            return;
+        }
+        self.buffer.drain(..self.sent);
+        for attached in &mut self.attached {
+            attached.start -= self.sent;
+            attached.end -= self.sent;
+        }
+        self.sent = 0;
+    }
+
+    /// Writes once: up to the next message with descriptors, or that message.
     fn write(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-        let rest = &self.bytes[self.sent..];
         // A peer that goes away must cost its session, not a SIGPIPE for the process.
         let flags = SendFlags::NOSIGNAL;
-        if self.fds.is_empty() {
-            return send(socket, rest, flags);
-        }
-        let borrowed: Vec<BorrowedFd<'_>> = self.fds.iter().map(AsFd::as_fd).collect();
+        let next = match self.attached.front() {
+            None => return send(socket, &self.buffer[self.sent..], flags),
+            Some(next) if self.sent < next.start => {
+                return send(socket, &self.buffer[self.sent..next.start], flags);
+            }
+            Some(next) => next,
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = next.fds.iter().map(AsFd::as_fd).collect();
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
             return Err(Errno::TOOMANYREFS);
         }
-        let count = sendmsg(socket, &[IoSlice::new(rest)], &mut ancillary, flags)?;
+        let message = [IoSlice::new(&self.buffer[self.sent..next.end])];
+        let count = sendmsg(socket, &message, &mut ancillary, flags)?;
         // The kernel has its own references from here on; a second part must not send them again.
-        self.fds.clear();
+        self.drop_next_fds();
         Ok(count)
+    }
+
+    /// The kernel does not take the next message's descriptors: too many of this user are in flight.
+    /// Waiting could be for ever, and the socket would look writable all the while. A reply becomes
+    /// an error reply; its request has failed, and no other. Tells whether there was one.
+    pub(super) fn refuse_next(&mut self) -> bool {
+        let Some(next) = self.attached.front() else { return false };
+        let (start, end) = (next.start, next.end);
+        let header = self.buffer[start..].first_chunk().and_then(|bytes| Header::parse(bytes).ok());
+        let Some(Header { id, command, kind: MessageKind::Reply { .. }, .. }) = header else {
+            return false;
+        };
+        self.drop_next_fds();
+        let kind = MessageKind::Reply { error: Some(Errno::TOOMANYREFS) };
+        let refusal = Header { id, command, body_size: 0, kind }.to_bytes();
+        self.buffer.splice(start..end, refusal);
+        let shorter = end - start - refusal.len();
+        for attached in &mut self.attached {
+            attached.start -= shorter;
+            attached.end -= shorter;
+        }
+        true
+    }
+
+    #[cfg(test)]
+    pub(super) fn buffered_room(&self) -> usize {
+        self.buffer.capacity()
+    }
+
+    fn drop_next_fds(&mut self) {
+        if let Some(next) = self.attached.pop_front() {
+            self.queued_fds -= next.fds.len();
+        }
     }
 }

@@ -167,6 +167,26 @@ fn an_attendant_serves_while_nobody_waits() {
 }
 
 #[test]
+fn a_command_that_came_with_a_reply_does_not_wait_for_the_next_request() {
+    let script = serve("behind", |server| {
+        server.answer_version(&plain());
+        server.accept(1);
+        let request = server.request().unwrap();
+        let mut body = request.body.clone();
+        body.extend_from_slice(&[0; 4]);
+        // Both in one write, and so in one read.
+        server.sender.queue(Frame::reply(&request.header, body));
+        assert_eq!(server.dma_read(0x1009, 1), Ok(vec![9]));
+        server.drain();
+    });
+    let client = Client::connect_with(&script.path, options(&Ram::new())).unwrap();
+    map(&client, 0x1000, 0x1000, BOTH);
+    assert_eq!(read(&client).unwrap(), 0);
+    drop(client);
+    script.thread.join().unwrap();
+}
+
+#[test]
 fn commands_and_replies_find_their_way_beside_each_other() {
     let script = serve("beside", |server| {
         server.answer_version(&plain());
@@ -216,6 +236,7 @@ fn a_thread_that_sleeps_misses_no_deadline_because_of_the_one_that_reads() {
     let script = serve("stuck", |server| {
         server.answer_version(&plain());
         server.accept(1);
+        server.request().unwrap();
         server.send(Frame::command(MessageId(1), Command::DmaRead, range(0x1000, 1)));
         server.drain();
     });

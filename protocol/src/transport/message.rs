@@ -2,7 +2,26 @@ use std::os::fd::OwnedFd;
 
 use crate::wire::{Command, Errno, Header, MessageId, MessageKind};
 
-/// One message with the file descriptors that travel with it.
+/// One message as it was received: its payload still lies in the receiver's buffer.
+#[derive(Debug)]
+pub struct Message<'a> {
+    /// The header; `body_size` is the length of `body`.
+    pub header: Header,
+    /// The payload.
+    pub body: &'a [u8],
+    /// File descriptors, owned and close-on-exec.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Message<'_> {
+    /// The message with a payload of its own, for whoever keeps it.
+    #[must_use]
+    pub fn into_frame(self) -> Frame {
+        Frame { header: self.header, body: self.body.to_vec(), fds: self.fds }
+    }
+}
+
+/// One message that owns its payload.
 #[derive(Debug)]
 pub struct Frame {
     /// The header; `body_size` is the length of `body`.

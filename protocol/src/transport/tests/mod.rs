@@ -1,10 +1,15 @@
-use std::io::Write;
-use std::os::fd::OwnedFd;
+mod descriptors;
+mod sending;
+
+use std::io::{IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::{FdFlags, fcntl_getfd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::*;
 use crate::wire::limits::{MAX_MESSAGE_FDS, MAX_MESSAGE_SIZE};
@@ -21,14 +26,28 @@ fn command(id: u16, body: &[u8]) -> Frame {
     Frame::command(MessageId(id), Command::RegionWrite, body.to_vec())
 }
 
+fn to_bytes(frame: &Frame) -> Vec<u8> {
+    [&frame.header.to_bytes()[..], &frame.body].concat()
+}
+
+/// Sends bytes with descriptors in one system call.
+fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+    let iov = [IoSlice::new(bytes)];
+    let sent = sendmsg(socket, &iov, &mut ancillary, SendFlags::empty()).unwrap();
+    assert_eq!(sent, bytes.len());
+}
+
 fn memfd() -> OwnedFd {
     memfd_create("test", MemfdFlags::empty()).unwrap()
 }
 
 fn expect_frame(receiver: &mut Receiver, socket: &UnixStream) -> Frame {
     match receiver.receive(socket).unwrap() {
-        Received::Frame(frame) => frame,
-        other => panic!("expected a frame, got {other:?}"),
+        Received::Message(message) => message.into_frame(),
+        other => panic!("expected a message, got {other:?}"),
     }
 }
 
@@ -37,9 +56,7 @@ fn several_messages_in_one_write_come_out_one_by_one() {
     let (mut a, b) = pair();
     let mut bytes = Vec::new();
     for id in 0..3u8 {
-        let frame = command(id.into(), &[id; 5]);
-        bytes.extend_from_slice(&frame.header.to_bytes());
-        bytes.extend_from_slice(&frame.body);
+        bytes.extend(to_bytes(&command(id.into(), &[id; 5])));
     }
     a.write_all(&bytes).unwrap();
     let mut receiver = Receiver::default();
@@ -71,16 +88,8 @@ fn descriptors_stay_with_their_message_when_messages_are_pipelined() {
 #[test]
 fn too_many_descriptors_refuse_the_message_and_keep_the_stream() {
     let (a, b) = pair();
-    let frame = command(7, b"x");
-    let bytes = [&frame.header.to_bytes()[..], &frame.body].concat();
     let fd = memfd();
-    let fds = [std::os::fd::AsFd::as_fd(&fd); MAX_MESSAGE_FDS + 1];
-    let mut space =
-        [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS + 1))];
-    let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
-    assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
-    let iov = [std::io::IoSlice::new(&bytes)];
-    rustix::net::sendmsg(&a, &iov, &mut ancillary, rustix::net::SendFlags::empty()).unwrap();
+    send_with_fds(&a, &to_bytes(&command(7, b"x")), &[fd.as_fd(); MAX_MESSAGE_FDS + 1]);
 
     let mut receiver = Receiver::default();
     match receiver.receive(&b).unwrap() {
@@ -107,9 +116,7 @@ fn an_oversized_message_is_drained_and_the_next_one_is_read() {
         a.set_nonblocking(false).unwrap();
         a.write_all(&header.to_bytes()).unwrap();
         a.write_all(&vec![0xaa; size]).unwrap();
-        let next = command(2, b"after");
-        a.write_all(&next.header.to_bytes()).unwrap();
-        a.write_all(&next.body).unwrap();
+        a.write_all(&to_bytes(&command(2, b"after"))).unwrap();
     });
     b.set_nonblocking(false).unwrap();
     let mut receiver = Receiver::default();
@@ -161,7 +168,7 @@ fn a_sender_stops_where_the_socket_does_and_goes_on_there() {
     let mut frames = Vec::new();
     while frames.len() < 3 {
         match receiver.receive(&b).unwrap() {
-            Received::Frame(frame) => frames.push(frame),
+            Received::Message(message) => frames.push(message.into_frame()),
             Received::Pending => {
                 sender.flush(&a).unwrap();
             }
@@ -175,6 +182,69 @@ fn a_sender_stops_where_the_socket_does_and_goes_on_there() {
     assert_eq!((sender.queued_bytes(), sender.queued_fds()), (0, 0));
 }
 
+#[test]
+fn what_one_read_has_brought_needs_no_other() {
+    let (mut a, b) = pair();
+    let bytes: Vec<u8> = (0..100u8).flat_map(|id| to_bytes(&command(id.into(), &[id]))).collect();
+    a.write_all(&bytes).unwrap();
+    let mut receiver = Receiver::default();
+    assert_eq!(expect_frame(&mut receiver, &b).body, [0]);
+    for id in 1..100 {
+        match receiver.receive_within(&b, 0).unwrap() {
+            Received::Message(message) => assert_eq!(message.body, [id]),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(matches!(receiver.receive_within(&b, 0).unwrap(), Received::Pending));
+}
+
+#[test]
+fn a_socket_that_was_emptied_is_asked_only_by_receive() {
+    let (mut a, b) = pair();
+    let mut receiver = Receiver::default();
+    for id in 0..2 {
+        a.write_all(&to_bytes(&command(id, b"x"))).unwrap();
+        assert!(matches!(receiver.receive(&b).unwrap(), Received::Message(_)));
+        a.write_all(&to_bytes(&command(id, b"later"))).unwrap();
+        assert!(matches!(receiver.receive_more(&b).unwrap(), Received::Pending));
+        assert_eq!(expect_frame(&mut receiver, &b).body, b"later");
+    }
+}
+
+#[test]
+fn a_read_that_ends_at_descriptors_does_not_mean_that_the_socket_is_empty() {
+    let (mut a, b) = pair();
+    let fd = memfd();
+    send_with_fds(&a, &to_bytes(&command(1, b"with")), &[fd.as_fd()]);
+    a.write_all(&to_bytes(&command(2, b"without"))).unwrap();
+    let mut receiver = Receiver::default();
+    assert_eq!(expect_frame(&mut receiver, &b).body, b"with");
+    match receiver.receive_more(&b).unwrap() {
+        Received::Message(message) => assert_eq!(message.body, b"without"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_body_that_was_announced_and_a_large_one_that_was_read_cost_no_memory_afterwards() {
+    let (mut a, b) = pair();
+    let mut receiver = Receiver::default();
+    let large = to_bytes(&command(1, &vec![7; 1 << 20]));
+    let writer = std::thread::spawn(move || {
+        a.set_nonblocking(false).unwrap();
+        a.write_all(&large).unwrap();
+        // The beginning of the next one is in the buffer when the large one is gone.
+        a.write_all(&to_bytes(&command(2, b"after"))[..20]).unwrap();
+        a
+    });
+    b.set_nonblocking(false).unwrap();
+    assert_eq!(expect_frame(&mut receiver, &b).body.len(), 1 << 20);
+    let _a = writer.join().unwrap();
+    b.set_nonblocking(true).unwrap();
+    assert!(matches!(receiver.receive(&b).unwrap(), Received::Pending));
+    assert!(receiver.buffered_room() <= KEPT_BUFFER, "{}", receiver.buffered_room());
+}
+
 proptest! {
     /// However a stream is cut into writes, the same frames come out.
     #[test]
@@ -185,9 +255,7 @@ proptest! {
         let (mut a, b) = pair();
         let mut bytes = Vec::new();
         for (id, body) in (0..).zip(&bodies) {
-            let frame = command(id, body);
-            bytes.extend_from_slice(&frame.header.to_bytes());
-            bytes.extend_from_slice(&frame.body);
+            bytes.extend(to_bytes(&command(id, body)));
         }
         let mut receiver = Receiver::default();
         let mut received = Vec::new();
@@ -196,8 +264,8 @@ proptest! {
             let (now, later) = rest.split_at((*cut).min(rest.len()));
             a.write_all(now).unwrap();
             rest = later;
-            while let Received::Frame(frame) = receiver.receive(&b).unwrap() {
-                received.push(frame.body);
+            while let Received::Message(message) = receiver.receive(&b).unwrap() {
+                received.push(message.body.to_vec());
             }
             if rest.is_empty() { break; }
         }
