@@ -1,14 +1,19 @@
 //! The shim as a VMM sees it: exits in, completed accesses out.
 
-use std::collections::BTreeSet;
+mod interrupts;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::bar::{AddressSpace, AttachError, AttachedFunction, Backend, SuspendOrder, WindowTable};
-use crate::client::Client;
+use crate::client::{Attended, Client, ClientOptions};
 use crate::fault::{BarTarget, FaultCounters, MemoryFault, Route, Verdict};
 use crate::hypervisor::{Hypervisor, SlotId};
+
+use interrupts::Interrupts;
+pub use interrupts::{HypervisorRoutes, InterruptError, InterruptRoutes, InterruptVector, MsiKind};
 
 /// All functions of a VM that live in backend processes.
 ///
@@ -19,6 +24,8 @@ pub struct Frontend<B: Backend = Client> {
     hypervisor: Arc<dyn Hypervisor>,
     windows: Arc<WindowTable>,
     functions: Vec<AttachedFunction<B>>,
+    /// By function; of those whose interrupts the VMM has asked for.
+    interrupts: BTreeMap<usize, Interrupts>,
     next_slot: u32,
     counters: FaultCounters,
 }
@@ -54,7 +61,53 @@ impl Frontend {
         deadline: Duration,
         suspend_order: SuspendOrder,
     ) -> Result<usize, AttachError> {
-        self.attach_backend(Client::connect(path, deadline)?, suspend_order)
+        let options = ClientOptions { deadline, ..ClientOptions::default() };
+        self.attach_with(path, options, suspend_order)
+    }
+
+    /// As [`attach`](Self::attach), with more to choose about the connection.
+    ///
+    /// # Errors
+    /// [`AttachError`] with the reason.
+    pub fn attach_with(
+        &mut self,
+        path: &Path,
+        options: ClientOptions,
+        suspend_order: SuspendOrder,
+    ) -> Result<usize, AttachError> {
+        self.attach_backend(Client::connect_with(path, options)?, suspend_order)
+    }
+
+    /// Takes the message-signalled interrupts of a function to `routes`: an eventfd for each vector, and
+    /// the message that it stands for whenever the guest programs it.
+    ///
+    /// # Errors
+    /// [`InterruptError`] with the reason; the function works on without these interrupts.
+    pub fn connect_interrupts(
+        &mut self,
+        function: usize,
+        routes: Arc<dyn InterruptRoutes>,
+    ) -> Result<(), InterruptError> {
+        let attached = self.functions.get(function).ok_or(InterruptError::NoFunction)?;
+        let interrupts = Interrupts::connect(function, attached.client(), routes)?;
+        self.interrupts.insert(function, interrupts);
+        Ok(())
+    }
+
+    /// Attends to the backend of a function until its session ends, and then takes its memory out of
+    /// the guest: from then on the function answers as Unsupported Request, mapped BARs as well. Serves
+    /// the backend's own commands meanwhile.
+    ///
+    /// For a thread of the VMM for each function. Without one, a backend that has gone is noticed at
+    /// the next access that is forwarded to it. Returns [`Attended::Stopped`] after
+    /// [`Attendant::stop`](crate::client::Attendant::stop).
+    pub fn attend(&self, function: usize) -> Attended {
+        let Some(attached) = self.functions.get(function) else { return Attended::Stopped };
+        let attended = attached.client().attendant().attend();
+        if attended == Attended::Ended {
+            self.session_ended(function);
+        }
+        attended
     }
 }
 
@@ -72,6 +125,7 @@ impl<B: Backend> Frontend<B> {
             hypervisor,
             windows: Arc::new(WindowTable::new(claimed)),
             functions: Vec::new(),
+            interrupts: BTreeMap::new(),
             next_slot: first_slot.0,
             counters: FaultCounters::default(),
         }
@@ -128,8 +182,12 @@ impl<B: Backend> Frontend<B> {
 
     /// Writes configuration space of a function.
     pub fn config_write(&self, function: usize, offset: u16, data: &[u8]) {
-        if let Some(function) = self.functions.get(function) {
-            function.config_write(self.hypervisor.as_ref(), offset, data);
+        let Some(attached) = self.functions.get(function) else { return };
+        attached.config_write(self.hypervisor.as_ref(), offset, data);
+        if let Some(interrupts) = self.interrupts.get(&function)
+            && interrupts.in_config(offset, data.len())
+        {
+            interrupts.follow(attached.backend());
         }
     }
 
@@ -158,6 +216,11 @@ impl<B: Backend> Frontend<B> {
                 && let Some(function) = self.functions.get(window.function)
             {
                 function.bar_write(self.hypervisor.as_ref(), &window, offset, now);
+                if let Some(interrupts) = self.interrupts.get(&window.function)
+                    && interrupts.in_bar(&window, offset, now.len())
+                {
+                    interrupts.follow(function.backend());
+                }
             }
         }
     }
@@ -236,6 +299,14 @@ impl<B: Backend> Frontend<B> {
         helps
     }
 
+    /// Takes the memory of a function whose backend has gone out of the guest. For VMMs that learn of it
+    /// in an event loop of their own, with an [`Attendant`](crate::client::Attendant).
+    pub fn session_ended(&self, function: usize) {
+        if let Some(function) = self.functions.get(function) {
+            function.session_ended(self.hypervisor.as_ref());
+        }
+    }
+
     /// Resets every function, as a reset of the machine does.
     pub fn reset(&self) {
         for function in &self.functions {
@@ -262,4 +333,9 @@ impl<B: Backend> std::fmt::Debug for Frontend<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Frontend").field("functions", &self.functions).finish_non_exhaustive()
     }
+}
+
+/// Locks what every holder leaves valid.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

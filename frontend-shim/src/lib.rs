@@ -18,4 +18,7 @@ pub mod vmm;
 mod x86;
 
 pub use address::GuestAddress;
-pub use frontend::{FaultOutcome, Frontend};
+pub use frontend::{
+    FaultOutcome, Frontend, HypervisorRoutes, InterruptError, InterruptRoutes, InterruptVector,
+    MsiKind,
+};

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_shim::bar::{AddressSpace, SuspendOrder, TrackingError};
+use barkeep_shim::client::Attended;
 use barkeep_shim::fault::{FaultCounts, FaultPlace, GuestAccess, Unlocated, Verdict};
 use barkeep_shim::hypervisor::model::Model;
 use barkeep_shim::hypervisor::{
@@ -61,6 +62,16 @@ fn a_bar_is_mapped_exactly_while_it_decodes() {
     decode(&frontend, true);
     decode(&frontend, false);
     assert!(!is_mapped(&model), "off again");
+}
+
+#[test]
+fn a_backend_that_dies_while_nobody_uses_it_leaves_nothing_mapped() {
+    let (sidecar, model, frontend) = attached(SuspendOrder::SlotsFirst);
+    decode(&frontend, true);
+    drop(sidecar);
+    assert_eq!(frontend.attend(0), Attended::Ended);
+    assert!(!is_mapped(&model), "without any access");
+    assert_eq!(read(&frontend, BAR2), u32::MAX);
 }
 
 #[test]

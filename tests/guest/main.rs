@@ -10,6 +10,7 @@
 
 mod demo;
 mod faults;
+mod interrupts;
 mod plain;
 mod programs;
 mod sidecar;

@@ -2,7 +2,7 @@
 
 use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{
-    Arguments, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program, Report,
+    Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program, Report,
 };
 use barkeep_tests::skip;
 
@@ -17,6 +17,7 @@ fn arguments(sidecar: &Sidecar, program: Program, hypervisor: HypervisorChoice) 
         hypervisor,
         suspend_order: Order::SlotsFirst,
         memory_faults: MemoryFaults::Resolve,
+        dma: Dma::Shared,
         loss: Loss::Protected,
         deadline: 20,
         json: false,

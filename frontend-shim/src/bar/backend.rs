@@ -5,7 +5,7 @@ use barkeep_protocol::wire::{
     BarkeepExtensions, DeviceInfo, FaultReport, FaultVerdict, RegionInfo, RegionState,
 };
 
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, Doorbell};
 
 /// Whoever owns a function, as [`AttachedFunction`](super::AttachedFunction) talks to it. A process
 /// behind a [`Client`], and in model-checked tests a function in memory.
@@ -62,6 +62,16 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ClientError::NotOffered`] when the server lacks the extension, and as for every request.
     fn region_state(&self, region: u32) -> Result<RegionState, ClientError>;
+
+    /// Where in a region a write need not be forwarded, because an eventfd tells as much. Only asked of
+    /// a server with barkeep's extensions: others take the question for the end of the session.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    fn doorbells(&self, region: u32) -> Result<Vec<Doorbell>, ClientError> {
+        let _ = region;
+        Ok(Vec::new())
+    }
 }
 
 impl Backend for Client {
@@ -103,5 +113,9 @@ impl Backend for Client {
 
     fn region_state(&self, region: u32) -> Result<RegionState, ClientError> {
         self.region_state(region)
+    }
+
+    fn doorbells(&self, region: u32) -> Result<Vec<Doorbell>, ClientError> {
+        self.doorbells(region)
     }
 }

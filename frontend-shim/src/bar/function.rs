@@ -6,6 +6,7 @@ use std::time::Duration;
 use barkeep_protocol::wire::{self, DeviceFlags, FaultReport, FaultVerdict, PciRegion};
 use tracing::{debug, error, warn};
 
+use super::doorbells::Doorbells;
 use super::mapping::BarMapping;
 use super::{AddressSpace, Backend};
 use crate::client::{Client, ClientError};
@@ -31,6 +32,8 @@ pub struct AttachedFunction<B = Client> {
     backend: B,
     bars: Vec<BarInfo>,
     capabilities: Capabilities,
+    /// There is something in the hypervisor that comes and goes with decode.
+    follows_decode: bool,
     suspend_order: SuspendOrder,
     windows: Arc<WindowTable>,
     state: Mutex<State>,
@@ -69,6 +72,8 @@ pub enum SuspendOrder {
 struct State {
     /// By BAR number; `None` for those that are trapped.
     mappings: [Option<BarMapping>; 6],
+    /// By BAR number; none for those of I/O space.
+    doorbells: [Doorbells; 6],
     /// Where the guest has put the BARs.
     placed: GuestBars,
     /// What the function claims, as far as this side knows.
@@ -129,8 +134,12 @@ impl<B: Backend> AttachedFunction<B> {
         let registers = Registers::read(&backend)?;
         let (bars, mappings) = attach::describe_bars(&backend, &registers, slots)?;
         let capabilities = Capabilities::find(&backend)?;
+        let doorbells = attach::find_doorbells(&backend, &bars)?;
+        let follows_decode =
+            bars.iter().any(|bar| bar.mapped) || !doorbells.iter().all(Doorbells::is_empty);
         let state = State {
             mappings,
+            doorbells,
             placed: GuestBars::default(),
             enables: Enables::default(),
             wanted: Enables::default(),
@@ -143,6 +152,7 @@ impl<B: Backend> AttachedFunction<B> {
             backend,
             bars,
             capabilities,
+            follows_decode,
             suspend_order,
             windows,
             state: Mutex::new(state),
@@ -226,7 +236,7 @@ impl<B: Backend> AttachedFunction<B> {
             ConfigChange::Command(enables) => {
                 state.wanted = enables;
                 let accepted = self.forward(hypervisor, &mut state, offset, data);
-                if accepted && !self.has_mapped_bars() {
+                if accepted && !self.follows_decode {
                     state.enables = enables;
                     self.publish(&state, |_| true);
                 } else {
@@ -411,6 +421,12 @@ impl<B: Backend> AttachedFunction<B> {
         state.vain_quarantines <= VAIN_QUARANTINES
     }
 
+    /// Takes every memory slot of a function away whose backend has gone, and says so, unless an
+    /// access has been the first to notice.
+    pub fn session_ended(&self, hypervisor: &dyn Hypervisor) {
+        self.failed(hypervisor, "attending", &ClientError::Gone);
+    }
+
     /// Takes every memory slot of the function away.
     pub fn detach(&self, hypervisor: &dyn Hypervisor) {
         self.suspend_all(hypervisor, &mut self.lock());
@@ -465,6 +481,7 @@ impl<B: Backend> AttachedFunction<B> {
             self.forward(hypervisor, state, offset, data);
             return;
         }
+        self.bars.iter().for_each(|info| self.silence(hypervisor, state, info.bar));
         for mapping in state.mappings.iter_mut().flatten() {
             if let Err(failure) = mapping.refuse_access() {
                 error!(function = self.index, "mprotect: {failure}");

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use barkeep_protocol::wire::{RegionInfo, SparseArea};
-use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
+use rustix::fs::{FileType, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
 
 use super::written::Written;
 use crate::hypervisor::{
@@ -43,26 +43,23 @@ const MAX_AREAS: usize = 16;
 impl BarMapping {
     /// Maps the file that a backend sent for a region.
     ///
-    /// A regular file must be as long as the region; that it stays so is certain only for one sealed
-    /// against shrinking. Others are taken too, with a warning: a shared file can't be sealed. A
-    /// device (vfio) has no length; its driver checks the range.
+    /// `None` for one that could be truncated afterwards: the next access would end the VM with a
+    /// SIGBUS, and from inside the guest with a memory fault that nothing resolves. Its BAR is
+    /// trapped. A memfd is sealed here if its owner has not done it. A device (vfio) has no length;
+    /// its driver checks the range.
     pub(super) fn new(
         region: &RegionInfo,
         file: &OwnedFd,
         slots: &mut dyn FnMut() -> SlotId,
-    ) -> io::Result<Self> {
-        let stat = fstat(file)?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+    ) -> io::Result<Option<Self>> {
+        if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::CharacterDevice {
+            if !keeps_its_length(file) {
+                return Ok(None);
+            }
             let end = region.file_offset.checked_add(region.size);
-            let length = u64::try_from(stat.st_size).unwrap_or(0);
+            let length = u64::try_from(fstat(file)?.st_size).unwrap_or(0);
             if end.is_none_or(|end| end > length) {
                 return Err(io::Error::other(format!("file of {length} bytes is shorter than it")));
-            }
-            if !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-                tracing::warn!(
-                    region = region.index,
-                    "the backend's memory is not sealed: if its file is truncated, this VM dies"
-                );
             }
         }
         let mut areas = Vec::new();
@@ -71,14 +68,14 @@ impl BarMapping {
             let memory = Arc::new(HostMapping::from_fd(file, at, size, true)?.of_device());
             areas.push(Area { offset, memory, slot: slots(), present: false });
         }
-        Ok(Self {
+        Ok(Some(Self {
             areas,
             mapped_at: None,
             size: region.size,
             refused: false,
             quarantined: false,
             written: None,
-        })
+        }))
     }
 
     /// Where the BAR is mapped, if it is.
@@ -244,6 +241,13 @@ impl BarMapping {
         }
         Ok(())
     }
+}
+
+/// Seals a file against shrinking, unless it is; `false` if it can't be.
+fn keeps_its_length(file: &OwnedFd) -> bool {
+    let sealed = || fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    // What counts is what is there afterwards.
+    sealed() || (fcntl_add_seals(file, SealFlags::SHRINK).is_ok() && sealed())
 }
 
 /// The parts of a region that may be mapped, checked: a backend may be as hostile as a guest.

@@ -1,6 +1,7 @@
 //! Where BARs lie in the guest's address space, and the memory slots of those that are mapped.
 
 mod backend;
+mod doorbells;
 mod function;
 mod mapping;
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -14,12 +14,13 @@ use barkeep_protocol::wire::{
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::*;
-use crate::client::ClientError;
+use crate::client::{ClientError, Doorbell};
 use crate::fault::{
     FaultAccess, FaultPlace, GuestAccess, MemoryFault, ProgressGuard, Unlocated, Verdict,
 };
 use crate::hypervisor::{
-    AccessError, Hypervisor, HypervisorError, HypervisorKind, SlotId, SlotMapping,
+    AccessError, DoorbellLen, DoorbellWrite, Hypervisor, HypervisorError, HypervisorKind, SlotId,
+    SlotMapping,
 };
 use crate::{FaultOutcome, Frontend, GuestAddress};
 
@@ -33,6 +34,11 @@ const BAR0: u16 = 0x10;
 struct Peer {
     barkeep: bool,
     config: Mutex<[u8; 0x40]>,
+    /// Its BAR's memory.
+    file: OwnedFd,
+    doorbells: Vec<Doorbell>,
+    /// What it and its hypervisor were told.
+    told: Arc<Mutex<Vec<Told>>>,
     /// It says that it decodes whatever is in its registers, and never lets itself be reset.
     insists: AtomicBool,
 }
@@ -66,11 +72,7 @@ impl Backend for Arc<Peer> {
         info.size = SIZE;
         let area = |offset, size| SparseArea { offset, size };
         info.sparse = vec![area(0, 0x4000), area(0x5000, 0x3000)];
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("bar", flags).unwrap();
-        rustix::fs::ftruncate(&file, SIZE).unwrap();
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-        Ok((info, Some(file)))
+        Ok((info, Some(self.file.try_clone().unwrap())))
     }
 
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Answer<()> {
@@ -90,8 +92,15 @@ impl Backend for Arc<Peer> {
         if region == PciRegion::Config.index() {
             let at = usize::try_from(offset).unwrap();
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
+            if at == usize::from(COMMAND) {
+                self.told.lock().unwrap().push(Told::Command(data[0]));
+            }
         }
         Ok(())
+    }
+
+    fn doorbells(&self, region: u32) -> Answer<Vec<Doorbell>> {
+        Ok(if region == 0 { self.doorbells.clone() } else { Vec::new() })
     }
 
     fn reset(&self) -> Answer<()> {
@@ -115,8 +124,16 @@ impl Backend for Arc<Peer> {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Command(u8),
+    Connect(DoorbellWrite),
+    Disconnect(DoorbellWrite),
+}
+
 #[derive(Debug, Default)]
 struct Slots {
+    told: Arc<Mutex<Vec<Told>>>,
     mapped: Mutex<BTreeMap<SlotId, SlotMapping>>,
     /// This one can't be removed.
     stuck: Mutex<Option<SlotId>>,
@@ -140,6 +157,24 @@ impl Hypervisor for Slots {
         assert!(self.mapped.lock().unwrap().remove(&slot).is_some(), "slot {slot} is not there");
         Ok(())
     }
+
+    fn add_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        _: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.told.lock().unwrap().push(Told::Connect(*write));
+        Ok(())
+    }
+
+    fn remove_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        _: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.told.lock().unwrap().push(Told::Disconnect(*write));
+        Ok(())
+    }
 }
 
 struct Board {
@@ -158,11 +193,20 @@ enum Met {
 
 impl Board {
     fn new(barkeep: bool) -> Board {
-        let config = Mutex::new([0; 0x40]);
-        let peer = Arc::new(Peer { barkeep, config, insists: AtomicBool::new(false) });
-        let slots = Arc::new(Slots::default());
+        Board::sharing(memory(MemfdFlags::ALLOW_SEALING), barkeep)
+    }
+
+    fn sharing(file: OwnedFd, barkeep: bool) -> Board {
+        Board::with(file, Vec::new(), barkeep, SuspendOrder::SlotsFirst)
+    }
+
+    fn with(file: OwnedFd, doorbells: Vec<Doorbell>, barkeep: bool, order: SuspendOrder) -> Board {
+        let (config, insists) = (Mutex::new([0; 0x40]), AtomicBool::new(false));
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let slots = Arc::new(Slots { told: Arc::clone(&told), ..Slots::default() });
+        let peer = Arc::new(Peer { barkeep, config, file, doorbells, told, insists });
         let mut frontend = Frontend::new(slots.clone() as _, vec![(0, 0x1000)], SlotId(0));
-        frontend.attach_backend(Arc::clone(&peer), SuspendOrder::SlotsFirst).unwrap();
+        frontend.attach_backend(Arc::clone(&peer), order).unwrap();
         frontend.config_write(0, BAR0, &0x8000_0000_u32.to_le_bytes());
         Board { peer, slots, frontend }
     }
@@ -208,6 +252,12 @@ impl Board {
     fn write_fault(&self, offset: u64) -> FaultOutcome {
         self.frontend.memory_fault(&write_fault(offset))
     }
+}
+
+fn memory(flags: MemfdFlags) -> OwnedFd {
+    let file = rustix::fs::memfd_create("bar", MemfdFlags::CLOEXEC | flags).unwrap();
+    rustix::fs::ftruncate(&file, SIZE).unwrap();
+    file
 }
 
 fn write_fault(offset: u64) -> MemoryFault {
@@ -365,4 +415,140 @@ fn a_gather_with_all_lanes_in_one_bar_asks_for_one_quarantine() {
     let place = FaultPlace::OneOf((0..100).map(lane).collect());
     assert!(board.frontend.quarantine(&MemoryFault { place, private: false }));
     assert!(board.frontend.quarantine(&write_fault(0)), "another vCPU may have been second");
+}
+
+/// Doorbells in the trapped page: one for any write, and one for one value.
+fn doorbells() -> Vec<Doorbell> {
+    let bell = |offset, size, value| {
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        let eventfd = Arc::new(rustix::event::eventfd(0, flags).unwrap());
+        Doorbell { offset, size, value, eventfd }
+    };
+    vec![
+        bell(0x4000, 0, None),
+        bell(0x4010, 4, Some(7)),
+        // None of these can be.
+        bell(SIZE, 1, None),
+        bell(0x4000, 3, None),
+        bell(0x4000, 0, Some(1)),
+        bell(u64::MAX, 4, None),
+    ]
+}
+
+#[test]
+fn doorbells_ring_exactly_where_and_while_the_bar_decodes() {
+    let orders = [
+        SuspendOrder::SlotsFirst,
+        SuspendOrder::BackingFirst,
+        SuspendOrder::Alternate,
+        SuspendOrder::FaultsOnly,
+    ];
+    for (order, mappable) in orders.into_iter().flat_map(|order| [(order, true), (order, false)]) {
+        let flags = if mappable { MemfdFlags::ALLOW_SEALING } else { MemfdFlags::empty() };
+        let board = Board::with(memory(flags), doorbells(), true, order);
+        let told = || std::mem::take(&mut *board.peer.told.lock().unwrap());
+        let rings = |base: u64| {
+            let write = |at, len, value| DoorbellWrite { address: GuestAddress(at), len, value };
+            [
+                write(base + 0x4000, None, None),
+                write(base + 0x4010, Some(DoorbellLen::Four), Some(7)),
+            ]
+        };
+        assert_eq!(told(), [], "{order:?}: not before it decodes");
+        board.command(2);
+        let [first, second] = rings(BAR);
+        let on = [Told::Command(2), Told::Connect(first), Told::Connect(second)];
+        assert_eq!(told(), on, "{order:?}: after the backend decodes");
+        board.command(6);
+        assert_eq!(told(), [Told::Command(6)], "{order:?}: once");
+        board.command(0);
+        let off = [Told::Disconnect(first), Told::Disconnect(second), Told::Command(0)];
+        assert_eq!(told(), off, "{order:?}: before the backend stops to decode");
+
+        board.command(2);
+        told();
+        board.frontend.config_write(0, BAR0, &0x9000_0000_u32.to_le_bytes());
+        let [third, fourth] = rings(0x9000_0000);
+        let moved = [
+            Told::Disconnect(first),
+            Told::Disconnect(second),
+            Told::Connect(third),
+            Told::Connect(fourth),
+        ];
+        assert_eq!(told(), moved, "{order:?}: it moves");
+        board.frontend.session_ended(0);
+        assert_eq!(told(), [Told::Disconnect(third), Told::Disconnect(fourth)], "{order:?}");
+    }
+}
+
+#[test]
+fn a_backend_may_offer_doorbells_to_a_hypervisor_that_has_none() {
+    struct Plain(Slots);
+    impl Hypervisor for Plain {
+        fn kind(&self) -> HypervisorKind {
+            HypervisorKind::Model
+        }
+        fn map_slot(&self, slot: SlotId, mapping: SlotMapping) -> Result<(), HypervisorError> {
+            self.0.map_slot(slot, mapping)
+        }
+        fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError> {
+            self.0.unmap_slot(slot)
+        }
+    }
+    let file = memory(MemfdFlags::ALLOW_SEALING);
+    let board = Board::with(file, doorbells(), true, SuspendOrder::SlotsFirst);
+    let hypervisor = Arc::new(Plain(Slots::default()));
+    let mut frontend = Frontend::new(hypervisor, Vec::new(), SlotId(0));
+    frontend.attach_backend(Arc::clone(&board.peer), SuspendOrder::SlotsFirst).unwrap();
+    frontend.config_write(0, BAR0, &0x8000_0000_u32.to_le_bytes());
+    frontend.config_write(0, COMMAND, &[2, 0]);
+    frontend.config_write(0, COMMAND, &[0, 0]);
+    assert!(!frontend.functions()[0].backend().is_dead());
+}
+
+#[test]
+fn a_backend_can_not_take_mapped_memory_away_by_truncating_its_file() {
+    let board = Board::decoding(true);
+    let file = &board.peer.file;
+    assert_eq!(rustix::fs::ftruncate(file, 0), Err(rustix::io::Errno::PERM));
+    assert_eq!(board.touch(0x7ffc, true), Met::Memory);
+}
+
+#[test]
+fn memory_that_can_not_be_sealed_is_trapped_and_works() {
+    let sealed_against_seals = memory(MemfdFlags::ALLOW_SEALING);
+    rustix::fs::fcntl_add_seals(&sealed_against_seals, SealFlags::SEAL).unwrap();
+    let regular = tempfile();
+    rustix::fs::ftruncate(&regular, SIZE).unwrap();
+    let rows = [
+        ("sealed against seals", sealed_against_seals),
+        ("not for sealing", memory(MemfdFlags::empty())),
+        ("regular file", regular),
+    ];
+    for (what, file) in rows {
+        let board = Board::sharing(file, true);
+        board.command(2);
+        assert_eq!(board.mapped(), 0, "{what}");
+        assert!(!board.function().has_mapped_bars(), "{what}");
+        let mut data = [0; 4];
+        board.frontend.read(AddressSpace::Memory, BAR, &mut data);
+        assert_eq!(data, [0x11; 4], "{what}");
+    }
+}
+
+#[test]
+fn memory_that_its_owner_has_sealed_for_good_is_mapped() {
+    let file = memory(MemfdFlags::ALLOW_SEALING);
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL).unwrap();
+    let board = Board::sharing(file, true);
+    board.command(2);
+    assert_eq!(board.touch(0, true), Met::Memory);
+}
+
+/// A file with a name no more.
+fn tempfile() -> OwnedFd {
+    let path = std::env::temp_dir().join(format!("barkeep-bar-{}", std::process::id()));
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path);
+    std::fs::remove_file(path).unwrap();
+    file.unwrap().into()
 }

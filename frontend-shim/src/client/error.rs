@@ -39,6 +39,9 @@ pub enum ClientError {
     /// The server did not offer this extension.
     #[error("the server does not offer {0}")]
     NotOffered(&'static str),
+    /// What is asked for is beyond what the protocol can say.
+    #[error("can't be asked: {0}")]
+    Request(#[source] WireError),
     /// A transfer above what was negotiated.
     #[error("{0} bytes are more than one transfer takes")]
     TooLarge(usize),
@@ -49,7 +52,7 @@ impl ClientError {
     #[must_use]
     pub fn ends_session(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::NotOffered(_) | Self::TooLarge(_) => false,
+            Self::Refused(_) | Self::NotOffered(_) | Self::TooLarge(_) | Self::Request(_) => false,
             // The stream itself is intact, but this peer's words can't be trusted.
             Self::Malformed(_)
             | Self::Protocol(_)

@@ -1,43 +1,71 @@
 //! The vfio-user client: one connection to the process that owns a function.
 
+mod attendant;
 mod connection;
+mod dma;
 mod error;
+mod features;
+mod io_fds;
+mod posted;
+mod twin;
+mod waiters;
 
 #[cfg(test)]
 mod tests;
 
+pub use attendant::{Attendant, Attended};
+pub use dma::DmaTarget;
 pub use error::ClientError;
+pub use io_fds::Doorbell;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
     BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
-    IrqInfo, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs, Version,
-    WireError,
+    IrqInfo, Offer, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs,
+    Version, WireError,
 };
 
-use self::connection::Connection;
+use self::connection::{Connection, Reply};
 
 /// How long a backend may take for one answer. A vCPU is waiting: longer than any device needs, and
 /// short enough that a guest survives it.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A connected client. All methods may be called from any thread; requests are sent one at a time.
+/// How to connect.
+#[derive(Clone)]
+pub struct ClientOptions {
+    /// How long the backend may take for one answer.
+    pub deadline: Duration,
+    /// Guest memory, for servers that reach it by messages. Without it they are refused.
+    pub dma_target: Option<Arc<dyn DmaTarget>>,
+    /// Whether the server may bring a socket of its own for its commands. Only an [`Attendant`]
+    /// serves that one.
+    pub twin_socket: bool,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self { deadline: DEFAULT_DEADLINE, dma_target: None, twin_socket: false }
+    }
+}
+
+/// A connected client. All methods may be called from any number of threads at a time. The requests
+/// of one thread reach the server in their order: each waits for its answer.
 ///
 /// Once the backend has gone, or has not answered in time, every call fails at once: an answer that
 /// comes too late can't be told from the answer to a later question.
 pub struct Client {
     path: PathBuf,
-    connection: Mutex<Connection>,
-    /// Kept beside the connection so that a dead one is noticed without waiting for its lock.
-    dead: AtomicBool,
+    connection: Arc<Connection>,
     extensions: BarkeepExtensions,
+    offer: Offer,
     transfer_size: u32,
+    message_fds: usize,
 }
 
 impl Client {
@@ -46,20 +74,47 @@ impl Client {
     /// # Errors
     /// [`ClientError`] when nobody listens, no common version exists or `deadline` passes.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
-        let mut connection = Connection::open(path, deadline)?;
-        let proposal = Version::proposal();
-        let reply = connection.call(Command::Version, proposal.to_bytes(), Vec::new())?;
-        let answer = Version::parse(&reply.body)?;
+        Self::connect_with(path, ClientOptions { deadline, ..ClientOptions::default() })
+    }
+
+    /// As [`connect`](Self::connect), with more to choose.
+    ///
+    /// # Errors
+    /// As for [`connect`](Self::connect), and [`ClientError::Malformed`] when the server's offer of a
+    /// socket for its own commands does not hold together.
+    pub fn connect_with(path: &Path, options: ClientOptions) -> Result<Self, ClientError> {
+        let ClientOptions { deadline, dma_target, twin_socket } = options;
+        let connection = Connection::open(path, deadline)?;
+        if let Some(target) = dma_target {
+            connection.dma().set_target(target);
+        }
+        let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
+        offer.set(Offer::TWIN_SOCKET, twin_socket);
+        let proposal = Version::proposal_with(offer);
+        let bytes = |out: &mut Vec<u8>| out.extend(proposal.to_bytes());
+        let (answer, fds) = connection.call(Command::Version, bytes, Vec::new(), |reply| {
+            Ok((Version::parse(reply.body)?, reply.fds))
+        })?;
         if answer.major != proposal.major || answer.minor > proposal.minor {
             return Err(ClientError::Version { major: answer.major, minor: answer.minor });
         }
+        if twin_socket && let Some(index) = answer.capabilities.twin_socket_fd(fds.len())? {
+            fds.into_iter().nth(index).into_iter().for_each(|socket| connection.set_twin(socket));
+        }
         Ok(Self {
             path: path.to_owned(),
-            connection: Mutex::new(connection),
-            dead: AtomicBool::new(false),
+            connection: Arc::new(connection),
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
+            offer: answer.capabilities.offer(),
             transfer_size: answer.capabilities.data_xfer_size(),
+            message_fds: answer.capabilities.message_fds(),
         })
+    }
+
+    /// Who attends to the connection while no request is under way.
+    #[must_use]
+    pub fn attendant(&self) -> Attendant {
+        Attendant::new(Arc::clone(&self.connection))
     }
 
     /// The socket it is connected to.
@@ -74,10 +129,16 @@ impl Client {
         self.extensions
     }
 
+    /// How many file descriptors the server takes in one message.
+    #[must_use]
+    pub fn message_fds(&self) -> usize {
+        self.message_fds
+    }
+
     /// Whether the backend is gone for this session.
     #[must_use]
     pub fn is_dead(&self) -> bool {
-        self.dead.load(Ordering::Acquire)
+        self.connection.has_ended()
     }
 
     /// What the device is ("VFIO_USER_DEVICE_GET_INFO").
@@ -86,8 +147,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
         let query = InfoQuery { index: 0, argsz: 16 }.to_irq_bytes();
-        let body = self.call(Command::GetInfo, query)?;
-        self.parsed(DeviceInfo::parse(&body))
+        self.call(Command::GetInfo, |out| out.extend(query), DeviceInfo::parse)
     }
 
     /// What a region is, with the file to map if it can be mapped.
@@ -99,14 +159,23 @@ impl Client {
         // The first answer may tell that a complete one is larger; the second one is complete.
         for _ in 0..2 {
             let query = InfoQuery { index, argsz }.to_region_bytes();
-            let reply = self.call_with_fds(Command::GetRegionInfo, query, Vec::new())?;
-            let (info, needed) = self.parsed(RegionInfo::parse(&reply.body))?;
+            let take = |reply: Reply<'_>| {
+                let (info, needed) = RegionInfo::parse(reply.body)?;
+                Ok((info, needed, reply.fds.into_iter().next()))
+            };
+            let (info, needed, file) = self.call_with_fds(
+                Command::GetRegionInfo,
+                |out| out.extend(query),
+                Vec::new(),
+                take,
+            )?;
             if needed <= argsz {
-                return Ok((info, reply.fds.into_iter().next()));
+                return Ok((info, file));
             }
             argsz = needed.min(MAX_REGION_INFO);
         }
-        Err(self.fail(ClientError::Protocol("region info does not settle")))
+        self.connection.end();
+        Err(ClientError::Protocol("region info does not settle"))
     }
 
     /// What an interrupt index is.
@@ -115,8 +184,7 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
         let query = InfoQuery { index, argsz: 16 }.to_irq_bytes();
-        let body = self.call(Command::GetIrqInfo, query)?;
-        self.parsed(IrqInfo::parse(&body))
+        self.call(Command::GetIrqInfo, |out| out.extend(query), IrqInfo::parse)
     }
 
     /// Configures interrupts.
@@ -124,26 +192,67 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn set_irqs(&self, set: &SetIrqs<'_>, eventfds: Vec<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::SetIrqs, set.to_bytes(), eventfds)?;
-        Ok(())
+        self.call_with_fds(Command::SetIrqs, |out| out.extend(set.to_bytes()), eventfds, |_| Ok(()))
     }
 
-    /// Announces a window of guest memory.
+    /// Announces a window of guest memory. Without a file, and by a server's choice also with one, the
+    /// server reaches it by messages, which the [`DmaTarget`] serves.
     ///
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_map(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::DmaMap, map.to_bytes(), file.into_iter().collect())?;
-        Ok(())
+        if file.is_none() {
+            self.connection.expect_commands();
+        }
+        // Before the server knows it: it may use the window before its reply has been read.
+        let added = self.connection.dma().announce(map);
+        let file = file.into_iter().collect();
+        let result =
+            self.call_with_fds(Command::DmaMap, |out| out.extend(map.to_bytes()), file, |_| Ok(()));
+        if result.is_err() && added {
+            self.connection.dma().withdraw(&DmaUnmap::range(map.address, map.size));
+        }
+        result
     }
 
-    /// Withdraws a window of guest memory. When it returns, the backend does not use it any more.
+    /// Withdraws a window of guest memory. When it returns, the backend does not use it any more, and
+    /// would not be served.
     ///
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
-        self.call(Command::DmaUnmap, unmap.to_bytes())?;
-        Ok(())
+        self.dma_unmap_with(unmap, |_| Ok(()))
+    }
+
+    /// As [`dma_unmap`](Self::dma_unmap), and asks which of the pages of a window the device has written:
+    /// their numbers, in units of `page_size` bytes from `address` on. `page_size` is a power of two.
+    ///
+    /// # Errors
+    /// [`ClientError::Request`] for a range whose bitmap is above the protocol's limits, and as for
+    /// every request.
+    pub fn dma_unmap_dirty(
+        &self,
+        address: u64,
+        size: u64,
+        page_size: u64,
+    ) -> Result<Vec<usize>, ClientError> {
+        let unmap =
+            DmaUnmap::with_bitmap(address, size, page_size).map_err(ClientError::Request)?;
+        self.dma_unmap_with(&unmap, |body| {
+            let bitmap = unmap.parse_reply(body)?;
+            Ok(bitmap.map_or_else(Vec::new, |bitmap| bitmap.pages().collect()))
+        })
+    }
+
+    fn dma_unmap_with<T>(
+        &self,
+        unmap: &DmaUnmap,
+        parse: impl Fn(&[u8]) -> Result<T, WireError>,
+    ) -> Result<T, ClientError> {
+        // The server may finish what it has begun before it answers.
+        let parsed = self.call(Command::DmaUnmap, |out| unmap.write_to(out), parse)?;
+        self.connection.dma().withdraw(unmap);
+        Ok(parsed)
     }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
@@ -157,13 +266,19 @@ impl Client {
         data: &mut [u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        let body = self.call(Command::RegionRead, access.to_bytes())?;
-        let reply = self.parsed(RegionData::parse(&body))?;
-        if reply.data.len() != data.len() {
-            return Err(self.fail(ClientError::Protocol("read reply of another length")));
-        }
-        data.copy_from_slice(reply.data);
-        Ok(())
+        self.call_with_fds(
+            Command::RegionRead,
+            |out| access.write_to(out),
+            Vec::new(),
+            |reply| {
+                let reply = RegionData::parse(reply.body)?;
+                if reply.data.len() != data.len() {
+                    return Err(ClientError::Protocol("read reply of another length"));
+                }
+                data.copy_from_slice(reply.data);
+                Ok(())
+            },
+        )
     }
 
     /// Writes to a region. When it returns, the backend has done it.
@@ -172,8 +287,8 @@ impl Client {
     /// [`ClientError`], as for every request.
     pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        self.call(Command::RegionWrite, RegionData { access, data }.to_bytes())?;
-        Ok(())
+        let write = RegionData { access, data };
+        self.call(Command::RegionWrite, |out| write.write_to(out), |_| Ok(()))
     }
 
     /// Resets the function.
@@ -181,8 +296,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn reset(&self) -> Result<(), ClientError> {
-        self.call(Command::Reset, Vec::new())?;
-        Ok(())
+        self.call(Command::Reset, |_| (), |_| Ok(()))
     }
 
     /// Forwards a memory fault (extension `memory_fault`).
@@ -193,8 +307,7 @@ impl Client {
         if !self.extensions.memory_fault {
             return Err(ClientError::NotOffered("memory_fault"));
         }
-        let body = self.call(Command::MemoryFault, report.to_bytes())?;
-        self.parsed(FaultVerdict::parse(&body))
+        self.call(Command::MemoryFault, |out| out.extend(report.to_bytes()), FaultVerdict::parse)
     }
 
     /// Decode, epoch and counters of a region (extension `region_state`).
@@ -206,8 +319,7 @@ impl Client {
             return Err(ClientError::NotOffered("region_state"));
         }
         let query = RegionStateQuery { region }.to_bytes();
-        let body = self.call(Command::RegionState, query)?;
-        self.parsed(RegionState::parse(&body))
+        self.call(Command::RegionState, |out| out.extend(query), RegionState::parse)
     }
 
     fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {
@@ -218,40 +330,44 @@ impl Client {
         Ok(RegionAccess { offset, region, count })
     }
 
-    fn call(&self, command: Command, body: Vec<u8>) -> Result<Vec<u8>, ClientError> {
-        Ok(self.call_with_fds(command, body, Vec::new())?.body)
-    }
-
-    fn call_with_fds(
+    fn call<T>(
         &self,
         command: Command,
-        body: Vec<u8>,
+        body: impl FnOnce(&mut Vec<u8>),
+        parse: impl Fn(&[u8]) -> Result<T, WireError>,
+    ) -> Result<T, ClientError> {
+        self.call_with_fds(command, body, Vec::new(), |reply| Ok(parse(reply.body)?))
+    }
+
+    fn call_with_fds<T>(
+        &self,
+        command: Command,
+        body: impl FnOnce(&mut Vec<u8>),
         fds: Vec<OwnedFd>,
-    ) -> Result<barkeep_protocol::transport::Frame, ClientError> {
-        // A thread that panicked in a call left the stream in an unknown state, like a lost answer.
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        take: impl FnMut(Reply<'_>) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
         if self.is_dead() {
             return Err(ClientError::Gone);
         }
-        connection.call(command, body, fds).map_err(|error| self.fail(error))
+        self.connection.call(command, body, fds, take)
     }
+}
 
-    /// A reply that can't be read ends the session like one that does not come.
-    fn parsed<T>(&self, result: Result<T, WireError>) -> Result<T, ClientError> {
-        result.map_err(|error| self.fail(error.into()))
-    }
-
-    /// Marks the session dead unless the backend just said no.
-    fn fail(&self, error: ClientError) -> ClientError {
-        if error.ends_session() {
-            self.dead.store(true, Ordering::Release);
-        }
-        error
+impl Drop for Client {
+    /// The server sees the end of the session, whoever still holds a handle on its socket.
+    fn drop(&mut self) {
+        self.connection.end();
     }
 }
 
 /// Room for 256 sparse areas: no BAR needs more, and a server can't ask for more memory.
 const MAX_REGION_INFO: u32 = RegionInfo::FIXED_SIZE + 16 + 256 * 16;
+
+impl fmt::Debug for ClientOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientOptions").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,6 +8,11 @@ use barkeep_protocol::wire::{Capabilities, Errno, MessageId, MessageKind};
 
 use super::*;
 
+mod commands;
+mod flight;
+mod hangup;
+mod requests;
+
 /// A server that answers VERSION and then does what its script says.
 struct Script {
     path: PathBuf,
@@ -62,6 +67,23 @@ fn serve(name: &str, script: impl FnOnce(&mut Server) + Send + 'static) -> Scrip
         script(&mut Server { socket, receiver, sender });
     });
     Script { path, thread, _directory: Directory(directory) }
+}
+
+/// So long that a test which waits for it does not end.
+const NEVER: Duration = Duration::from_secs(3600);
+
+impl Server {
+    /// Answers a read of four bytes with its own offset.
+    fn echo(&mut self, request: &Frame) {
+        let mut body = request.body.clone();
+        body.extend_from_within(..4);
+        self.send(Frame::reply(&request.header, body));
+    }
+
+    /// Until the client closes.
+    fn drain(&mut self) {
+        while self.request().is_some() {}
+    }
 }
 
 fn plain() -> Version {

@@ -23,6 +23,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use crate::address::GuestAddress;
@@ -59,6 +60,63 @@ pub trait Hypervisor: Send + Sync {
     /// [`HypervisorError::NoSuchSlot`] for a slot that is not mapped, [`HypervisorError::Call`] where
     /// the hypervisor refuses; the slot is then still mapped.
     fn unmap_slot(&self, slot: SlotId) -> Result<(), HypervisorError>;
+
+    /// Signals `eventfd` for each write of the guest that `write` describes, instead of an exit. Only
+    /// writes that would exit as MMIO count.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NotSupported`] from a hypervisor that can't, which costs nothing but exits;
+    /// [`HypervisorError::Call`] where it refuses, as for a second one at the same place.
+    fn add_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        let _ = (write, eventfd);
+        Err(HypervisorError::NotSupported { what: "ioeventfds" })
+    }
+
+    /// Takes back what [`add_ioeventfd`](Self::add_ioeventfd) did. When this returns, later writes exit
+    /// as MMIO, and none that began earlier still signals.
+    ///
+    /// # Errors
+    /// As for [`add_ioeventfd`](Self::add_ioeventfd); the eventfd may still be signalled then.
+    fn remove_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        let _ = (write, eventfd);
+        Err(HypervisorError::NotSupported { what: "ioeventfds" })
+    }
+
+    /// Says which message an interrupt number stands for from now on, or that it stands for none.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NotSupported`] from a hypervisor without an interrupt controller,
+    /// [`HypervisorError::Call`] where it refuses; the number then stands for what it did.
+    fn route_msi(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), HypervisorError> {
+        let _ = (gsi, message);
+        Err(HypervisorError::NotSupported { what: "interrupt routes" })
+    }
+
+    /// Raises interrupt number `gsi` in the guest whenever `eventfd` is signalled, without the VMM.
+    ///
+    /// # Errors
+    /// As for [`route_msi`](Self::route_msi).
+    fn add_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        let _ = (gsi, eventfd);
+        Err(HypervisorError::NotSupported { what: "irqfds" })
+    }
+
+    /// Takes back what [`add_irqfd`](Self::add_irqfd) did.
+    ///
+    /// # Errors
+    /// As for [`route_msi`](Self::route_msi).
+    fn remove_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        let _ = (gsi, eventfd);
+        Err(HypervisorError::NotSupported { what: "irqfds" })
+    }
 }
 
 /// A virtual machine whose virtual CPUs are ours to run.
@@ -201,6 +259,40 @@ impl fmt::Display for VcpuExit<'_> {
     }
 }
 
+/// Writes of a guest that signal an eventfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DoorbellWrite {
+    /// Guest-physical address of the first byte.
+    pub address: GuestAddress,
+    /// Length of the write in bytes; `None` for all.
+    pub len: Option<DoorbellLen>,
+    /// The value that is written; `None` for all. Needs a length.
+    pub value: Option<u64>,
+}
+
+/// Length of a write that rings a doorbell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DoorbellLen {
+    /// One byte.
+    One = 1,
+    /// Two bytes.
+    Two = 2,
+    /// Four bytes.
+    Four = 4,
+    /// Eight bytes.
+    Eight = 8,
+}
+
+/// A message-signalled interrupt, as the guest has programmed it (PCI 3.0, 6.8.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Where the message is written.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+}
+
 /// Number of a memory slot, chosen by whoever maps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub u32);
@@ -273,6 +365,12 @@ pub enum HypervisorError {
     Unavailable {
         /// One line for the operator: what is missing and what to do about it.
         reason: String,
+    },
+    /// The hypervisor, or its adapter, has no such thing.
+    #[error("this hypervisor has no {what}")]
+    NotSupported {
+        /// What was asked for.
+        what: &'static str,
     },
     /// The hypervisor refused a call.
     #[error("{call} failed: {source}")]

@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use barkeep_protocol::wire::Errno;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::Loss;
 use super::guest::{LOST_RAM, LOST_RAM_SIZE, RAM_SIZE};
+use crate::client::DmaTarget;
 use crate::hypervisor::{GuestAddress, HostMapping, HypervisorError, SlotId, SlotMapping, Vm};
 
 pub(super) const RAM_SLOT: SlotId = SlotId(0);
@@ -64,6 +66,19 @@ impl GuestMemory {
             return Err(format!("memory fault at {address} in RAM, which arrived as MMIO"));
         }
         Ok(())
+    }
+}
+
+/// RAM, for backends that ask for it.
+pub(super) struct RamByMessages(pub(super) Arc<HostMapping>);
+
+impl DmaTarget for RamByMessages {
+    fn read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.0.read(address, data).map_err(|_| Errno::FAULT)
+    }
+
+    fn write(&self, address: u64, data: &[u8]) -> Result<(), Errno> {
+        self.0.write(address, data).map_err(|_| Errno::FAULT)
     }
 }
 

@@ -1,22 +1,22 @@
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::ScopedJoinHandle;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use barkeep_protocol::wire::{DmaAccess, DmaMap};
 use thiserror::Error;
 
 use super::guest::{self, GuestError, Parameters, Program as GuestProgram, RAM_SIZE};
-use super::guest_memory::{GuestMemory, LOST_RAM_SLOT};
+use super::guest_memory::{GuestMemory, LOST_RAM_SLOT, RamByMessages};
 use super::monitor::Monitor;
 use super::pci_host::{ECAM_BASE, ECAM_SIZE, PciHost};
 use super::placement::Placement;
 use super::report::{self, Report};
 use super::vcpu::{VcpuEnd, VcpuThread};
-use super::{Arguments, HypervisorChoice, Loss, Order, Program, instructions};
+use super::{Arguments, Dma, HypervisorChoice, Loss, Order, Program, instructions};
 use crate::Frontend;
 use crate::bar::AttachError;
-use crate::client::ClientError;
+use crate::client::{ClientError, ClientOptions};
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::model::Model;
 #[cfg(feature = "mshv")]
@@ -120,8 +120,10 @@ impl Machine {
         let mut frontend = Frontend::new(hypervisor, claimed, FIRST_BAR_SLOT);
         let deadline = Duration::from_secs(arguments.deadline);
         for path in &arguments.devices {
+            let target = Arc::new(RamByMessages(Arc::clone(&memory.ram)));
+            let options = ClientOptions { deadline, dma_target: Some(target), twin_socket: true };
             let index = frontend
-                .attach(path, deadline, arguments.suspend_order.into())
+                .attach_with(path, options, arguments.suspend_order.into())
                 .map_err(|source| MachineError::Attach { path: path.clone(), source })?;
             let share = |source| MachineError::Share { path: path.clone(), source };
             let file = memory
@@ -130,7 +132,8 @@ impl Machine {
                 .map_err(|source| MachineError::Host { what: "guest memory", source })?;
             let access = DmaAccess::READ | DmaAccess::WRITE;
             let window = DmaMap { access, file_offset: 0, address: 0, size: RAM_SIZE };
-            frontend.functions()[index].client().dma_map(&window, Some(file)).map_err(share)?;
+            let file = (arguments.dma == Dma::Shared).then_some(file);
+            frontend.functions()[index].client().dma_map(&window, file).map_err(share)?;
         }
         let placement = Placement::assign(&frontend)?;
         Ok(Self { vm, memory, host: PciHost::new(frontend), placement })
@@ -204,7 +207,9 @@ impl Machine {
             stop_with_standard_input(&self.memory.ram)?;
         }
         let monitor = Monitor::new(&self.memory.ram, arguments);
+        let frontend = self.host.frontend();
         std::thread::scope(|scope| {
+            let _attendants = Attendants::start(scope, frontend)?;
             let mut threads = Vec::new();
             for (id, vcpu) in vcpus {
                 let thread = VcpuThread {
@@ -229,6 +234,35 @@ impl Machine {
             };
             Ok(threads.into_iter().map(end).collect())
         })
+    }
+}
+
+/// A thread for each function, which learns at once when its backend has gone, and serves what it asks
+/// for. They end with this value.
+struct Attendants<'a>(&'a Frontend);
+
+impl<'a> Attendants<'a> {
+    fn start<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        frontend: &'scope Frontend,
+    ) -> Result<Self, MachineError>
+    where
+        'scope: 'a,
+    {
+        let attendants = Self(frontend);
+        for index in 0..frontend.functions().len() {
+            std::thread::Builder::new()
+                .name(format!("attendant{index}"))
+                .spawn_scoped(scope, move || frontend.attend(index))
+                .map_err(|source| MachineError::Host { what: "attendant's thread", source })?;
+        }
+        Ok(attendants)
+    }
+}
+
+impl Drop for Attendants<'_> {
+    fn drop(&mut self) {
+        self.0.functions().iter().for_each(|function| function.client().attendant().stop());
     }
 }
 

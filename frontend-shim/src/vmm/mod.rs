@@ -47,6 +47,9 @@ pub struct Arguments {
     /// What to do about memory faults
     #[arg(long, value_enum, default_value_t = MemoryFaults::Resolve)]
     pub memory_faults: MemoryFaults,
+    /// How backends reach guest memory
+    #[arg(long, value_enum, default_value_t = Dma::Shared)]
+    pub dma: Dma,
     /// How `lost-ram` loses its memory
     #[arg(long, value_enum, default_value_t = Loss::Protected)]
     pub loss: Loss,
@@ -82,6 +85,15 @@ pub enum MemoryFaults {
     Resolve,
     /// Stop the VM, as VMMs do that know nothing of disabled BARs
     Fatal,
+}
+
+/// How backends reach guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dma {
+    /// It is shared with them
+    Shared,
+    /// They ask for it, message by message
+    Messages,
 }
 
 /// How RAM gets lost.

@@ -4,6 +4,7 @@ use barkeep_protocol::wire::RegionFlags;
 use thiserror::Error;
 
 use super::config::Registers;
+use crate::bar::doorbells::Doorbells;
 use crate::bar::mapping::BarMapping;
 use crate::bar::{AddressSpace, Backend};
 use crate::client::ClientError;
@@ -71,6 +72,27 @@ pub(super) fn describe_bars(
     Ok((bars, mappings))
 }
 
+/// The doorbells of memory BARs, by BAR number.
+pub(super) fn find_doorbells(
+    backend: &impl Backend,
+    bars: &[BarInfo],
+) -> Result<[Doorbells; 6], AttachError> {
+    let mut found = [const { Doorbells::none() }; 6];
+    let extensions = backend.extensions();
+    if !extensions.memory_fault && !extensions.region_state {
+        return Ok(found);
+    }
+    for info in bars.iter().filter(|info| info.space == AddressSpace::Memory) {
+        match backend.doorbells(info.bar.into()) {
+            Ok(offered) => found[usize::from(info.bar)] = Doorbells::new(offered, info.size),
+            // It has none, or does not know the question.
+            Err(error) if !error.ends_session() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(found)
+}
+
 fn describe_bar(
     backend: &impl Backend,
     bar: u8,
@@ -102,8 +124,16 @@ fn describe_bar(
         && region.size >= 4096;
     let mapping = match file {
         Some(file) if mappable => {
-            let mapping = BarMapping::new(&region, &file, slots);
-            Some(mapping.map_err(|failure| bad(&failure.to_string()))?)
+            let mapping = BarMapping::new(&region, &file, slots)
+                .map_err(|failure| bad(&failure.to_string()))?;
+            if mapping.is_none() {
+                tracing::warn!(
+                    socket = backend.name(),
+                    bar,
+                    "its memory can't be sealed against shrinking: trapped, not mapped"
+                );
+            }
+            mapping
         }
         _ => None,
     };

@@ -96,7 +96,20 @@ impl<B: Backend> AttachedFunction<B> {
     fn map(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
         let Some(info) = self.bars.iter().find(|info| info.bar == bar) else { return true };
         let address = GuestAddress(state.placed.address(info));
-        self.change(state, bar, |mapping| mapping.map(hypervisor, address))
+        let mapped = self.change(state, bar, |mapping| mapping.map(hypervisor, address));
+        if let Err(failure) = state.doorbells[usize::from(bar)].connect(hypervisor, address) {
+            debug!(function = self.index, bar, "doorbell: {failure}");
+        }
+        mapped
+    }
+
+    /// Has every write to a BAR forwarded: none must ring a doorbell of a function that does not decode
+    /// there.
+    pub(super) fn silence(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) {
+        if let Err(failure) = state.doorbells[usize::from(bar)].disconnect(hypervisor) {
+            // The next change of decode tries again.
+            tracing::error!(function = self.index, bar, "doorbell: {failure}");
+        }
     }
 
     /// Gives the memory of a mapped BAR what this access lacks; whether that is done. A slot that the
@@ -133,8 +146,9 @@ impl<B: Backend> AttachedFunction<B> {
         }
     }
 
-    /// Takes a BAR's slot away; whether it is gone.
+    /// Takes a BAR's slot and doorbells away; whether the slot is gone.
     pub(super) fn suspend(&self, hypervisor: &dyn Hypervisor, state: &mut State, bar: u8) -> bool {
+        self.silence(hypervisor, state, bar);
         self.change(state, bar, |mapping| mapping.suspend(hypervisor))
     }
 

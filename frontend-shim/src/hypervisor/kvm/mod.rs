@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "gives the kernel addresses of host memory to map into a guest")]
 
 mod complete;
+mod events;
 mod gate;
 mod paging;
 mod probe;
@@ -16,21 +17,24 @@ mod vcpu;
 mod xsave;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_MEM_READONLY, kvm_enable_cap, kvm_ioeventfd, kvm_irqfd, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
+use self::events::{KVM_IOEVENTFD, KVM_IRQFD, Routes};
 use self::gate::{Closed, Gate};
 use self::vcpu::KvmVcpu;
 use self::xsave::XsaveLayout;
 use super::slots::{Slot, SlotTable};
 use super::{
-    Hypervisor, HypervisorError, HypervisorKind, SlotAccess, SlotId, SlotMapping, Vcpu, VcpuEntry,
-    Vm,
+    DoorbellWrite, Hypervisor, HypervisorError, HypervisorKind, MsiMessage, SlotAccess, SlotId,
+    SlotMapping, Vcpu, VcpuEntry, Vm,
 };
 
 /// Where Intel processors without unrestricted guest mode keep three pages of their own; out of the
@@ -55,6 +59,8 @@ struct Machine {
     slots: Mutex<SlotTable>,
     /// Locked after `slots`.
     gate: Gate,
+    /// Locked across the ioctl, like `slots`.
+    routes: Mutex<Routes>,
     /// Where KVM puts the vector registers.
     xsave: XsaveLayout,
 }
@@ -94,8 +100,13 @@ impl Kvm {
         }
         exit_on_emulation_failure(&vm)?;
         let xsave = XsaveLayout::new(&cpuid);
-        let machine =
-            Arc::new(Machine { vm, slots: Mutex::default(), gate: Gate::default(), xsave });
+        let machine = Arc::new(Machine {
+            vm,
+            slots: Mutex::default(),
+            gate: Gate::default(),
+            routes: Mutex::default(),
+            xsave,
+        });
         Ok(Kvm { machine, cpuid, slot_limit })
     }
 
@@ -106,6 +117,17 @@ impl Kvm {
     /// instead.
     pub fn probe() -> Result<(), HypervisorError> {
         probe::run()
+    }
+
+    /// Gives the machine an interrupt controller in the kernel, for
+    /// [`route_msi`](Hypervisor::route_msi) and [`add_irqfd`](Hypervisor::add_irqfd). To be called before
+    /// the first virtual CPU is created. A virtual CPU that halts then waits for an interrupt, and does
+    /// not exit.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Call`] where the kernel refuses.
+    pub fn create_interrupt_controller(&self) -> Result<(), HypervisorError> {
+        self.machine.vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))
     }
 
     /// A virtual CPU as the kernel resets it.
@@ -153,6 +175,26 @@ impl Machine {
     }
 }
 
+/// Ioctls that kvm-ioctls wraps for a narrower use.
+impl Machine {
+    fn ioeventfd(&self, event: &kvm_ioeventfd) -> Result<(), HypervisorError> {
+        // SAFETY: the kernel reads the structure, and looks up its descriptor itself.
+        done("KVM_IOEVENTFD", unsafe { ioctl_with_ref(&self.vm, KVM_IOEVENTFD(), event) })
+    }
+
+    fn irqfd(&self, irqfd: &kvm_irqfd) -> Result<(), HypervisorError> {
+        // SAFETY: as above.
+        done("KVM_IRQFD", unsafe { ioctl_with_ref(&self.vm, KVM_IRQFD(), irqfd) })
+    }
+}
+
+fn done(call: &'static str, result: i32) -> Result<(), HypervisorError> {
+    match result {
+        0 => Ok(()),
+        _ => Err(HypervisorError::Call { call, source: io::Error::last_os_error() }),
+    }
+}
+
 impl Hypervisor for Kvm {
     fn kind(&self) -> HypervisorKind {
         HypervisorKind::Kvm
@@ -180,6 +222,39 @@ impl Hypervisor for Kvm {
             self.machine.set_region(mapped, 0)?;
         }
         slots.remove(slot).map(|_| ())
+    }
+
+    fn add_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.machine.ioeventfd(&events::ioeventfd(write, eventfd, true)?)
+    }
+
+    fn remove_ioeventfd(
+        &self,
+        write: &DoorbellWrite,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), HypervisorError> {
+        self.machine.ioeventfd(&events::ioeventfd(write, eventfd, false)?)
+    }
+
+    fn route_msi(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), HypervisorError> {
+        let mut routes = self.machine.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = routes.with(gsi, message);
+        let set = self.machine.vm.set_gsi_routing(&changed.to_kvm()?);
+        set.map_err(failed("KVM_SET_GSI_ROUTING"))?;
+        *routes = changed;
+        Ok(())
+    }
+
+    fn add_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        self.machine.irqfd(&events::irqfd(gsi, eventfd, true))
+    }
+
+    fn remove_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        self.machine.irqfd(&events::irqfd(gsi, eventfd, false))
     }
 }
 
