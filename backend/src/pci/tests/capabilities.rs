@@ -19,7 +19,7 @@ fn the_list_holds_what_the_function_has_in_order() {
     let power = Some(PowerSpec { no_soft_reset: true });
     let masking = Some(MsiSpec { vectors: MsiVectors::Four, per_vector_masking: true });
     let plain = Some(MsiSpec { vectors: MsiVectors::One, per_vector_masking: false });
-    let express = Some(ExpressSpec { function_level_reset: true });
+    let express = Some(ExpressSpec { function_level_reset: true, aer: false });
     type Case = (Option<PowerSpec>, Option<MsiSpec>, Option<ExpressSpec>, &'static [(usize, u8)]);
     let cases: [Case; 8] = [
         (None, None, None, &[]),
@@ -59,7 +59,7 @@ fn no_soft_reset_and_flr_show_in_their_capabilities() {
     for yes in [false, true] {
         let function = Function::new(FunctionSpec {
             power: Some(PowerSpec { no_soft_reset: yes }),
-            express: Some(ExpressSpec { function_level_reset: yes }),
+            express: Some(ExpressSpec { function_level_reset: yes, aer: false }),
             ..full_spec()
         })
         .unwrap();

@@ -52,7 +52,9 @@ fn a_function_without_capabilities_has_no_list() {
 
 #[test]
 fn only_a_conventional_function_has_a_latency_timer() {
-    for (express, timer) in [(None, 0xff), (Some(ExpressSpec { function_level_reset: false }), 0)] {
+    for (express, timer) in
+        [(None, 0xff), (Some(ExpressSpec { function_level_reset: false, aer: false }), 0)]
+    {
         let mut function =
             Function::new(FunctionSpec { express, ..FunctionSpec::new(IDS) }).unwrap();
         let _ = write8(&mut function, spec::header::LATENCY_TIMER, 0xff);
@@ -68,7 +70,7 @@ fn the_vendor_id_of_no_function_is_refused() {
 
 #[test]
 fn past_the_end_reads_are_all_ones_and_writes_are_dropped() {
-    for express in [None, Some(ExpressSpec { function_level_reset: false })] {
+    for express in [None, Some(ExpressSpec { function_level_reset: false, aer: false })] {
         let mut function =
             Function::new(FunctionSpec { express, ..FunctionSpec::new(IDS) }).unwrap();
         let size = function.config_size();

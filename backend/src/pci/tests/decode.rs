@@ -11,7 +11,7 @@ const DEVICE_CONTROL: usize = EXPRESS + spec::express::DEVICE_CONTROL;
 const LINK_CONTROL: usize = EXPRESS + spec::express::LINK_CONTROL;
 
 fn decode(memory: bool, io: bool) -> Option<Decode> {
-    Some(Decode { memory, io })
+    Some(Decode { memory, io, rom: false })
 }
 
 fn all_decoding(spec: FunctionSpec) -> Function {
@@ -30,14 +30,14 @@ fn enable_no_op_disable_relocate() {
         epoch: u64,
         bar0: (bool, u64),
     }
-    let none = Effects::default();
-    let moved = Effects { bars_moved: BarIndex::BAR0.into(), ..none };
+    let none = Effects::default;
+    let moved = || Effects { bars_moved: BarIndex::BAR0.into(), ..none() };
     let steps = [
         Step {
             what: "place while disabled",
             offset: 0x10,
             data: &[0, 0, 0, 0xe0],
-            effects: moved,
+            effects: moved(),
             epoch: 1,
             bar0: (false, 0xe000_0000),
         },
@@ -45,7 +45,7 @@ fn enable_no_op_disable_relocate() {
             what: "enable memory",
             offset: 4,
             data: &[0b010],
-            effects: Effects { decode: decode(true, false), ..none },
+            effects: Effects { decode: decode(true, false), ..none() },
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -53,7 +53,7 @@ fn enable_no_op_disable_relocate() {
             what: "enable memory again",
             offset: 4,
             data: &[0b010, 0],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -61,7 +61,7 @@ fn enable_no_op_disable_relocate() {
             what: "set parity response only",
             offset: 4,
             data: &[0b0100_0010],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -69,7 +69,7 @@ fn enable_no_op_disable_relocate() {
             what: "write the same address",
             offset: 0x10,
             data: &[0, 0, 0, 0xe0],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -77,7 +77,7 @@ fn enable_no_op_disable_relocate() {
             what: "relocate while enabled, by one byte",
             offset: 0x12,
             data: &[0x10],
-            effects: moved,
+            effects: moved(),
             epoch: 3,
             bar0: (true, 0xe010_0000),
         },
@@ -85,7 +85,7 @@ fn enable_no_op_disable_relocate() {
             what: "disable memory and enable I/O and bus mastering at once",
             offset: 4,
             data: &[0b101],
-            effects: Effects { decode: decode(false, true), bus_master: Some(true), ..none },
+            effects: Effects { decode: decode(false, true), bus_master: Some(true), ..none() },
             epoch: 4,
             bar0: (false, 0xe010_0000),
         },
@@ -93,7 +93,7 @@ fn enable_no_op_disable_relocate() {
             what: "disable everything",
             offset: 4,
             data: &[0],
-            effects: Effects { decode: decode(false, false), bus_master: Some(false), ..none },
+            effects: Effects { decode: decode(false, false), bus_master: Some(false), ..none() },
             epoch: 5,
             bar0: (false, 0xe010_0000),
         },
@@ -303,7 +303,7 @@ fn initiate_flr_in_any_write_that_covers_it() {
 #[test]
 fn without_the_capability_the_flr_bit_does_nothing() {
     let mut function = Function::new(FunctionSpec {
-        express: Some(ExpressSpec { function_level_reset: false }),
+        express: Some(ExpressSpec { function_level_reset: false, aer: false }),
         ..full_spec()
     })
     .unwrap();

@@ -27,7 +27,6 @@ pub(super) const EXPRESS: usize = 0x60;
 /// One of everything: a 32-bit, a 64-bit and an I/O BAR, a pin and all capabilities.
 pub(super) fn full_spec() -> FunctionSpec {
     FunctionSpec {
-        ids: IDS,
         bars: vec![
             memory32(BarIndex::BAR0, 0x1000),
             memory64(BarIndex::BAR2, 0x2_0000_0000),
@@ -36,7 +35,8 @@ pub(super) fn full_spec() -> FunctionSpec {
         interrupt_pin: Some(InterruptPin::A),
         msi: Some(MsiSpec { vectors: MsiVectors::Eight, per_vector_masking: true }),
         power: Some(PowerSpec { no_soft_reset: true }),
-        express: Some(ExpressSpec { function_level_reset: true }),
+        express: Some(ExpressSpec { function_level_reset: true, aer: false }),
+        ..FunctionSpec::new(IDS)
     }
 }
 
@@ -95,4 +95,8 @@ pub(super) fn image(function: &Function) -> Vec<u8> {
     let mut data = vec![0; function.config_size()];
     function.config_read(0, &mut data);
     data
+}
+
+pub(super) fn request(kind: RequestKind) -> UnsupportedRequest {
+    UnsupportedRequest { kind, address: 0xe000_0010, length: 4 }
 }

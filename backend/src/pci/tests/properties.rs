@@ -95,7 +95,8 @@ proptest! {
         }
         let retained = bits(&function, |register| match kind {
             ResetKind::Device => 0,
-            ResetKind::Soft | ResetKind::FunctionLevel => register.reset_retains,
+            ResetKind::Hot => register.sticky,
+            ResetKind::Soft | ResetKind::FunctionLevel => register.sticky | register.reset_retains,
         });
         let before = image(&function);
         let effects = function.reset(kind);
@@ -170,7 +171,7 @@ impl Operation {
                 (Effects::default(), None)
             }
             Self::UnsupportedRequest(kind) => {
-                function.record_unsupported_request(kind);
+                function.record_unsupported_request(&request(kind));
                 (Effects::default(), None)
             }
             Self::Reset(kind) => (function.reset(kind), None),
@@ -183,7 +184,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         12 => write().prop_map(Operation::Write),
         2 => any::<bool>().prop_map(Operation::Intx),
         2 => (0..34_u8).prop_map(Operation::Msi),
-        2 => prop_oneof![Just(RequestKind::Posted), Just(RequestKind::NonPosted)]
+        2 => prop_oneof![Just(RequestKind::MemoryWrite), Just(RequestKind::MemoryRead)]
             .prop_map(Operation::UnsupportedRequest),
         1 => reset_kind().prop_map(Operation::Reset),
     ]
@@ -214,7 +215,12 @@ fn write() -> impl Strategy<Value = Write> {
 }
 
 fn reset_kind() -> impl Strategy<Value = ResetKind> {
-    prop_oneof![Just(ResetKind::Soft), Just(ResetKind::FunctionLevel), Just(ResetKind::Device),]
+    prop_oneof![
+        Just(ResetKind::Soft),
+        Just(ResetKind::FunctionLevel),
+        Just(ResetKind::Hot),
+        Just(ResetKind::Device),
+    ]
 }
 
 fn function_spec() -> impl Strategy<Value = FunctionSpec> {
@@ -231,7 +237,8 @@ fn function_spec() -> impl Strategy<Value = FunctionSpec> {
                 msi: msi
                     .map(|(vectors, per_vector_masking)| MsiSpec { vectors, per_vector_masking }),
                 power: power.map(|no_soft_reset| PowerSpec { no_soft_reset }),
-                express: express.map(|function_level_reset| ExpressSpec { function_level_reset }),
+                express: express
+                    .map(|function_level_reset| ExpressSpec { function_level_reset, aer: false }),
                 ..FunctionSpec::new(IDS)
             };
             for bar in candidates {
