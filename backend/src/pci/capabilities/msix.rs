@@ -181,8 +181,8 @@ impl MsixStructures {
     /// Each byte by itself, as with byte enables: what `data` leaves out of an entry stays.
     pub(in crate::pci) fn write_table(&mut self, offset: u64, data: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
-        let present = self.table.get_mut(offset..).unwrap_or_default();
-        for (at, (byte, &value)) in (offset..).zip(present.iter_mut().zip(data)) {
+        // An offset past the end skips all of them.
+        for ((at, byte), &value) in self.table.iter_mut().enumerate().skip(offset).zip(data) {
             let writable = match at % registers::ENTRY_LENGTH {
                 registers::ENTRY_VECTOR_CONTROL => registers::VECTOR_CONTROL_MASK,
                 // The rest of Vector Control is reserved.
@@ -262,8 +262,11 @@ impl MsixStructures {
         restored.pending.copy_from_slice(pending);
         let last = u32::from(self.vectors.count() - 1) % 64;
         let beyond = pending.last().is_some_and(|word| word & !(u64::MAX >> (63 - last)) != 0);
+        if restored.table != table || beyond {
+            return None;
+        }
         let overdue = can_send && !restored.deliverable().is_empty();
-        (restored.table == table && !beyond && !overdue).then_some(restored)
+        (!overdue).then_some(restored)
     }
 }
 
