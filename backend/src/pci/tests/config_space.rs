@@ -87,14 +87,19 @@ fn past_the_end_reads_are_all_ones_and_writes_are_dropped() {
 
 #[test]
 fn registers_are_in_order_and_do_not_overlap() {
-    let function = full();
-    let mut end = 0;
-    for register in function.registers() {
-        assert!(register.offset >= end, "{register:x?} overlaps the one before");
-        assert_eq!(register.offset % register.width.bytes(), 0, "{register:x?} is misaligned");
-        let both = register.read_write & register.write_one_to_clear;
-        assert_eq!(both, 0, "{register:x?} has bits of two kinds");
-        end = register.offset + register.width.bytes();
+    for function in [full(), everything()] {
+        let mut end = 0;
+        for register in function.registers() {
+            assert!(register.offset >= end, "{register:x?} overlaps the one before");
+            assert_eq!(register.offset % register.width.bytes(), 0, "{register:x?} is misaligned");
+            let both = register.read_write & register.write_one_to_clear;
+            assert_eq!(both, 0, "{register:x?} has bits of two kinds");
+            let own = register.volatile & register.read_write;
+            assert_eq!(own, 0, "{register:x?} has bits that two sides change");
+            let kept = register.reset_retains & register.sticky;
+            assert_eq!(kept, 0, "{register:x?} has bits kept twice");
+            end = register.offset + register.width.bytes();
+        }
+        assert!(end <= function.config_size());
     }
-    assert!(end <= function.config_size());
 }

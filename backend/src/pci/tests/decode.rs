@@ -329,3 +329,54 @@ fn a_device_reset_also_forgets_the_link() {
     assert_eq!(image(&function), image(&full()));
     assert_eq!(function.epoch(), 0, "nothing moved");
 }
+
+/// What a function has left after D3hot, with and without No_Soft_Reset (PM 3.2.4).
+#[test]
+fn what_d3hot_leaves_of_a_function() {
+    let express = EVERYTHING_EXPRESS;
+    let registers: [(&str, usize, u32, u32); 9] = [
+        // What was written, and what a soft reset leaves of it.
+        ("BAR 0", 0x10, 0xe000_0000, 0),
+        ("BAR 2, upper half", 0x1c, 0x12, 0),
+        ("expansion ROM", spec::header::EXPANSION_ROM, 0xe100_0001, 0),
+        ("Command", spec::header::COMMAND, 0x0010_0006, 0x0010_0000),
+        ("MSI address", MSI + spec::msi::MESSAGE_ADDRESS, 0xfee0_0000, 0),
+        ("MSI-X control", EVERYTHING_MSIX, 0xc045_6c11, 0x0045_6c11),
+        ("Device Control", express + 8, 0x0000_500f, 0x0000_2810),
+        ("Link Control", express + 0x10, 0x0011_0040, 0x0011_0040),
+        ("AER mask", AER + spec::aer::UNCORRECTABLE_MASK, 1 << 20, 1 << 20),
+    ];
+    for no_soft_reset in [true, false] {
+        let spec = FunctionSpec { power: Some(PowerSpec { no_soft_reset }), ..everything_spec() };
+        let mut function = Function::new(spec).unwrap();
+        for (_, offset, value, _) in registers {
+            let _ = write32(&mut function, offset, value);
+        }
+        let _ = function.msix_table_write(12, &[0]);
+        let before = function.bar(BarIndex::BAR0).unwrap();
+        let entered = write8(&mut function, PMCSR, D3_HOT);
+        assert_eq!(entered.decode, decode(false, false));
+        assert_eq!((entered.bars_moved, entered.rom_moved), (BarSet::EMPTY, false));
+        assert_eq!(function.bar(BarIndex::BAR0), Some(before), "kept in D3hot");
+
+        let left = write8(&mut function, PMCSR, D0);
+        assert_eq!(left.reset, (!no_soft_reset).then_some(ResetKind::Soft));
+        assert_eq!(left.rom_moved, !no_soft_reset);
+        for (name, offset, value, reset) in registers {
+            let expected = if no_soft_reset { value } else { reset };
+            assert_eq!(read32(&function, offset), expected, "{name}, {no_soft_reset}");
+        }
+        let mut mask = [0];
+        function.msix_table_read(12, &mut mask);
+        assert_eq!(mask, [u8::from(!no_soft_reset)]);
+    }
+}
+
+#[test]
+fn there_is_no_power_management_event() {
+    let mut function = everything();
+    assert_eq!(read16(&function, PM + spec::power::PMC), 0x0003, "PME from no state, no D1, no D2");
+    // PME_En and PME_Status.
+    let _ = write8(&mut function, PMCSR + 1, 0xff);
+    assert_eq!(read16(&function, PMCSR), 0x0008);
+}
