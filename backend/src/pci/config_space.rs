@@ -172,15 +172,15 @@ impl ConfigSpace {
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0xff);
         let present = self.bytes.get(offset..).unwrap_or_default();
-        for (byte, &value) in data.iter_mut().zip(present) {
-            *byte = value;
-        }
+        let length = present.len().min(data.len());
+        data[..length].copy_from_slice(&present[..length]);
     }
 
     /// A write by software. What lies past the end is dropped.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
-        let bytes = self.bytes.iter_mut().zip(&self.rules).skip(offset);
-        for ((byte, rule), &value) in bytes.zip(data) {
+        let bytes = self.bytes.get_mut(offset..).unwrap_or_default();
+        let rules = self.rules.get(offset..).unwrap_or_default();
+        for ((byte, rule), &value) in bytes.iter_mut().zip(rules).zip(data) {
             let written = *byte & !rule.read_write | value & rule.read_write;
             *byte = written & !(value & rule.write_one_to_clear);
         }

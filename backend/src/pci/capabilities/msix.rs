@@ -181,9 +181,9 @@ impl MsixStructures {
     /// Each byte by itself, as with byte enables: what `data` leaves out of an entry stays.
     pub(in crate::pci) fn write_table(&mut self, offset: u64, data: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
-        // An offset past the end skips all of them.
-        for ((at, byte), &value) in self.table.iter_mut().enumerate().skip(offset).zip(data) {
-            let writable = match at % registers::ENTRY_LENGTH {
+        let present = self.table.get_mut(offset..).unwrap_or_default();
+        for (at, (byte, &value)) in present.iter_mut().zip(data).enumerate() {
+            let writable = match (offset + at) % registers::ENTRY_LENGTH {
                 registers::ENTRY_VECTOR_CONTROL => registers::VECTOR_CONTROL_MASK,
                 // The rest of Vector Control is reserved.
                 13..=15 => 0,
@@ -273,9 +273,9 @@ impl MsixStructures {
 fn read(bytes: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0xff);
     let present = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..));
-    for (byte, &value) in data.iter_mut().zip(present.unwrap_or_default()) {
-        *byte = value;
-    }
+    let present = present.unwrap_or_default();
+    let length = present.len().min(data.len());
+    data[..length].copy_from_slice(&present[..length]);
 }
 
 /// A set of MSI-X vectors. The empty set holds no allocation.
