@@ -123,14 +123,6 @@ impl Edu {
 impl Device for Edu {
     fn spec(&self) -> FunctionSpec {
         FunctionSpec {
-            ids: Ids {
-                vendor: 0x1234,
-                device: 0x11e8,
-                subsystem_vendor: 0x1af4,
-                subsystem: 0x1100,
-                revision: 0x10,
-                class: ClassCode { base: 0x00, sub: 0xff, interface: 0x00 },
-            },
             bars: vec![BarSpec {
                 index: BarIndex::BAR0,
                 kind: BarKind::Memory32 { prefetchable: false },
@@ -139,7 +131,15 @@ impl Device for Edu {
             interrupt_pin: Some(InterruptPin::A),
             msi: Some(MsiSpec { vectors: MsiVectors::One, per_vector_masking: false }),
             power: Some(PowerSpec { no_soft_reset: true }),
-            express: Some(ExpressSpec { function_level_reset: true }),
+            express: Some(ExpressSpec { function_level_reset: true, aer: false }),
+            ..FunctionSpec::new(Ids {
+                vendor: 0x1234,
+                device: 0x11e8,
+                subsystem_vendor: 0x1af4,
+                subsystem: 0x1100,
+                revision: 0x10,
+                class: ClassCode { base: 0x00, sub: 0xff, interface: 0x00 },
+            })
         }
     }
 

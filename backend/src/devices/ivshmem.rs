@@ -106,7 +106,7 @@ impl Device for Ivshmem {
                 bar(BarIndex::BAR2, BarKind::Memory64 { prefetchable: true }, self.size),
             ],
             power: Some(PowerSpec { no_soft_reset: true }),
-            express: Some(ExpressSpec { function_level_reset: true }),
+            express: Some(ExpressSpec { function_level_reset: true, aer: false }),
             ..FunctionSpec::new(Ids {
                 vendor: 0x1af4,
                 device: 0x1110,

@@ -31,6 +31,15 @@ impl Bar {
     }
 }
 
+/// A place in a BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarOffset {
+    /// The BAR.
+    pub bar: BarIndex,
+    /// Bytes from its start.
+    pub offset: u64,
+}
+
 /// What a function's author says about one BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarSpec {

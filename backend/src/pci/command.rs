@@ -31,7 +31,8 @@ impl Command {
         // Without a BAR in a space there is nothing to claim, and the bit is hardwired to 0
         // (PCI 6.2.2).
         writable.set(Self::IO_SPACE, spec.bars.iter().any(|bar| bar.kind == BarKind::Io));
-        writable.set(Self::MEMORY_SPACE, spec.bars.iter().any(|bar| bar.kind != BarKind::Io));
+        let memory = spec.rom.is_some() || spec.bars.iter().any(|bar| bar.kind != BarKind::Io);
+        writable.set(Self::MEMORY_SPACE, memory);
         // Optional for a function that does not generate INTx, and 0 if absent (PCIe 7.5.1.1.3).
         writable.set(Self::INTERRUPT_DISABLE, spec.interrupt_pin.is_some());
         writable
@@ -70,4 +71,12 @@ impl Status {
         .union(Self::RECEIVED_MASTER_ABORT)
         .union(Self::SIGNALED_SYSTEM_ERROR)
         .union(Self::DETECTED_PARITY_ERROR);
+
+    /// The bits that a function of this kind changes by itself.
+    pub(super) fn volatile(spec: &FunctionSpec) -> Self {
+        let mut volatile = Self::empty();
+        volatile.set(Self::INTERRUPT_STATUS, spec.interrupt_pin.is_some());
+        volatile.set(Self::SIGNALED_SYSTEM_ERROR, spec.express.is_some());
+        volatile
+    }
 }

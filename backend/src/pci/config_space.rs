@@ -24,8 +24,14 @@ pub struct Register {
     pub read_write: u32,
     /// Bits that the function sets, and software clears by writing 1.
     pub write_one_to_clear: u32,
-    /// Writable bits that a function level reset does not touch (PCIe 6.6.2).
+    /// Bits that the function itself changes: all read-only bits that ever move, and those
+    /// write-1-to-clear bits that are ever set.
+    pub volatile: u32,
+    /// Bits that belong to the link and not to the function: a soft and a function level reset do
+    /// not touch them (PCIe 6.6.2), a hot reset does.
     pub reset_retains: u32,
+    /// Sticky bits (PCIe 7.4: ROS, RWS, RW1CS): no reset touches them, but for power-on.
+    pub sticky: u32,
 }
 
 /// Size of a register.
@@ -71,7 +77,9 @@ impl Register {
             reset: 0,
             read_write: 0,
             write_one_to_clear: 0,
+            volatile: 0,
             reset_retains: 0,
+            sticky: 0,
         }
     }
 
@@ -87,8 +95,16 @@ impl Register {
         Self { write_one_to_clear: mask.into(), ..self }
     }
 
+    pub(super) fn volatile(self, mask: impl Into<u32>) -> Self {
+        Self { volatile: mask.into(), ..self }
+    }
+
     pub(super) fn reset_retains(self, mask: impl Into<u32>) -> Self {
         Self { reset_retains: mask.into(), ..self }
+    }
+
+    pub(super) fn sticky(self, mask: impl Into<u32>) -> Self {
+        Self { sticky: mask.into(), ..self }
     }
 
     /// What the register says about each of its bytes, lowest first.
@@ -96,12 +112,16 @@ impl Register {
         let reset = self.reset.to_le_bytes();
         let read_write = self.read_write.to_le_bytes();
         let write_one_to_clear = self.write_one_to_clear.to_le_bytes();
+        let volatile = self.volatile.to_le_bytes();
         let reset_retains = self.reset_retains.to_le_bytes();
+        let sticky = self.sticky.to_le_bytes();
         (0..self.width.bytes()).map(move |i| ByteRule {
             reset: reset[i],
             read_write: read_write[i],
             write_one_to_clear: write_one_to_clear[i],
+            volatile: volatile[i],
             reset_retains: reset_retains[i],
+            sticky: sticky[i],
         })
     }
 }
@@ -122,7 +142,9 @@ struct ByteRule {
     reset: u8,
     read_write: u8,
     write_one_to_clear: u8,
+    volatile: u8,
     reset_retains: u8,
+    sticky: u8,
 }
 
 impl ConfigSpace {
@@ -150,18 +172,39 @@ impl ConfigSpace {
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0xff);
         let present = self.bytes.get(offset..).unwrap_or_default();
-        for (byte, &value) in data.iter_mut().zip(present) {
-            *byte = value;
-        }
+        let length = present.len().min(data.len());
+        data[..length].copy_from_slice(&present[..length]);
     }
 
     /// A write by software. What lies past the end is dropped.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
-        let bytes = self.bytes.iter_mut().zip(&self.rules).skip(offset);
-        for ((byte, rule), &value) in bytes.zip(data) {
+        let bytes = self.bytes.get_mut(offset..).unwrap_or_default();
+        let rules = self.rules.get(offset..).unwrap_or_default();
+        for ((byte, rule), &value) in bytes.iter_mut().zip(rules).zip(data) {
             let written = *byte & !rule.read_write | value & rule.read_write;
             *byte = written & !(value & rule.write_one_to_clear);
         }
+    }
+
+    /// All bytes, as software reads them.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes over bytes that were saved. Gives back the first offset at which a bit differs from
+    /// its power-on value that nothing ever changes; then nothing was taken over.
+    pub(super) fn restore(&mut self, bytes: &[u8]) -> Result<(), usize> {
+        let wrong = |(byte, rule): (&u8, &ByteRule)| {
+            (byte ^ rule.reset) & !(rule.read_write | rule.volatile) != 0
+        };
+        if bytes.len() != self.bytes.len() {
+            return Err(bytes.len().min(self.bytes.len()));
+        }
+        if let Some(offset) = bytes.iter().zip(&self.rules).position(wrong) {
+            return Err(offset);
+        }
+        self.bytes.copy_from_slice(bytes);
+        Ok(())
     }
 
     /// Back to power-on values, but for what this kind of reset leaves alone.
@@ -169,7 +212,8 @@ impl ConfigSpace {
         for (byte, rule) in self.bytes.iter_mut().zip(&self.rules) {
             let retained = match kind {
                 // The link stays up through both, and with it what was agreed for the link.
-                ResetKind::Soft | ResetKind::FunctionLevel => rule.reset_retains,
+                ResetKind::Soft | ResetKind::FunctionLevel => rule.reset_retains | rule.sticky,
+                ResetKind::Hot => rule.sticky,
                 ResetKind::Device => 0,
             };
             *byte = *byte & retained | rule.reset & !retained;

@@ -2,34 +2,34 @@
 
 use super::bar::{Bar, BarIndex, BarKind, BarSet};
 use super::capabilities::Capabilities;
-use super::capabilities::msi::{MsiOutcome, MsiVectorSet};
+use super::capabilities::msi::MsiVectorSet;
+use super::capabilities::msix::{MsixStructures, MsixVectorSet};
 use super::capabilities::power::{PowerState, Transition};
 use super::command::{Command, Status};
 use super::config_space::{ConfigSpace, Register};
-use super::effects::{Decode, Effects, MsiEffects, ResetKind};
-use super::function_spec::{FunctionSpec, SpecError};
+use super::effects::{Decode, Effects, MsiEffects, MsixEffects, ResetKind};
+use super::function_spec::{Decoding, FunctionSpec, SpecError};
 use super::header;
+use super::rom::Rom;
 use super::spec::{self, header as at};
+
+mod bars;
+mod errors;
+mod interrupts;
+mod state;
 
 /// One PCI function: its configuration space, and what follows from it.
 ///
-/// All that the function knows is in its configuration space, even its pending interrupts. So
-/// resetting that resets everything, and no second copy of a bit can disagree with the first.
+/// All that the function knows is in its configuration space and, with MSI-X, in its table and
+/// pending bits. So resetting those resets everything, and no second copy of a bit can disagree
+/// with the first.
 #[derive(Clone, Debug)]
 pub struct Function {
     spec: FunctionSpec,
     capabilities: Capabilities,
     space: ConfigSpace,
+    msix: Option<MsixStructures>,
     epoch: u64,
-}
-
-/// How a request ends for its requester (PCIe 2.1.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RequestKind {
-    /// Without a completion: a memory write.
-    Posted,
-    /// With a completion: a read, or an I/O write.
-    NonPosted,
 }
 
 impl Function {
@@ -41,10 +41,11 @@ impl Function {
         spec.validate()?;
         let capabilities = Capabilities::lay_out(&spec);
         let mut registers = header::registers(&spec, capabilities.first());
-        registers.extend(capabilities.registers());
+        registers.extend(capabilities.registers(&spec));
         let size =
             if spec.express.is_some() { spec::EXTENDED_CONFIG_SIZE } else { spec::CONFIG_SIZE };
-        Ok(Self { spec, capabilities, space: ConfigSpace::new(size, registers), epoch: 0 })
+        let msix = capabilities.msix.map(|msix| msix.structures());
+        Ok(Self { spec, capabilities, space: ConfigSpace::new(size, registers), msix, epoch: 0 })
     }
 
     /// What the function is.
@@ -101,17 +102,25 @@ impl Function {
         {
             return self.reset_space(ResetKind::Soft, events);
         }
+        self.take_deliverable(events);
+    }
+
+    /// Completes a write that may have let pending messages out.
+    fn take_deliverable(&mut self, events: &mut Events) {
+        let (msi_can_send, msix_can_send) = (self.can_send_msi(), self.can_send_msix());
         if let Some(msi) = self.capabilities.msi {
-            let bus_master = self.bus_master();
-            let deliver = msi.take_deliverable(&mut self.space, bus_master);
-            events.deliver = events.deliver.union(deliver);
+            let deliver = msi.take_deliverable(&mut self.space, msi_can_send);
+            events.msi = events.msi.union(deliver);
+        }
+        if msix_can_send && let Some(msix) = &mut self.msix {
+            events.msix.extend(&msix.take_deliverable());
         }
     }
 
     /// Resets the function: all registers to their power-on values, the INTx pin deasserted.
     ///
-    /// Only [`ResetKind::Device`] takes the link down, so the others leave Link Control as it is
-    /// (PCIe 6.6.2).
+    /// A soft and a function level reset leave alone what belongs to the link (PCIe 6.6.2), and only
+    /// [`ResetKind::Device`] touches sticky bits (PCIe 7.4).
     pub fn reset(&mut self, kind: ResetKind) -> Effects {
         let before = self.observe();
         let mut events = Events::default();
@@ -121,18 +130,24 @@ impl Function {
 
     fn reset_space(&mut self, kind: ResetKind, events: &mut Events) {
         self.space.reset(kind);
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
         // A function that was reset sends nothing it had in mind before.
-        events.deliver = MsiVectorSet::EMPTY;
+        events.msi = MsiVectorSet::EMPTY;
+        events.msix = MsixVectorSet::EMPTY;
         events.reset = events.reset.max(Some(kind));
     }
 
-    /// What the function claims: the Command register's enables, in D0 only (PCIe 5.3.1.4).
+    /// What the function claims: the enables of its Command register, unless
+    /// [`Decoding::Always`] stands in for them, and in D0 only (PCIe 5.3.1.4). The expansion ROM
+    /// needs its own enable as well (PCI 6.2.5.2).
     pub fn decode(&self) -> Decode {
-        let command = self.command();
-        let on = self.power_state() == PowerState::D0;
+        let memory = self.enabled(Command::MEMORY_SPACE);
         Decode {
-            memory: on && command.contains(Command::MEMORY_SPACE),
-            io: on && command.contains(Command::IO_SPACE),
+            memory,
+            io: self.enabled(Command::IO_SPACE),
+            rom: memory && self.rom().is_some_and(|rom| rom.enabled),
         }
     }
 
@@ -156,9 +171,29 @@ impl Function {
         self.spec.bars.iter().map(|bar| bar.placed(&self.space))
     }
 
-    /// Whether the function may access memory and send messages: Bus Master Enable, in D0 only.
+    /// The expansion ROM, if the function has one.
+    pub fn rom(&self) -> Option<Rom> {
+        self.spec.rom.map(|rom| rom.placed(&self.space))
+    }
+
+    /// Whether the function claims the addresses of its expansion ROM.
+    pub fn claims_rom(&self) -> bool {
+        self.decode().rom
+    }
+
+    /// Whether the function may access memory and send messages: Bus Master Enable, unless
+    /// [`Decoding::Always`] stands in for it, and in D0 only.
     pub fn bus_master(&self) -> bool {
-        self.power_state() == PowerState::D0 && self.command().contains(Command::BUS_MASTER)
+        self.enabled(Command::BUS_MASTER)
+    }
+
+    /// Whether an enable of the Command register is in force.
+    fn enabled(&self, enable: Command) -> bool {
+        self.power_state() == PowerState::D0
+            && match self.spec.decode {
+                Decoding::Strict => self.command().contains(enable),
+                Decoding::Always => Command::writable(&self.spec).contains(enable),
+            }
     }
 
     /// The power state. A function without power management is always in D0.
@@ -170,65 +205,6 @@ impl Function {
     /// BAR is, and with no other.
     pub fn epoch(&self) -> u64 {
         self.epoch
-    }
-
-    /// Records that a request to the function was completed as an Unsupported Request, as far as
-    /// it has registers for that.
-    ///
-    /// In D3hot too (PCIe 5.3.1.4). A conventional function just does not claim the request, and
-    /// the initiator's master abort is not its business.
-    pub fn record_unsupported_request(&mut self, kind: RequestKind) {
-        let Some(express) = self.capabilities.express else { return };
-        express.record_unsupported_request(&mut self.space, kind);
-
-        // SERR# Enable stands in for both Unsupported Request and Non-Fatal Error Reporting Enable
-        // (PCIe 6.2.5), so with it set, the error message goes out and is noted as sent. An
-        // advisory error has no such message.
-        if kind == RequestKind::Posted && self.command().contains(Command::SERR_ENABLE) {
-            self.set_status(Status::SIGNALED_SYSTEM_ERROR, true);
-        }
-    }
-
-    /// Asserts or deasserts the function's INTx interrupt. Returns the level of the line if that
-    /// changed. Without an interrupt pin, nothing happens.
-    pub fn set_intx(&mut self, asserted: bool) -> Option<bool> {
-        self.spec.interrupt_pin?;
-        let before = self.intx_line();
-        self.set_status(Status::INTERRUPT_STATUS, asserted);
-        changed(before, self.intx_line())
-    }
-
-    /// The level of the INTx line: `true` is asserted.
-    ///
-    /// The interrupt stays pending, and Interrupt Status set, while Interrupt Disable, a power state
-    /// other than D0 or MSI keeps the function from using its pin (PCI 6.2.2 and 6.8.1.3).
-    pub fn intx_line(&self) -> bool {
-        self.status().contains(Status::INTERRUPT_STATUS)
-            && !self.command().contains(Command::INTERRUPT_DISABLE)
-            && self.power_state() == PowerState::D0
-            && !self.msi_enabled()
-    }
-
-    /// Whether software enabled MSI.
-    pub fn msi_enabled(&self) -> bool {
-        self.capabilities.msi.is_some_and(|msi| msi.enabled(&self.space))
-    }
-
-    /// How many MSI vectors the function can use now: those that software granted, at most those
-    /// the function asked for, and 0 while MSI is disabled.
-    pub fn msi_vectors(&self) -> u8 {
-        self.capabilities
-            .msi
-            .filter(|msi| msi.enabled(&self.space))
-            .map_or(0, |msi| msi.granted(&self.space).count())
-    }
-
-    /// Raises an MSI interrupt.
-    pub fn raise_msi(&mut self, vector: u8) -> MsiOutcome {
-        let bus_master = self.bus_master();
-        self.capabilities
-            .msi
-            .map_or(MsiOutcome::Dropped, |msi| msi.raise(&mut self.space, vector, bus_master))
     }
 
     fn command(&self) -> Command {
@@ -254,8 +230,10 @@ impl Function {
             decode: self.decode(),
             bus_master: self.bus_master(),
             addresses,
+            rom: self.rom().map(|rom| rom.address),
             intx: self.intx_line(),
             msi_enabled: self.msi_enabled(),
+            msix_enabled: self.msix_enabled(),
             power: self.power_state(),
         }
     }
@@ -263,8 +241,9 @@ impl Function {
     /// Compares the function with what it was before an operation, and counts the epoch.
     fn finish(&mut self, before: Observed, events: Events) -> Effects {
         // Destructured, so that nothing that can be observed or happen is forgotten here.
-        let Observed { decode, bus_master, addresses, intx, msi_enabled, power } = self.observe();
-        let Events { deliver, reset } = events;
+        let Observed { decode, bus_master, addresses, rom, intx, msi_enabled, msix_enabled, power } =
+            self.observe();
+        let Events { msi, msix, reset } = events;
 
         let bars_moved: BarSet = BarIndex::ALL
             .into_iter()
@@ -274,13 +253,19 @@ impl Function {
             decode: changed(before.decode, decode),
             bus_master: changed(before.bus_master, bus_master),
             bars_moved,
+            rom_moved: before.rom != rom,
             intx: changed(before.intx, intx),
-            msi: MsiEffects { enabled: changed(before.msi_enabled, msi_enabled), deliver },
+            msi: MsiEffects { enabled: changed(before.msi_enabled, msi_enabled), deliver: msi },
+            msix: MsixEffects {
+                enabled: changed(before.msix_enabled, msix_enabled),
+                deliver: msix,
+            },
             power: changed(before.power, power),
             reset,
         };
-        if effects.decode.is_some() || !effects.bars_moved.is_empty() {
-            self.epoch += 1;
+        if effects.decode.is_some() || !effects.bars_moved.is_empty() || effects.rom_moved {
+            // A restored state can hold any number.
+            self.epoch = self.epoch.wrapping_add(1);
         }
         effects
     }
@@ -291,15 +276,18 @@ struct Observed {
     decode: Decode,
     bus_master: bool,
     addresses: [u64; spec::bar::COUNT],
+    rom: Option<u32>,
     intx: bool,
     msi_enabled: bool,
+    msix_enabled: bool,
     power: PowerState,
 }
 
 /// What happened during an operation and does not show in a comparison.
 #[derive(Default)]
 struct Events {
-    deliver: MsiVectorSet,
+    msi: MsiVectorSet,
+    msix: MsixVectorSet,
     reset: Option<ResetKind>,
 }
 

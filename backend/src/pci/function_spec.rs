@@ -1,9 +1,15 @@
 //! What a function's author says about it.
 
+use serde::{Deserialize, Serialize};
+
 use super::bar::{BarIndex, BarSet, BarSpec};
+use super::capabilities::Capabilities;
 use super::capabilities::express::ExpressSpec;
 use super::capabilities::msi::MsiSpec;
+use super::capabilities::msix::MsixSpec;
 use super::capabilities::power::PowerSpec;
+use super::capabilities::vendor::VendorSpec;
+use super::rom::RomSpec;
 use super::spec;
 
 /// What a function is, for as long as it lives.
@@ -17,16 +23,48 @@ pub struct FunctionSpec {
     pub interrupt_pin: Option<InterruptPin>,
     /// The MSI capability, if it has one.
     pub msi: Option<MsiSpec>,
+    /// The MSI-X capability, if it has one.
+    pub msix: Option<MsixSpec>,
     /// The power management capability, if it has one.
     pub power: Option<PowerSpec>,
     /// The PCI Express capability; without one the function is a conventional one.
     pub express: Option<ExpressSpec>,
+    /// Vendor-specific capabilities, in list order, behind all others.
+    pub vendor: Vec<VendorSpec>,
+    /// The expansion ROM, if it has one.
+    pub rom: Option<RomSpec>,
+    /// Whether the Command register decides what the function claims.
+    pub decode: Decoding,
+}
+
+/// Whether the Command register decides what a function claims.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decoding {
+    /// It does, as on any bus: nothing is claimed and nothing mastered until software enables it.
+    #[default]
+    Strict,
+    /// In D0, the function claims its BARs and masters the bus whatever the Command register says.
+    ///
+    /// Not what the specification says: for clients that drive a function without ever writing its
+    /// Command register. The register reads back what was written all the same.
+    Always,
 }
 
 impl FunctionSpec {
     /// A conventional function with no BARs, interrupts or capabilities, to start from.
     pub const fn new(ids: Ids) -> Self {
-        Self { ids, bars: Vec::new(), interrupt_pin: None, msi: None, power: None, express: None }
+        Self {
+            ids,
+            bars: Vec::new(),
+            interrupt_pin: None,
+            msi: None,
+            msix: None,
+            power: None,
+            express: None,
+            vendor: Vec::new(),
+            rom: None,
+            decode: Decoding::Strict,
+        }
     }
 
     /// Whether a function can be like this.
@@ -42,6 +80,16 @@ impl FunctionSpec {
                 }
                 taken.insert(slot);
             }
+        }
+        if let Some(msix) = &self.msix {
+            msix.validate(&self.bars)?;
+        }
+        if let Some(rom) = &self.rom {
+            rom.validate()?;
+        }
+        let end = Capabilities::end(self);
+        if end > spec::CONFIG_SIZE {
+            return Err(SpecError::CapabilitiesTooLong { end });
         }
         Ok(())
     }
@@ -78,6 +126,41 @@ pub enum SpecError {
     NoUpperHalf {
         /// The BAR.
         index: BarIndex,
+    },
+    /// The MSI-X table or Pending Bit Array is in no memory BAR.
+    #[error("MSI-X needs {bar}, which is no memory BAR")]
+    MsixNoMemoryBar {
+        /// The BAR it is said to be in.
+        bar: BarIndex,
+    },
+    /// The MSI-X table or Pending Bit Array starts where its register can't point.
+    #[error("MSI-X can't start at {offset:#x}: no multiple of 8 below 4 GiB")]
+    MsixMisplaced {
+        /// The offset in its BAR.
+        offset: u64,
+    },
+    /// The MSI-X table or Pending Bit Array leaves its BAR.
+    #[error("MSI-X ends at {end:#x} of {bar}, past the end of it")]
+    MsixOutsideBar {
+        /// The BAR.
+        bar: BarIndex,
+        /// One past the last byte.
+        end: u64,
+    },
+    /// The MSI-X table and Pending Bit Array overlap.
+    #[error("the MSI-X table and the Pending Bit Array overlap")]
+    MsixOverlap,
+    /// An expansion ROM's size is no power of two from 2 KiB to 16 MiB.
+    #[error("an expansion ROM can't have {size:#x} bytes")]
+    RomSize {
+        /// Its size in bytes.
+        size: u32,
+    },
+    /// The capabilities do not fit into the 256 bytes that the list can reach.
+    #[error("the capabilities end at {end:#x}, past 0x100")]
+    CapabilitiesTooLong {
+        /// One past the last byte.
+        end: usize,
     },
     /// Two BARs want the same register.
     #[error("two BARs use the register of {slot}")]

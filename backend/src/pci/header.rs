@@ -4,6 +4,7 @@ use super::bar::BarIndex;
 use super::command::{Command, Status};
 use super::config_space::Register;
 use super::function_spec::FunctionSpec;
+use super::rom::RomSpec;
 use super::spec::header as at;
 
 /// The header of a function, whose capability list starts at `first_capability`.
@@ -19,7 +20,8 @@ pub(super) fn registers(spec: &FunctionSpec, first_capability: Option<u8>) -> Ve
         Register::word("Command", at::COMMAND).read_write(Command::writable(spec).bits()),
         Register::word("Status", at::STATUS)
             .reset(capabilities_list.bits())
-            .write_one_to_clear(Status::WRITE_ONE_TO_CLEAR.bits()),
+            .write_one_to_clear(Status::WRITE_ONE_TO_CLEAR.bits())
+            .volatile(Status::volatile(spec).bits()),
         Register::byte("Revision ID", at::REVISION_ID).reset(ids.revision),
         Register::byte("Programming Interface", at::CLASS_CODE).reset(ids.class.interface),
         Register::byte("Sub-Class Code", at::CLASS_CODE + 1).reset(ids.class.sub),
@@ -34,7 +36,7 @@ pub(super) fn registers(spec: &FunctionSpec, first_capability: Option<u8>) -> Ve
         Register::dword("CardBus CIS Pointer", at::CARDBUS_CIS),
         Register::word("Subsystem Vendor ID", at::SUBSYSTEM_VENDOR_ID).reset(ids.subsystem_vendor),
         Register::word("Subsystem ID", at::SUBSYSTEM_ID).reset(ids.subsystem),
-        Register::dword("Expansion ROM Base Address", at::EXPANSION_ROM),
+        spec.rom.map_or(RomSpec::absent(), |rom| rom.register()),
         Register::byte("Capabilities Pointer", at::CAPABILITIES_POINTER)
             .reset(first_capability.unwrap_or(0)),
         Register::byte("Interrupt Line", at::INTERRUPT_LINE).read_write(0xff_u8),

@@ -30,7 +30,7 @@
 //! let moved = function.config_write(spec::header::BAR0, &0xfebf_0000_u32.to_le_bytes());
 //! assert!(moved.bars_moved.contains(BarIndex::BAR0));
 //! let enabled = function.config_write(spec::header::COMMAND, &[0b10]);
-//! assert_eq!(enabled.decode, Some(Decode { memory: true, io: false }));
+//! assert_eq!(enabled.decode, Some(Decode { memory: true, ..Decode::default() }));
 //! assert!(function.claims(BarIndex::BAR0));
 //! # Ok::<(), barkeep_backend::pci::SpecError>(())
 //! ```
@@ -38,6 +38,7 @@
 #![forbid(unsafe_code)]
 
 mod bar;
+mod bar_access;
 mod capabilities;
 mod command;
 mod config_space;
@@ -45,17 +46,26 @@ mod effects;
 mod function;
 mod function_spec;
 mod header;
+mod request;
+mod rom;
 pub mod spec;
+mod state;
 
 #[cfg(test)]
 mod tests;
 
-pub use self::bar::{Bar, BarIndex, BarKind, BarSet, BarSpec};
+pub use self::bar::{Bar, BarIndex, BarKind, BarOffset, BarSet, BarSpec};
+pub use self::bar_access::{BarOwner, BarPiece, BarPieces};
 pub use self::capabilities::express::{DeviceControl, DeviceStatus, ExpressSpec};
 pub use self::capabilities::msi::{MsiOutcome, MsiSpec, MsiVectorSet, MsiVectors};
+pub use self::capabilities::msix::{MsixSpec, MsixVectorSet, MsixVectors};
 pub use self::capabilities::power::{PowerSpec, PowerState};
+pub use self::capabilities::vendor::{VendorByte, VendorSpec};
 pub use self::command::{Command, Status};
 pub use self::config_space::{Register, RegisterWidth};
-pub use self::effects::{Decode, Effects, MsiEffects, ResetKind};
-pub use self::function::{Function, RequestKind};
-pub use self::function_spec::{ClassCode, FunctionSpec, Ids, InterruptPin, SpecError};
+pub use self::effects::{Decode, Effects, MsiEffects, MsixEffects, ResetKind};
+pub use self::function::Function;
+pub use self::function_spec::{ClassCode, Decoding, FunctionSpec, Ids, InterruptPin, SpecError};
+pub use self::request::{ErrorMessage, RequestKind, UnsupportedRequest};
+pub use self::rom::{Rom, RomSpec};
+pub use self::state::{FunctionState, StateError, StateV1};

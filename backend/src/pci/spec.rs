@@ -84,6 +84,16 @@ pub mod bar {
     pub const IO_SIZE_MAX: u64 = 256;
 }
 
+/// Expansion ROM Base Address register (PCI 6.2.5.2).
+pub mod rom {
+    /// Bit 0: the function claims the ROM, if it also claims memory.
+    pub const ENABLE: u32 = 1 << 0;
+    /// Smallest ROM: bits 10:1 are reserved.
+    pub const SIZE_MIN: u32 = 1 << 11;
+    /// Largest ROM: a function must not ask for more than 16 MiB.
+    pub const SIZE_MAX: u32 = 1 << 24;
+}
+
 /// The two bytes that every capability starts with (PCI 6.7).
 pub mod capability {
     /// Capability ID, 8 bits.
@@ -146,6 +156,44 @@ pub mod msi {
     pub const ADDRESS_MASK: u32 = !0b11;
 }
 
+/// MSI-X capability, and the structures in memory that it points to (PCI 6.8.2).
+pub mod msix {
+    /// Capability ID (PCI 6.8.2.1).
+    pub const CAPABILITY_ID: u8 = 0x11;
+    /// Length of the capability.
+    pub const LENGTH: u8 = 0x0c;
+    /// Message Control, 16 bits (PCI 6.8.2.3).
+    pub const MESSAGE_CONTROL: usize = 0x02;
+    /// Table Offset/Table BIR, 32 bits (PCI 6.8.2.4).
+    pub const TABLE: usize = 0x04;
+    /// PBA Offset/PBA BIR, 32 bits (PCI 6.8.2.5).
+    pub const PENDING: usize = 0x08;
+    /// Message Control bit 14: all vectors are masked, whatever their own mask bits say.
+    pub const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+    /// Message Control bit 15: the function may send messages and must not use its INTx pin.
+    pub const CONTROL_ENABLE: u16 = 1 << 15;
+    /// The most vectors a function can have: Message Control bits 10:0 hold their number less one.
+    pub const VECTORS_MAX: u16 = 2048;
+    /// Length of a table entry: message address, upper address, data, vector control.
+    pub const ENTRY_LENGTH: usize = 16;
+    /// Vector Control in a table entry, 32 bits (PCI 6.8.2.9).
+    pub const ENTRY_VECTOR_CONTROL: usize = 12;
+    /// Vector Control bit 0: the vector is masked. Set at reset; the other bits are reserved.
+    pub const VECTOR_CONTROL_MASK: u8 = 1 << 0;
+    /// Table and Pending Bit Array are aligned to this many bytes: the BIR takes bits 2:0.
+    pub const ALIGNMENT: u64 = 8;
+}
+
+/// Vendor-specific capability (PCI appendix H).
+pub mod vendor {
+    /// Capability ID.
+    pub const CAPABILITY_ID: u8 = 0x09;
+    /// Length of the capability, 8 bits, with the three bytes up to and including this one.
+    pub const LENGTH: usize = 0x02;
+    /// First byte that is the vendor's.
+    pub const DATA: usize = 0x03;
+}
+
 /// PCI Express capability, version 2 (PCIe 7.5.3).
 pub mod express {
     /// Capability ID (PCIe 7.5.3.1).
@@ -197,4 +245,55 @@ pub mod express {
     pub const LINK_CONTROL_WRITABLE: u16 = 1 << 7 | 1 << 6 | 0b11;
     /// Link Capabilities 2 bits 7:1: the link runs at 2.5 GT/s only.
     pub const LINK_CAPABILITIES_2_SPEED_2_5: u32 = 1 << 1;
+}
+
+/// The doubleword that every extended capability starts with (PCIe 7.6.3).
+pub mod extended_capability {
+    /// Where the first extended capability is.
+    pub const FIRST: usize = 0x100;
+    /// Position of the version, bits 19:16. The capability ID is in bits 15:0.
+    pub const VERSION_SHIFT: u32 = 16;
+    /// Position of the offset of the next extended capability, bits 31:20; 0 ends the list.
+    pub const NEXT_SHIFT: u32 = 20;
+}
+
+/// Advanced Error Reporting extended capability (PCIe 7.8.4), as an endpoint has it.
+pub mod aer {
+    /// Extended capability ID (PCIe 7.8.4.1).
+    pub const CAPABILITY_ID: u16 = 0x0001;
+    /// Version of the structure.
+    pub const VERSION: u32 = 2;
+    /// Length of the structure, with the registers of root ports and of TLP prefixes, which read 0.
+    pub const LENGTH: usize = 0x48;
+    /// Uncorrectable Error Status, 32 bits (PCIe 7.8.4.2).
+    pub const UNCORRECTABLE_STATUS: usize = 0x04;
+    /// Uncorrectable Error Mask, 32 bits (PCIe 7.8.4.3).
+    pub const UNCORRECTABLE_MASK: usize = 0x08;
+    /// Uncorrectable Error Severity, 32 bits (PCIe 7.8.4.4).
+    pub const UNCORRECTABLE_SEVERITY: usize = 0x0c;
+    /// Correctable Error Status, 32 bits (PCIe 7.8.4.5).
+    pub const CORRECTABLE_STATUS: usize = 0x10;
+    /// Correctable Error Mask, 32 bits (PCIe 7.8.4.6).
+    pub const CORRECTABLE_MASK: usize = 0x14;
+    /// Advanced Error Capabilities and Control, 32 bits (PCIe 7.8.4.7).
+    pub const CAPABILITIES_AND_CONTROL: usize = 0x18;
+    /// Header Log, four doublewords (PCIe 7.8.4.8).
+    pub const HEADER_LOG: usize = 0x1c;
+    /// Capabilities and Control bits 4:0: First Error Pointer.
+    pub const FIRST_ERROR_POINTER: u32 = 0b1_1111;
+    /// Position of Unsupported Request Error in the uncorrectable registers.
+    pub const UNSUPPORTED_REQUEST_BIT: u32 = 20;
+    /// The uncorrectable errors an endpoint implements: Data Link Protocol (4), Poisoned TLP (12),
+    /// Completion Timeout (14), Unexpected Completion (16), Malformed TLP (18), Unsupported
+    /// Request (20). The optional ones are left out.
+    pub const UNCORRECTABLE_ERRORS: u32 =
+        1 << 4 | 1 << 12 | 1 << 14 | 1 << 16 | 1 << 18 | 1 << UNSUPPORTED_REQUEST_BIT;
+    /// Those that are fatal at reset: Data Link Protocol and Malformed TLP.
+    pub const UNCORRECTABLE_SEVERITY_RESET: u32 = 1 << 4 | 1 << 18;
+    /// Advisory Non-Fatal Error in the correctable registers. Masked at reset.
+    pub const ADVISORY_NON_FATAL: u32 = 1 << 13;
+    /// The correctable errors an endpoint implements: Bad TLP (6), Bad DLLP (7), REPLAY_NUM
+    /// Rollover (8), Replay Timer Timeout (12), Advisory Non-Fatal (13). The optional ones are left
+    /// out.
+    pub const CORRECTABLE_ERRORS: u32 = 1 << 6 | 1 << 7 | 1 << 8 | 1 << 12 | ADVISORY_NON_FATAL;
 }

@@ -16,7 +16,9 @@ use super::served::{
 use crate::devices::{Context, Device};
 use crate::dma::{DmaTable, Iova};
 use crate::irq::Interrupts;
-use crate::pci::{BarIndex, BarKind, Effects, Function, RequestKind, ResetKind, SpecError};
+use crate::pci::{
+    BarIndex, BarKind, Effects, Function, RequestKind, ResetKind, SpecError, UnsupportedRequest,
+};
 
 mod interrupts;
 
@@ -283,14 +285,24 @@ impl HostedFunction {
 
     /// Counts, records and logs an access to a BAR that does not decode.
     fn unsupported(&mut self, access: &RegionAccess, direction: Direction) {
+        let bar = u8::try_from(access.region)
+            .ok()
+            .and_then(BarIndex::new)
+            .and_then(|index| self.function.bar(index));
+        let io = bar.is_some_and(|bar| bar.kind == BarKind::Io);
         let counters = self.counters(access.region);
         let (counter, kind, what) = match direction {
-            Direction::Read => (&mut counters.reads_ur, RequestKind::NonPosted, "read"),
-            Direction::Write => (&mut counters.writes_dropped, RequestKind::Posted, "write"),
-            Direction::IoWrite => (&mut counters.writes_dropped, RequestKind::NonPosted, "write"),
+            Direction::Read if io => (&mut counters.reads_ur, RequestKind::IoRead, "read"),
+            Direction::Read => (&mut counters.reads_ur, RequestKind::MemoryRead, "read"),
+            Direction::Write => (&mut counters.writes_dropped, RequestKind::MemoryWrite, "write"),
+            Direction::IoWrite => (&mut counters.writes_dropped, RequestKind::IoWrite, "write"),
         };
         *counter += 1;
-        self.function.record_unsupported_request(kind);
+        let _ = self.function.record_unsupported_request(&UnsupportedRequest {
+            kind,
+            address: bar.map_or(0, |bar| bar.address).saturating_add(access.offset),
+            length: access.count as usize,
+        });
         if let Some(suppressed) = self.log.admit() {
             let RegionAccess { offset, region, count } = *access;
             info!(

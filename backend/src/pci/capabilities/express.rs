@@ -3,7 +3,6 @@
 use bitflags::bitflags;
 
 use crate::pci::config_space::{ConfigSpace, Register};
-use crate::pci::function::RequestKind;
 use crate::pci::spec::express as registers;
 
 /// The PCI Express capability of a function.
@@ -11,6 +10,8 @@ use crate::pci::spec::express as registers;
 pub struct ExpressSpec {
     /// Software can reset the function on its own.
     pub function_level_reset: bool,
+    /// The function has the Advanced Error Reporting extended capability.
+    pub aer: bool,
 }
 
 bitflags! {
@@ -66,6 +67,28 @@ bitflags! {
     }
 }
 
+/// What an Unsupported Request counts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::pci) enum Severity {
+    /// An advisory non-fatal error: the requester learns of it from the completion, so for the
+    /// function it is a correctable one (PCIe 6.2.3.2.4.1).
+    Advisory,
+    /// A non-fatal error: nobody else learns of a lost posted request.
+    NonFatal,
+    /// A fatal error, because software said so. Then it makes no difference who else learns of it.
+    Fatal,
+}
+
+impl Severity {
+    const fn detected(self) -> DeviceStatus {
+        match self {
+            Self::Advisory => DeviceStatus::CORRECTABLE_ERROR_DETECTED,
+            Self::NonFatal => DeviceStatus::NON_FATAL_ERROR_DETECTED,
+            Self::Fatal => DeviceStatus::FATAL_ERROR_DETECTED,
+        }
+    }
+}
+
 /// The capability at its place in configuration space.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::pci) struct ExpressCapability {
@@ -97,7 +120,8 @@ impl ExpressCapability {
                 .reset(DeviceControl::RESET.bits())
                 .read_write(DeviceControl::WRITABLE.bits()),
             Register::word("Device Status", self.device_status())
-                .write_one_to_clear(DeviceStatus::all().bits()),
+                .write_one_to_clear(DeviceStatus::all().bits())
+                .volatile(self.volatile_status().bits()),
             Register::dword("Link Capabilities", at + registers::LINK_CAPABILITIES)
                 .reset(registers::LINK_CAPABILITIES_ASPM_OPTIONALITY | u32::from(link)),
             // The link is not the function's: resetting the function leaves it as it was
@@ -127,24 +151,28 @@ impl ExpressCapability {
                 .is_some_and(|byte| byte & bit != 0)
     }
 
-    /// Records a request that the function completes as an Unsupported Request.
-    ///
-    /// Which severity it has depends on the role of the function (PCIe 6.2.3.2.4.1). The requester
-    /// of a non-posted request learns of the failure from its completion, so for the completer the
-    /// error is advisory and counts as correctable. Nobody learns of a lost posted request, so that
-    /// is a non-fatal error. Either is logged whether or not it is reported (PCIe 7.5.3.5).
+    /// Notes an Unsupported Request in Device Status: whether or not it is reported, and whatever
+    /// the masks of Advanced Error Reporting say (PCIe 7.5.3.5).
     pub(in crate::pci) fn record_unsupported_request(
         &self,
         space: &mut ConfigSpace,
-        kind: RequestKind,
+        severity: Severity,
     ) {
-        let severity = match kind {
-            RequestKind::Posted => DeviceStatus::NON_FATAL_ERROR_DETECTED,
-            RequestKind::NonPosted => DeviceStatus::CORRECTABLE_ERROR_DETECTED,
-        };
-        let detected = severity | DeviceStatus::UNSUPPORTED_REQUEST_DETECTED;
+        let detected = severity.detected() | DeviceStatus::UNSUPPORTED_REQUEST_DETECTED;
         let status = self.device_status();
         space.set_u16(status, space.u16_at(status) | detected.bits());
+    }
+
+    pub(in crate::pci) fn control(&self, space: &ConfigSpace) -> DeviceControl {
+        let at = usize::from(self.at) + registers::DEVICE_CONTROL;
+        DeviceControl::from_bits_retain(space.u16_at(at))
+    }
+
+    /// Without Advanced Error Reporting, no error can be made fatal.
+    fn volatile_status(&self) -> DeviceStatus {
+        let mut volatile = DeviceStatus::all();
+        volatile.set(DeviceStatus::FATAL_ERROR_DETECTED, self.spec.aer);
+        volatile
     }
 
     fn device_status(&self) -> usize {

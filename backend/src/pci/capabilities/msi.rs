@@ -113,7 +113,7 @@ impl MsiCapability {
         if per_vector_masking {
             // Bits of vectors the function does not have are reserved (PCI 6.8.1.7).
             list.push(Register::dword("Mask Bits", self.mask()).read_write(vectors.set()));
-            list.push(Register::dword("Pending Bits", self.pending()));
+            list.push(Register::dword("Pending Bits", self.pending()).volatile(vectors.set()));
         }
         list
     }
@@ -131,13 +131,14 @@ impl MsiCapability {
             .map_or(self.spec.vectors, |granted| granted.min(self.spec.vectors))
     }
 
+    /// An interrupt of a function that may or may not send messages.
     pub(in crate::pci) fn raise(
         &self,
         space: &mut ConfigSpace,
         vector: u8,
-        bus_master: bool,
+        can_send: bool,
     ) -> MsiOutcome {
-        if !self.enabled(space) || !bus_master || vector >= self.granted(space).count() {
+        if !can_send || vector >= self.granted(space).count() {
             return MsiOutcome::Dropped;
         }
         let bit = 1 << vector;
@@ -153,20 +154,27 @@ impl MsiCapability {
     pub(in crate::pci) fn take_deliverable(
         &self,
         space: &mut ConfigSpace,
-        bus_master: bool,
+        can_send: bool,
     ) -> MsiVectorSet {
         if !self.spec.per_vector_masking {
             return MsiVectorSet::EMPTY;
         }
         // A vector that was granted no longer has no message to be pending for.
         let pending = space.u32_at(self.pending()) & self.granted(space).set();
-        let deliver = if self.enabled(space) && bus_master {
-            pending & !space.u32_at(self.mask())
-        } else {
-            0
-        };
+        let deliver = if can_send { pending & !space.u32_at(self.mask()) } else { 0 };
         space.set_u32(self.pending(), pending & !deliver);
         MsiVectorSet(deliver)
+    }
+
+    /// Whether the pending bits can be as they are: only of vectors that were granted, and not of
+    /// one that would have been sent.
+    pub(in crate::pci) fn is_possible(&self, space: &ConfigSpace, can_send: bool) -> bool {
+        if !self.spec.per_vector_masking {
+            return true;
+        }
+        let pending = space.u32_at(self.pending());
+        let overdue = if can_send { pending & !space.u32_at(self.mask()) } else { 0 };
+        pending & !self.granted(space).set() == 0 && overdue == 0
     }
 
     fn control(&self) -> usize {
@@ -178,7 +186,7 @@ impl MsiCapability {
         usize::from(self.at) + registers::MASK
     }
 
-    fn pending(&self) -> usize {
+    pub(in crate::pci) fn pending(&self) -> usize {
         usize::from(self.at) + registers::PENDING
     }
 }

@@ -86,7 +86,12 @@ impl PowerCapability {
         Transition::ContextKept
     }
 
-    fn pmcsr(&self) -> usize {
+    /// Whether the power state is one that the function has: the register never holds another.
+    pub(in crate::pci) fn is_possible(&self, space: &ConfigSpace) -> bool {
+        matches!(space.u16_at(self.pmcsr()) & registers::PMCSR_POWER_STATE, 0b00 | 0b11)
+    }
+
+    pub(in crate::pci) fn pmcsr(&self) -> usize {
         usize::from(self.at) + registers::PMCSR
     }
 }

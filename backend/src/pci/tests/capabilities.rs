@@ -19,7 +19,7 @@ fn the_list_holds_what_the_function_has_in_order() {
     let power = Some(PowerSpec { no_soft_reset: true });
     let masking = Some(MsiSpec { vectors: MsiVectors::Four, per_vector_masking: true });
     let plain = Some(MsiSpec { vectors: MsiVectors::One, per_vector_masking: false });
-    let express = Some(ExpressSpec { function_level_reset: true });
+    let express = Some(ExpressSpec { function_level_reset: true, aer: false });
     type Case = (Option<PowerSpec>, Option<MsiSpec>, Option<ExpressSpec>, &'static [(usize, u8)]);
     let cases: [Case; 8] = [
         (None, None, None, &[]),
@@ -41,6 +41,24 @@ fn the_list_holds_what_the_function_has_in_order() {
 }
 
 #[test]
+fn msix_and_vendor_capabilities_are_in_the_list() {
+    let second = EVERYTHING_VENDOR + 12;
+    let expected = [
+        (PM, 0x01),
+        (MSI, 0x05),
+        (EVERYTHING_MSIX, 0x11),
+        (EVERYTHING_EXPRESS, 0x10),
+        (EVERYTHING_VENDOR, 0x09),
+        (second, 0x09),
+    ];
+    assert_eq!(walk(&everything()), expected);
+
+    // The extended list starts at 0x100 and ends with its first.
+    let header = read32(&everything(), AER);
+    assert_eq!((header & 0xffff, header >> 16 & 0xf, header >> 20), (1, 2, 0));
+}
+
+#[test]
 fn message_control_says_what_the_function_asks_for() {
     for (vectors, per_vector_masking, control) in [
         (MsiVectors::One, false, 0x0080),
@@ -59,7 +77,7 @@ fn no_soft_reset_and_flr_show_in_their_capabilities() {
     for yes in [false, true] {
         let function = Function::new(FunctionSpec {
             power: Some(PowerSpec { no_soft_reset: yes }),
-            express: Some(ExpressSpec { function_level_reset: yes }),
+            express: Some(ExpressSpec { function_level_reset: yes, aer: false }),
             ..full_spec()
         })
         .unwrap();

@@ -52,7 +52,9 @@ fn a_function_without_capabilities_has_no_list() {
 
 #[test]
 fn only_a_conventional_function_has_a_latency_timer() {
-    for (express, timer) in [(None, 0xff), (Some(ExpressSpec { function_level_reset: false }), 0)] {
+    for (express, timer) in
+        [(None, 0xff), (Some(ExpressSpec { function_level_reset: false, aer: false }), 0)]
+    {
         let mut function =
             Function::new(FunctionSpec { express, ..FunctionSpec::new(IDS) }).unwrap();
         let _ = write8(&mut function, spec::header::LATENCY_TIMER, 0xff);
@@ -68,7 +70,7 @@ fn the_vendor_id_of_no_function_is_refused() {
 
 #[test]
 fn past_the_end_reads_are_all_ones_and_writes_are_dropped() {
-    for express in [None, Some(ExpressSpec { function_level_reset: false })] {
+    for express in [None, Some(ExpressSpec { function_level_reset: false, aer: false })] {
         let mut function =
             Function::new(FunctionSpec { express, ..FunctionSpec::new(IDS) }).unwrap();
         let size = function.config_size();
@@ -85,14 +87,19 @@ fn past_the_end_reads_are_all_ones_and_writes_are_dropped() {
 
 #[test]
 fn registers_are_in_order_and_do_not_overlap() {
-    let function = full();
-    let mut end = 0;
-    for register in function.registers() {
-        assert!(register.offset >= end, "{register:x?} overlaps the one before");
-        assert_eq!(register.offset % register.width.bytes(), 0, "{register:x?} is misaligned");
-        let both = register.read_write & register.write_one_to_clear;
-        assert_eq!(both, 0, "{register:x?} has bits of two kinds");
-        end = register.offset + register.width.bytes();
+    for function in [full(), everything()] {
+        let mut end = 0;
+        for register in function.registers() {
+            assert!(register.offset >= end, "{register:x?} overlaps the one before");
+            assert_eq!(register.offset % register.width.bytes(), 0, "{register:x?} is misaligned");
+            let both = register.read_write & register.write_one_to_clear;
+            assert_eq!(both, 0, "{register:x?} has bits of two kinds");
+            let own = register.volatile & register.read_write;
+            assert_eq!(own, 0, "{register:x?} has bits that two sides change");
+            let kept = register.reset_retains & register.sticky;
+            assert_eq!(kept, 0, "{register:x?} has bits kept twice");
+            end = register.offset + register.width.bytes();
+        }
+        assert!(end <= function.config_size());
     }
-    assert!(end <= function.config_size());
 }

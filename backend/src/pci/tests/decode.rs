@@ -11,7 +11,7 @@ const DEVICE_CONTROL: usize = EXPRESS + spec::express::DEVICE_CONTROL;
 const LINK_CONTROL: usize = EXPRESS + spec::express::LINK_CONTROL;
 
 fn decode(memory: bool, io: bool) -> Option<Decode> {
-    Some(Decode { memory, io })
+    Some(Decode { memory, io, rom: false })
 }
 
 fn all_decoding(spec: FunctionSpec) -> Function {
@@ -30,14 +30,14 @@ fn enable_no_op_disable_relocate() {
         epoch: u64,
         bar0: (bool, u64),
     }
-    let none = Effects::default();
-    let moved = Effects { bars_moved: BarIndex::BAR0.into(), ..none };
+    let none = Effects::default;
+    let moved = || Effects { bars_moved: BarIndex::BAR0.into(), ..none() };
     let steps = [
         Step {
             what: "place while disabled",
             offset: 0x10,
             data: &[0, 0, 0, 0xe0],
-            effects: moved,
+            effects: moved(),
             epoch: 1,
             bar0: (false, 0xe000_0000),
         },
@@ -45,7 +45,7 @@ fn enable_no_op_disable_relocate() {
             what: "enable memory",
             offset: 4,
             data: &[0b010],
-            effects: Effects { decode: decode(true, false), ..none },
+            effects: Effects { decode: decode(true, false), ..none() },
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -53,7 +53,7 @@ fn enable_no_op_disable_relocate() {
             what: "enable memory again",
             offset: 4,
             data: &[0b010, 0],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -61,7 +61,7 @@ fn enable_no_op_disable_relocate() {
             what: "set parity response only",
             offset: 4,
             data: &[0b0100_0010],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -69,7 +69,7 @@ fn enable_no_op_disable_relocate() {
             what: "write the same address",
             offset: 0x10,
             data: &[0, 0, 0, 0xe0],
-            effects: none,
+            effects: none(),
             epoch: 2,
             bar0: (true, 0xe000_0000),
         },
@@ -77,7 +77,7 @@ fn enable_no_op_disable_relocate() {
             what: "relocate while enabled, by one byte",
             offset: 0x12,
             data: &[0x10],
-            effects: moved,
+            effects: moved(),
             epoch: 3,
             bar0: (true, 0xe010_0000),
         },
@@ -85,7 +85,7 @@ fn enable_no_op_disable_relocate() {
             what: "disable memory and enable I/O and bus mastering at once",
             offset: 4,
             data: &[0b101],
-            effects: Effects { decode: decode(false, true), bus_master: Some(true), ..none },
+            effects: Effects { decode: decode(false, true), bus_master: Some(true), ..none() },
             epoch: 4,
             bar0: (false, 0xe010_0000),
         },
@@ -93,7 +93,7 @@ fn enable_no_op_disable_relocate() {
             what: "disable everything",
             offset: 4,
             data: &[0],
-            effects: Effects { decode: decode(false, false), bus_master: Some(false), ..none },
+            effects: Effects { decode: decode(false, false), bus_master: Some(false), ..none() },
             epoch: 5,
             bar0: (false, 0xe010_0000),
         },
@@ -303,7 +303,7 @@ fn initiate_flr_in_any_write_that_covers_it() {
 #[test]
 fn without_the_capability_the_flr_bit_does_nothing() {
     let mut function = Function::new(FunctionSpec {
-        express: Some(ExpressSpec { function_level_reset: false }),
+        express: Some(ExpressSpec { function_level_reset: false, aer: false }),
         ..full_spec()
     })
     .unwrap();
@@ -328,4 +328,55 @@ fn a_device_reset_also_forgets_the_link() {
     assert_eq!(effects, Effects { reset: Some(ResetKind::Device), ..Effects::default() });
     assert_eq!(image(&function), image(&full()));
     assert_eq!(function.epoch(), 0, "nothing moved");
+}
+
+/// What a function has left after D3hot, with and without No_Soft_Reset (PM 3.2.4).
+#[test]
+fn what_d3hot_leaves_of_a_function() {
+    let express = EVERYTHING_EXPRESS;
+    let registers: [(&str, usize, u32, u32); 9] = [
+        // What was written, and what a soft reset leaves of it.
+        ("BAR 0", 0x10, 0xe000_0000, 0),
+        ("BAR 2, upper half", 0x1c, 0x12, 0),
+        ("expansion ROM", spec::header::EXPANSION_ROM, 0xe100_0001, 0),
+        ("Command", spec::header::COMMAND, 0x0010_0006, 0x0010_0000),
+        ("MSI address", MSI + spec::msi::MESSAGE_ADDRESS, 0xfee0_0000, 0),
+        ("MSI-X control", EVERYTHING_MSIX, 0xc045_6c11, 0x0045_6c11),
+        ("Device Control", express + 8, 0x0000_500f, 0x0000_2810),
+        ("Link Control", express + 0x10, 0x0011_0040, 0x0011_0040),
+        ("AER mask", AER + spec::aer::UNCORRECTABLE_MASK, 1 << 20, 1 << 20),
+    ];
+    for no_soft_reset in [true, false] {
+        let spec = FunctionSpec { power: Some(PowerSpec { no_soft_reset }), ..everything_spec() };
+        let mut function = Function::new(spec).unwrap();
+        for (_, offset, value, _) in registers {
+            let _ = write32(&mut function, offset, value);
+        }
+        let _ = function.msix_table_write(12, &[0]);
+        let before = function.bar(BarIndex::BAR0).unwrap();
+        let entered = write8(&mut function, PMCSR, D3_HOT);
+        assert_eq!(entered.decode, decode(false, false));
+        assert_eq!((entered.bars_moved, entered.rom_moved), (BarSet::EMPTY, false));
+        assert_eq!(function.bar(BarIndex::BAR0), Some(before), "kept in D3hot");
+
+        let left = write8(&mut function, PMCSR, D0);
+        assert_eq!(left.reset, (!no_soft_reset).then_some(ResetKind::Soft));
+        assert_eq!(left.rom_moved, !no_soft_reset);
+        for (name, offset, value, reset) in registers {
+            let expected = if no_soft_reset { value } else { reset };
+            assert_eq!(read32(&function, offset), expected, "{name}, {no_soft_reset}");
+        }
+        let mut mask = [0];
+        function.msix_table_read(12, &mut mask);
+        assert_eq!(mask, [u8::from(!no_soft_reset)]);
+    }
+}
+
+#[test]
+fn there_is_no_power_management_event() {
+    let mut function = everything();
+    assert_eq!(read16(&function, PM + spec::power::PMC), 0x0003, "PME from no state, no D1, no D2");
+    // PME_En and PME_Status.
+    let _ = write8(&mut function, PMCSR + 1, 0xff);
+    assert_eq!(read16(&function, PMCSR), 0x0008);
 }

@@ -15,18 +15,18 @@ fn the_severity_of_an_unsupported_request_depends_on_who_else_learns_of_it() {
         DeviceControl::NON_FATAL_ERROR_REPORTING | DeviceControl::UNSUPPORTED_REQUEST_REPORTING;
     let off = DeviceControl::empty();
     for (kind, enable, control, detected, signaled) in [
-        (RequestKind::Posted, Command::empty(), off, posted, false),
-        (RequestKind::Posted, serr, off, posted, true),
+        (RequestKind::MemoryWrite, Command::empty(), off, posted, false),
+        (RequestKind::MemoryWrite, serr, off, posted, true),
         // Reported by an error message, but not by way of SERR#.
-        (RequestKind::Posted, Command::empty(), reporting, posted, false),
-        (RequestKind::Posted, serr, reporting, posted, true),
-        (RequestKind::NonPosted, Command::empty(), off, non_posted, false),
-        (RequestKind::NonPosted, serr, reporting, non_posted, false),
+        (RequestKind::MemoryWrite, Command::empty(), reporting, posted, false),
+        (RequestKind::MemoryWrite, serr, reporting, posted, true),
+        (RequestKind::MemoryRead, Command::empty(), off, non_posted, false),
+        (RequestKind::MemoryRead, serr, reporting, non_posted, false),
     ] {
         let mut function = full();
         let _ = command(&mut function, enable);
         let _ = write16(&mut function, DEVICE_CONTROL, control.bits());
-        function.record_unsupported_request(kind);
+        function.record_unsupported_request(&request(kind));
 
         let what = format!("{kind:?} {enable:?} {control:?}");
         assert_eq!(read16(&function, DEVICE_STATUS), detected.bits(), "{what}");
@@ -39,8 +39,8 @@ fn the_severity_of_an_unsupported_request_depends_on_who_else_learns_of_it() {
 fn errors_add_up_until_software_clears_them_one_by_one() {
     let mut function = full();
     let _ = command(&mut function, Command::SERR_ENABLE);
-    function.record_unsupported_request(RequestKind::Posted);
-    function.record_unsupported_request(RequestKind::NonPosted);
+    function.record_unsupported_request(&request(RequestKind::MemoryWrite));
+    function.record_unsupported_request(&request(RequestKind::MemoryRead));
     assert_eq!(read16(&function, DEVICE_STATUS), 0b1011);
 
     assert_eq!(write16(&mut function, DEVICE_STATUS, 0), Effects::default());
@@ -61,7 +61,7 @@ fn errors_add_up_until_software_clears_them_one_by_one() {
 fn errors_are_recorded_in_d3hot() {
     let mut function = full();
     let _ = write8(&mut function, PM + spec::power::PMCSR, 3);
-    function.record_unsupported_request(RequestKind::NonPosted);
+    function.record_unsupported_request(&request(RequestKind::MemoryRead));
     assert_eq!(read16(&function, DEVICE_STATUS), 0b1001);
 }
 
@@ -71,7 +71,7 @@ fn a_conventional_function_does_not_notice_what_it_does_not_claim() {
     let mut function = Function::new(spec).unwrap();
     let _ = command(&mut function, Command::SERR_ENABLE);
     let before = image(&function);
-    function.record_unsupported_request(RequestKind::Posted);
-    function.record_unsupported_request(RequestKind::NonPosted);
+    function.record_unsupported_request(&request(RequestKind::MemoryWrite));
+    function.record_unsupported_request(&request(RequestKind::MemoryRead));
     assert_eq!(image(&function), before);
 }

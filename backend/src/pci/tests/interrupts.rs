@@ -192,3 +192,73 @@ fn a_vector_unmasked_by_the_write_that_resets_is_dropped() {
     assert_eq!(effects.reset, Some(ResetKind::FunctionLevel));
     assert!(effects.msi.deliver.is_empty());
 }
+
+/// Each width at each place: what is covered takes what is writable, the rest stays.
+#[test]
+fn every_register_of_msi_takes_writes_of_every_width() {
+    let writable: [u8; 0x18] = [
+        0, 0, 0x71, 0, // ID, next, Message Control
+        0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, // Message Address
+        0xff, 0xff, 0, 0, // Message Data, reserved
+        0xff, 0, 0, 0, // Mask Bits of eight vectors
+        0, 0, 0, 0, // Pending Bits
+    ];
+    for width in [1, 2, 4, 8] {
+        for at in (0..0x18).step_by(width) {
+            for value in [0x00, 0xff, 0x5a] {
+                let mut function = full();
+                let mut expected = [0; 0x18];
+                function.config_read(MSI, &mut expected);
+                for byte in at..at + width {
+                    expected[byte] = expected[byte] & !writable[byte] | value & writable[byte];
+                }
+                let _ = function.config_write(MSI + at, &vec![value; width]);
+                let mut seen = [0; 0x18];
+                function.config_read(MSI, &mut seen);
+                assert_eq!(seen, expected, "{width} bytes of {value:#x} at {at:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn message_control_written_by_byte_or_word_enables_and_grants() {
+    for data in [&[0x31][..], &[0x31, 0x00], &[0x31, 0xff, 0, 0]] {
+        let mut function = full();
+        let effects = function.config_write(CONTROL, data);
+        assert_eq!(effects.msi.enabled, Some(true), "{data:x?}");
+        assert_eq!(function.msi_vectors(), 8);
+        assert_eq!(read16(&function, CONTROL), 0x01b7);
+    }
+    let mut function = full();
+    let upper = function.config_write(CONTROL + 1, &[0xff]);
+    assert_eq!((upper, read16(&function, CONTROL)), (Effects::default(), 0x0186));
+}
+
+#[test]
+fn bus_mastering_gates_messages_whichever_comes_first() {
+    let mut function = eight_vectors();
+    let _ = write8(&mut function, MASK, 0b11);
+    assert_eq!(function.raise_msi(0), MsiOutcome::Pending);
+    let _ = command(&mut function, Command::empty());
+    assert_eq!(function.raise_msi(1), MsiOutcome::Dropped, "masked or not");
+    assert_eq!(function.raise_msi(2), MsiOutcome::Dropped);
+    assert_eq!(read32(&function, PENDING), 0b01, "what was pending stays");
+    let _ = write8(&mut function, MASK, 0);
+    assert_eq!(function.raise_msi(2), MsiOutcome::Dropped);
+
+    // Bus mastering by a one-byte write of Command delivers what waited, and no more.
+    let effects = write8(&mut function, spec::header::COMMAND, 0b100);
+    assert_eq!(effects.msi.deliver.iter().collect::<Vec<_>>(), [0]);
+    assert_eq!(function.raise_msi(2), MsiOutcome::Deliver);
+}
+
+#[test]
+fn a_message_that_waited_in_d3hot_goes_out_in_d0() {
+    let mut function = eight_vectors();
+    let _ = write8(&mut function, MASK, 1);
+    assert_eq!(function.raise_msi(0), MsiOutcome::Pending);
+    let _ = write8(&mut function, PM + spec::power::PMCSR, 3);
+    assert!(write8(&mut function, MASK, 0).msi.deliver.is_empty());
+    assert!(write8(&mut function, PM + spec::power::PMCSR, 0).msi.deliver.contains(0));
+}
