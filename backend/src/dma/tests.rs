@@ -109,12 +109,12 @@ fn a_part_of_a_huge_page_is_mapped_with_the_rest_of_it_and_unmapped_as_a_whole()
         assert_eq!(page, Ok(4));
         let mapping = Mapping::new(file.as_fd(), offset, size, HUGE, ProtFlags::READ).unwrap();
         let mut text = [0; 4];
-        mapping.slice(0, 4).unwrap().read_slice(&mut text, 0).unwrap();
+        mapping.slice(0, 4, ()).unwrap().read_slice(&mut text, 0).unwrap();
         assert_eq!(&text, b"here", "offset {offset:#x}");
-        let (first, slice) = (mapping.address(0, 4).unwrap(), mapping.slice(0, 4).unwrap());
+        let (first, slice) = (mapping.address(0, 4).unwrap(), mapping.slice(0, 4, ()).unwrap());
         assert_eq!(first, slice.ptr_guard().as_ptr().addr());
-        assert!(mapping.slice(size - 3, 4).is_none() && mapping.address(size - 3, 4).is_none());
-        assert!(mapping.slice(usize::MAX, 4).is_none(), "wraps");
+        assert!(mapping.slice(size - 3, 4, ()).is_none() && mapping.address(size - 3, 4).is_none());
+        assert!(mapping.slice(usize::MAX, 4, ()).is_none(), "wraps");
         assert_eq!(mappings_of("part-of-a-huge-page"), 1);
         drop(mapping);
         assert_eq!(mappings_of("part-of-a-huge-page"), 0);
