@@ -95,9 +95,9 @@ impl Drop for Guarded {
 }
 
 /// Slots that are allocated at once, and never freed: the handler may be looking at them.
-const CHUNK: usize = 4096;
+const CHUNK: usize = 1024;
 
-static CHUNKS: [OnceLock<Box<[Slot]>>; 256] = [const { OnceLock::new() }; 256];
+static CHUNKS: [OnceLock<Box<[Slot]>>; 1024] = [const { OnceLock::new() }; 1024];
 
 /// Which slots are free. Not for the handler.
 static FREE: Mutex<FreeSlots> = Mutex::new(FreeSlots { indices: Vec::new(), next: 0, taken: 0 });

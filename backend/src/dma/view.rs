@@ -79,10 +79,7 @@ impl GuestView {
         for share in self.windows.shares(iova, rest.len() as u64) {
             let Share { window, address, offset, len } = share?;
             let (data, behind) = rest.split_at(length(len));
-            let outcome = window.write(address, offset, data);
-            // A part may have been written even so.
-            self.log.mark(address, len);
-            outcome?;
+            window.write(address, offset, data, DirtySlice::new(&self.log, address))?;
             rest = behind;
         }
         Ok(())

@@ -57,8 +57,15 @@ impl Window {
         self.intact(address, offset, data.len())
     }
 
-    pub(super) fn write(&self, address: u64, offset: u64, data: &[u8]) -> Result<(), DmaError> {
-        let slice = self.slice(address, offset, data.len(), DmaAccess::WRITE, ())?;
+    /// Writes to `offset` in the window, and marks `bitmap`.
+    pub(super) fn write<B: BitmapSlice>(
+        &self,
+        address: u64,
+        offset: u64,
+        data: &[u8],
+        bitmap: B,
+    ) -> Result<(), DmaError> {
+        let slice = self.slice(address, offset, data.len(), DmaAccess::WRITE, bitmap)?;
         slice.write_slice(data, 0).map_err(|_| DmaError::Vanished(address))?;
         self.intact(address, offset, data.len())
     }
