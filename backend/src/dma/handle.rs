@@ -26,7 +26,7 @@ impl DmaHandle {
     /// while waiting for the thread that serves the client.
     #[must_use]
     pub fn memory(&self) -> DmaGuard {
-        let windows = Arc::clone(&self.shared.lock());
+        let windows = Arc::clone(&self.shared.lock().windows);
         let view = GuestView { windows, log: Arc::clone(&self.log) };
         DmaGuard { view, shared: Arc::clone(&self.shared) }
     }
@@ -67,20 +67,31 @@ impl Clone for DmaGuard {
 impl Drop for DmaGuard {
     fn drop(&mut self) {
         // Under the lock: whoever waits for these windows either sees them gone or is told.
-        let lock = self.shared.lock();
+        let current = self.shared.lock();
         self.view.windows = Arc::default();
-        drop(lock);
-        self.shared.given_back.notify_all();
+        let awaited = current.awaited;
+        drop(current);
+        // It is a system call, and transfers are many.
+        if awaited {
+            self.shared.given_back.notify_all();
+        }
     }
 }
 
 /// What the table of windows and the handles have in common.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// The windows that there are now.
-    current: Mutex<Arc<Windows>>,
-    /// A guard was dropped.
+    current: Mutex<Current>,
+    /// A guard was dropped, while that was awaited.
     given_back: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Current {
+    /// The windows that there are now.
+    windows: Arc<Windows>,
+    /// Whether the table waits for guards.
+    awaited: bool,
 }
 
 impl Shared {
@@ -92,25 +103,27 @@ impl Shared {
     ) -> R {
         let mut current = self.lock();
         // Without guards, the table's own reference is the last one now and nothing is copied.
-        drop(mem::take(&mut *current));
+        drop(mem::take(&mut current.windows));
         let result = change(Arc::make_mut(windows));
-        *current = Arc::clone(windows);
+        current.windows = Arc::clone(windows);
         result
     }
 
     /// Waits until no guard holds any of the windows, and unmaps them.
     pub(super) fn retire(&self, mut removed: Vec<Arc<Window>>) {
-        let mut lock = self.lock();
+        let mut current = self.lock();
         while let Some(window) = removed.last() {
             if Arc::strong_count(window) == 1 {
                 removed.pop();
             } else {
-                lock = self.given_back.wait(lock).unwrap_or_else(PoisonError::into_inner);
+                current.awaited = true;
+                current = self.given_back.wait(current).unwrap_or_else(PoisonError::into_inner);
             }
         }
+        current.awaited = false;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Arc<Windows>> {
+    fn lock(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

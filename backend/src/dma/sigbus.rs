@@ -186,13 +186,16 @@ impl Slot {
         let version = self.version.load(Ordering::Acquire);
         let start = self.start.load(Ordering::Relaxed);
         let len = self.len.load(Ordering::Relaxed);
+        // Nearly always, there is no more to do.
+        if address.wrapping_sub(start) >= len {
+            return None;
+        }
         let page_size = self.page_size.load(Ordering::Relaxed);
         let protection = self.protection.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let whole = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
-        let inside = whole && address.wrapping_sub(start) < len;
         let protection = ProtFlags::from_bits_retain(u32::try_from(protection).unwrap_or(0));
-        inside.then_some(GuardedRange { start, len, page_size, protection })
+        whole.then_some(GuardedRange { start, len, page_size, protection })
     }
 
     /// Puts zeros where a page is not there. Tells whether it is done.
@@ -200,16 +203,15 @@ impl Slot {
         let offset = (address - range.start) & !(range.page_size - 1);
         // Noted first: a thread that sees the zeros must see that they are none of the client's.
         self.lose(offset, range.page_size);
-        if SINGLE_PAGES.fetch_add(1, Ordering::Relaxed) < MOST_SINGLE_PAGES {
-            let page = GuardedRange { start: range.start + offset, len: range.page_size, ..range };
-            if map_zeros(page) {
-                self.single_pages.fetch_add(1, Ordering::Relaxed);
-                return true;
-            }
+        let page = GuardedRange { start: range.start + offset, len: range.page_size, ..range };
+        if SINGLE_PAGES.fetch_add(1, Ordering::Relaxed) < MOST_SINGLE_PAGES && map_zeros(page) {
+            self.single_pages.fetch_add(1, Ordering::Relaxed);
+            return true;
         }
         SINGLE_PAGES.fetch_sub(1, Ordering::Relaxed);
         self.lose(0, range.len);
-        map_zeros(range)
+        // Zeros for all of it can be refused where memory can't be overcommitted.
+        map_zeros(range) || map_zeros(page)
     }
 
     fn lose(&self, offset: usize, len: usize) {

@@ -217,7 +217,7 @@ fn check(actions: Vec<Action>) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn every_answer_is_that_of_a_simple_model(actions in vec(action(), 1..40)) {
