@@ -56,7 +56,7 @@ fn length() -> impl Strategy<Value = usize> {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let access = (0..4_u8).prop_map(DmaAccess::from_bits_retain);
+    let access = prop_oneof![Just(READ_WRITE), (0..4_u8).prop_map(DmaAccess::from_bits_retain)];
     let unmap = (0..PAGES, 0..5_u64, 0..8_u64).prop_map(|(page, pages, odd)| {
         // Now and then not made of pages.
         Action::Unmap {
@@ -65,7 +65,7 @@ fn action() -> impl Strategy<Value = Action> {
         }
     });
     prop_oneof![
-        4 => (0..PAGES, 0..4_u64, access, any::<bool>())
+        4 => (0..PAGES, 0..4_u64, access, prop::bool::weighted(0.8))
             .prop_map(|(page, pages, access, file)| Action::Map { page, pages, access, file }),
         2 => unmap,
         4 => (address(), length()).prop_map(|(address, len)| Action::Read { address, len }),
@@ -173,7 +173,9 @@ fn check(actions: Vec<Action>) -> Result<(), TestCaseError> {
     let mut model = Model::default();
     let mut table = DmaTable::new(MOST_WINDOWS);
     table.start_logging(&[], PAGE).unwrap();
-    for action in actions {
+    // In the end, all that was written and not reported yet.
+    let end = Action::Report { page: 0, pages: PAGES };
+    for action in actions.into_iter().chain([end]) {
         match action {
             Action::Map { page, pages, access, file } => {
                 let size = pages * PAGE;

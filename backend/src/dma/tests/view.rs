@@ -63,6 +63,7 @@ fn a_device_of_vm_memory_reads_and_writes_what_the_client_sees() {
     let mut table = DmaTable::new(10);
     table.map(Iova(0x1000), 0x1000, READ_WRITE, Some((ours.try_clone().unwrap(), 0))).unwrap();
     table.map(Iova(0x2000), 0x1000, READ_WRITE, Some((ours, 0x1000))).unwrap();
+    table.start_logging(&[], 4096).unwrap();
     let view = table.view();
     view.write_slice(b"span", GuestAddress(0x1ffe)).unwrap();
     assert_eq!(bytes_at(&theirs, 0xffe, 4), b"span");
@@ -72,6 +73,9 @@ fn a_device_of_vm_memory_reads_and_writes_what_the_client_sees() {
     // What would be cut is not written at all.
     view.write_slice(b"cut", GuestAddress(0x2ffe)).unwrap_err();
     assert_eq!(bytes_at(&theirs, 0x1ffe, 2), [0; 2]);
+    let mut bitmap = [0; 8];
+    table.report(Iova(0), 0x4000, 4096, &mut bitmap).unwrap();
+    assert_eq!(bitmap[0], 0b110);
 }
 
 /// A name, address, length and access of a range, and its pieces.
