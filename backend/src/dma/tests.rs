@@ -204,3 +204,46 @@ fn a_window_without_a_descriptor_exists_but_is_not_shared() {
     table.map(Iova(0), 0x1000, READ_WRITE, None).unwrap();
     assert_eq!(table.read(Iova(8), &mut [0]), Err(DmaError::NotShared(8)));
 }
+
+#[test]
+fn an_unmap_reports_the_last_writes_or_changes_nothing() {
+    let mut table = DmaTable::new(10);
+    let map = |table: &mut DmaTable| table.map(Iova(0x4000), 0x4000, READ_WRITE, shared(0x4000));
+    map(&mut table).unwrap();
+    let mut bitmap = [0xff; 8];
+    let unmap = |table: &mut DmaTable, size, page_size, bitmap: &mut [u8]| {
+        table.unmap_reporting(Iova(0x4000), size, page_size, bitmap).map_err(|error| error.errno())
+    };
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Err(Errno::INVAL), "no log");
+    table.start_logging(&[], 4096).unwrap();
+    table.write(Iova(0x5ffe), b"span").unwrap();
+    table.mark_dirty(Iova(0x7000), 1);
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap[..7]), Err(Errno::INVAL), "no room");
+    assert_eq!(unmap(&mut table, 0x4000, 4095, &mut bitmap), Err(Errno::INVAL), "no page size");
+    assert_eq!(unmap(&mut table, 0x2000, 4096, &mut bitmap), Err(Errno::INVAL), "half of it");
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Ok(()));
+    assert_eq!(bitmap, [0b1110, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Err(Errno::NOENT));
+    map(&mut table).expect("it has gone");
+    table.report(Iova(0x4000), 0x4000, 4096, &mut bitmap).unwrap();
+    assert_eq!(bitmap, [0; 8], "it was reported already");
+}
+
+#[test]
+fn windows_of_a_real_device_need_a_file_and_its_writes_are_not_logged() {
+    #[derive(Debug)]
+    struct Accepting;
+    impl Iommu for Accepting {
+        fn map(&self, _: Iova, _: HostMemory, _: DmaAccess) -> Result<(), Errno> {
+            Ok(())
+        }
+        fn unmap(&self, _: Iova, _: u64) -> Result<(), Errno> {
+            Ok(())
+        }
+    }
+    let mut table = DmaTable::behind(Box::new(Accepting), 10);
+    assert_eq!(table.map(Iova(0), 0x1000, READ_WRITE, None), Err(DmaError::Unreachable));
+    table.map(Iova(0), 0x1000, READ_WRITE, shared(0x1000)).unwrap();
+    let error = table.start_logging(&[], 4096).unwrap_err();
+    assert_eq!((error.errno(), error), (Errno::NOTSUP, LoggingError::RealDevice.into()));
+}
