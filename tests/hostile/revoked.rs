@@ -7,6 +7,8 @@ use barkeep_tests::backend::Backend;
 use barkeep_tests::edu::{self, at};
 use barkeep_tests::event_counter::EventCounter;
 use barkeep_tests::memory::{bytes_at, shrinkable};
+use barkeep_tests::peer::message::command;
+use barkeep_tests::peer::requests::dma_unmap;
 use barkeep_tests::peer::requests::irq::{INTX, MSI};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -38,7 +40,11 @@ fn memory_that_was_truncated_moves_nothing_and_kills_nobody() {
 
         victim.set_len(0x2000).expect("room");
         edu::copy(&mut peer, 0x1000, 0x8000, 6);
-        assert_eq!(bytes_at(&victim, 0, 6), b"steady", "what is there again is reached again");
+        assert_eq!(bytes_at(&victim, 0, 6), [0; 6], "what was lost is not reached by itself");
+        let _ = peer.call(command::DMA_UNMAP, &dma_unmap(0, 0x8000, 0x2000)).success();
+        peer.map(0b11, 0x8000, 0x2000, victim.as_fd());
+        edu::copy(&mut peer, 0x1000, 0x8000, 6);
+        assert_eq!(bytes_at(&victim, 0, 6), b"steady", "mapped again, it is reached again");
         drop(peer);
         edu::assert_served(backend.socket());
     }

@@ -1,22 +1,36 @@
 //! Guest memory as a function sees it: the windows that the client announced with DMA_MAP.
 //!
 //! A window's file belongs to the client, who may shrink it at any time; touching a mapping behind
-//! the end of its file raises SIGBUS. A memfd that is sealed against shrinking is accessed directly,
-//! any other file through the kernel, which reports the hole as an error (see `window.rs`).
+//! the end of its file raises SIGBUS, which `sigbus.rs` survives. A window without a file is reached
+//! with messages to the client, which the session sends: [`GuestView::pieces`] tells where.
+//!
+//! The thread that serves the client owns the [`DmaTable`] and uses its memory without a lock. The
+//! threads of a device hold a [`DmaHandle`]: while they hold a guard of it, what they see stays
+//! mapped, and the client's DMA_UNMAP waits.
 //!
 //! A real device accesses memory by itself. Its windows are mapped in its [`Iommu`] as well, which
 //! pins their pages: what a client shrinks then is lost to the client, not to the device.
 
+mod handle;
 mod iommu;
+mod logging;
 mod mapping;
+mod sigbus;
 mod table;
+mod view;
 mod window;
+mod windows;
 
 #[cfg(test)]
 mod tests;
 
+pub use handle::{DmaGuard, DmaHandle};
 pub use iommu::{HostMemory, Iommu};
+pub use logging::{
+    DirtyLog, DirtySlice, LoggingError, MAX_BITMAP_SIZE, MAX_LOGGED_RANGES, bitmap_size,
+};
 pub use table::DmaTable;
+pub use view::{GuestView, Piece, Pieces, Reach};
 
 use bitflags::bitflags;
 use rustix::io::Errno;
@@ -52,7 +66,8 @@ pub enum DmaError {
     /// As many windows as announced in `max_dma_maps` exist.
     #[error("too many windows")]
     TooMany,
-    /// The file is shorter than the window, or it can't be mapped.
+    /// The file is shorter than the window, or it can't be mapped: `NOMEM` when the process has as
+    /// many mappings as it may.
     #[error("file can't back the window: {0}")]
     Backing(Errno),
     /// A range to unmap starts or ends inside a window.
@@ -67,10 +82,11 @@ pub enum DmaError {
     /// A transfer to a window that does not allow it.
     #[error("address {0:#x} does not allow this access")]
     Denied(u64),
-    /// A transfer to a window that came without a file descriptor.
+    /// A transfer to a window that came without a file descriptor: it takes a message.
     #[error("address {0:#x} has no shared memory")]
     NotShared(u64),
-    /// The memory behind the window is gone.
+    /// The file did not hold the memory when it was accessed. It stays so until the window is mapped
+    /// again.
     #[error("memory behind address {0:#x} is gone")]
     Vanished(u64),
     /// A window without a file descriptor for a real device, which could not reach it.
@@ -79,13 +95,16 @@ pub enum DmaError {
     /// The IOMMU of a real device refuses.
     #[error("IOMMU: {0}")]
     Iommu(Errno),
+    /// Dirty pages can't be logged or reported.
+    #[error(transparent)]
+    Logging(#[from] LoggingError),
     /// `PCI_COMMAND.BME` is clear or the function is not in D0: it may not issue requests.
     #[error("bus mastering is disabled")]
     BusMasterDisabled,
 }
 
 impl DmaError {
-    /// The errno of the reply to DMA_MAP or DMA_UNMAP.
+    /// The errno of the reply to DMA_MAP, DMA_UNMAP or DEVICE_FEATURE.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
@@ -93,6 +112,7 @@ impl DmaError {
             Self::TooMany => Errno::NOSPC,
             Self::NoSuchWindow => Errno::NOENT,
             Self::Unreachable => Errno::NOTSUP,
+            Self::Logging(error) => error.errno(),
             Self::Backing(errno) | Self::Iommu(errno) => *errno,
             Self::Unaligned
             | Self::Overflow

@@ -1,13 +1,19 @@
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use super::window::Window;
-use super::{DmaAccess, DmaError, Iommu, Iova};
+use super::handle::Shared;
+use super::window::{PAGE_SIZE, Window};
+use super::windows::Windows;
+use super::{DmaAccess, DmaError, DmaHandle, GuestView, Iommu, Iova, LoggingError, Pieces};
 
 /// The windows of one function, none overlapping another.
+///
+/// Dropping it removes them, as [`unmap_all`](Self::unmap_all) does.
 #[derive(Debug)]
 pub struct DmaTable {
-    windows: BTreeMap<Iova, Window>,
+    /// What the thread that owns the table uses, without a lock.
+    view: GuestView,
+    shared: Arc<Shared>,
     max_windows: usize,
     /// Of a real device, which every window is mapped for.
     iommu: Option<Box<dyn Iommu>>,
@@ -17,21 +23,24 @@ impl DmaTable {
     /// An empty table that takes at most `max_windows` windows.
     #[must_use]
     pub fn new(max_windows: usize) -> Self {
-        Self { windows: BTreeMap::new(), max_windows, iommu: None }
+        let view = GuestView { windows: Arc::default(), log: Arc::default() };
+        Self { view, shared: Arc::default(), max_windows, iommu: None }
     }
 
     /// The same for a real device: its windows are mapped in its IOMMU, and need a file.
     #[must_use]
     pub fn behind(iommu: Box<dyn Iommu>, max_windows: usize) -> Self {
-        Self { iommu: Some(iommu), ..Self::new(max_windows) }
+        let mut table = Self::new(max_windows);
+        table.iommu = Some(iommu);
+        table
     }
 
     /// Adds a window of `size` bytes at `iova`, backed by a file from an offset on; without a file,
-    /// it is known but can't be accessed.
+    /// it is reached with messages to the client.
     ///
     /// # Errors
-    /// [`DmaError`] when the window is malformed, overlaps another, its file is too short or the
-    /// IOMMU refuses it. Nothing has changed then.
+    /// [`DmaError`] when the window is malformed, overlaps another, its file is too short, the
+    /// process has too many mappings or the IOMMU refuses it. Nothing has changed then.
     pub fn map(
         &mut self,
         iova: Iova,
@@ -44,11 +53,10 @@ impl DmaTable {
         }
         // The last byte must be addressable; a window that ends exactly at 2^64 is legal.
         let last = iova.0.checked_add(size - 1).ok_or(DmaError::Overflow)?;
-        let below = self.windows.range(..=Iova(last)).next_back();
-        if below.is_some_and(|(start, window)| start.0 + (window.size() - 1) >= iova.0) {
+        if self.view.windows.overlap(iova.0, last) {
             return Err(DmaError::Overlap);
         }
-        if self.windows.len() >= self.max_windows {
+        if self.view.windows.count() >= self.max_windows {
             return Err(DmaError::TooMany);
         }
         let window = Window::new(size, access, file)?;
@@ -56,27 +64,40 @@ impl DmaTable {
             let memory = window.host_memory().ok_or(DmaError::Unreachable)?;
             iommu.map(iova, memory, access).map_err(DmaError::Iommu)?;
         }
-        self.windows.insert(iova, window);
+        self.shared.change(&mut self.view.windows, |windows| windows.insert(iova, window));
         Ok(())
     }
 
     /// Removes every window in the range. When it returns, nothing of their memory is mapped any
-    /// more. This is what VFIO's type 1 IOMMU does (docs/decisions/0008-unmap-by-range.md).
+    /// more; it waits for the guards of [`DmaHandle::memory`] that hold one of them. This is what
+    /// VFIO's type 1 IOMMU does (docs/decisions/0008-unmap-by-range.md).
     ///
     /// # Errors
     /// Nothing has changed: [`DmaError::Bisected`] when a window lies only partly in the range,
     /// [`DmaError::NoSuchWindow`] when none lies in it, [`DmaError::Overflow`] when the range wraps.
     /// Or [`DmaError::Iommu`]: the windows that it does not give back are still there.
     pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
-        let reach = size.checked_sub(1).ok_or(DmaError::NoSuchWindow)?;
-        let last = iova.0.checked_add(reach).ok_or(DmaError::Overflow)?;
-        if self.bisects(iova.0) || last.checked_add(1).is_some_and(|end| self.bisects(end)) {
-            return Err(DmaError::Bisected);
-        }
-        match self.remove(iova, Iova(last))? {
-            0 => Err(DmaError::NoSuchWindow),
-            _ => Ok(()),
-        }
+        let last = self.check_unmap(iova, size)?;
+        self.remove(iova, last)
+    }
+
+    /// Removes every window in the range as [`unmap`](Self::unmap) does, and
+    /// [reports](Self::report) the dirty pages of the range in `bitmap`, which holds the last writes
+    /// to it too.
+    ///
+    /// # Errors
+    /// Those of both; nothing has changed then, but for [`DmaError::Iommu`].
+    pub fn unmap_reporting(
+        &mut self,
+        iova: Iova,
+        size: u64,
+        page_size: u64,
+        bitmap: &mut [u8],
+    ) -> Result<(), DmaError> {
+        let last = self.check_unmap(iova, size)?;
+        self.view.log.check_report(iova, size, page_size, bitmap)?;
+        self.remove(iova, last)?;
+        Ok(self.view.log.report(iova, size, page_size, bitmap)?)
     }
 
     /// Removes every window.
@@ -84,74 +105,130 @@ impl DmaTable {
     /// # Errors
     /// [`DmaError::Iommu`]: some windows are still there. It never fails without an IOMMU.
     pub fn unmap_all(&mut self) -> Result<(), DmaError> {
-        self.remove(Iova(0), Iova(u64::MAX)).map(|_| ())
+        self.remove(Iova(0), Iova(u64::MAX))
     }
 
-    /// Reads guest memory into `data`. The range may span adjacent windows.
+    /// Guest memory as it is, for the thread that serves the client.
+    #[must_use]
+    pub fn view(&self) -> &GuestView {
+        &self.view
+    }
+
+    /// Guest memory for other threads.
+    #[must_use]
+    pub fn handle(&self) -> DmaHandle {
+        DmaHandle::new(Arc::clone(&self.shared), Arc::clone(&self.view.log))
+    }
+
+    /// See [`GuestView::pieces`].
+    ///
+    /// # Errors
+    /// [`DmaError`].
+    pub fn pieces(&self, iova: Iova, len: u64, access: DmaAccess) -> Result<Pieces<'_>, DmaError> {
+        self.view.pieces(iova, len, access)
+    }
+
+    /// See [`GuestView::read`].
     ///
     /// # Errors
     /// [`DmaError`]; `data` may then be partly filled.
     pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaError> {
-        let mut done = 0;
-        while done < data.len() {
-            let address = iova.0.checked_add(done as u64).ok_or(DmaError::Overflow)?;
-            let (window, offset, length) = self.locate(address, data.len() - done)?;
-            window.read(address, offset, &mut data[done..done + length])?;
-            done += length;
-        }
-        Ok(())
+        self.view.read(iova, data)
     }
 
-    /// Writes `data` to guest memory. The range may span adjacent windows.
+    /// See [`GuestView::write`].
     ///
     /// # Errors
     /// [`DmaError`]; the start of the range may then have been written, as on a bus.
     pub fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaError> {
-        let mut done = 0;
-        while done < data.len() {
-            let address = iova.0.checked_add(done as u64).ok_or(DmaError::Overflow)?;
-            let (window, offset, length) = self.locate(address, data.len() - done)?;
-            window.write(address, offset, &data[done..done + length])?;
-            done += length;
-        }
-        Ok(())
+        self.view.write(iova, data)
     }
 
-    /// Removes the windows that start in a range, and counts them. The IOMMU comes first: a device
-    /// must not reach memory that was given back.
-    fn remove(&mut self, first: Iova, last: Iova) -> Result<usize, DmaError> {
+    /// Notes that the function has written to a range with a message to the client.
+    pub fn mark_dirty(&self, iova: Iova, len: u64) {
+        self.view.mark_dirty(iova, len);
+    }
+
+    /// Starts to log the pages that the function writes, in `ranges` of addresses and lengths in
+    /// bytes, or everywhere if there are none. `page_size` is a hint; what is returned is the size
+    /// that is logged in (VFIO_DEVICE_FEATURE_DMA_LOGGING_START).
+    ///
+    /// The log is bounded: if a function writes in too many places, it is kept in larger pages.
+    ///
+    /// # Errors
+    /// [`DmaError::Logging`]; nothing has changed.
+    pub fn start_logging(
+        &mut self,
+        ranges: &[(Iova, u64)],
+        page_size: u64,
+    ) -> Result<u64, DmaError> {
+        if self.iommu.is_some() {
+            return Err(LoggingError::RealDevice.into());
+        }
+        Ok(self.view.log.start(ranges, page_size)?)
+    }
+
+    /// Ends logging. Without logging, nothing happens (VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP).
+    pub fn stop_logging(&mut self) {
+        self.view.log.stop();
+    }
+
+    /// Fills `bitmap` with one bit for each page of a range, set if the function wrote to it since
+    /// logging was started or the page was last reported: bit n of byte m is page 8 * m + n
+    /// (VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT). [`bitmap_size`](super::bitmap_size) tells how long
+    /// `bitmap` must be. The page size need not be that of the log.
+    ///
+    /// # Errors
+    /// [`DmaError::Logging`]; nothing has changed.
+    pub fn report(
+        &mut self,
+        iova: Iova,
+        len: u64,
+        page_size: u64,
+        bitmap: &mut [u8],
+    ) -> Result<(), DmaError> {
+        Ok(self.view.log.report(iova, len, page_size, bitmap)?)
+    }
+
+    /// The last address of a range that can be unmapped.
+    fn check_unmap(&self, iova: Iova, size: u64) -> Result<Iova, DmaError> {
+        let reach = size.checked_sub(1).ok_or(DmaError::NoSuchWindow)?;
+        let last = iova.0.checked_add(reach).ok_or(DmaError::Overflow)?;
+        let windows: &Windows = &self.view.windows;
+        if windows.bisects(iova.0) || last.checked_add(1).is_some_and(|end| windows.bisects(end)) {
+            return Err(DmaError::Bisected);
+        }
+        if windows.any_start(iova.0, last) { Ok(Iova(last)) } else { Err(DmaError::NoSuchWindow) }
+    }
+
+    /// Removes the windows that start in a range. The IOMMU comes first: a device must not reach
+    /// memory that was given back.
+    fn remove(&mut self, first: Iova, last: Iova) -> Result<(), DmaError> {
         let mut refusal = None;
         let iommu = &self.iommu;
-        let removed = self.windows.extract_if(first..=last, |start, window| {
-            let Some(iommu) = iommu else { return true };
-            let outcome = iommu.unmap(*start, window.size());
-            refusal = refusal.or(outcome.err());
-            outcome.is_ok()
+        let removed = self.shared.change(&mut self.view.windows, |windows| {
+            windows.extract(first..=last, |start, window| {
+                let Some(iommu) = iommu else { return true };
+                let outcome = iommu.unmap(start, window.size());
+                refusal = refusal.or(outcome.err());
+                outcome.is_ok()
+            })
         });
-        let removed = removed.count();
-        refusal.map_or(Ok(removed), |errno| Err(DmaError::Iommu(errno)))
+        self.shared.retire(removed);
+        refusal.map_or(Ok(()), |errno| Err(DmaError::Iommu(errno)))
     }
+}
 
-    /// Whether a window starts below `address` and reaches it.
-    fn bisects(&self, address: u64) -> bool {
-        let below = self.windows.range(..Iova(address)).next_back();
-        below.is_some_and(|(start, window)| address - start.0 < window.size())
-    }
-
-    /// The window that covers `address`, the offset in it, and how much of `length` lies in it.
-    fn locate(&self, address: u64, length: usize) -> Result<(&Window, u64, usize), DmaError> {
-        let (start, window) = self
-            .windows
-            .range(..=Iova(address))
-            .next_back()
-            .filter(|(start, window)| address - start.0 < window.size())
-            .ok_or(DmaError::Unmapped(address))?;
-        let offset = address - start.0;
-        let room = usize::try_from(window.size() - offset).unwrap_or(usize::MAX);
-        Ok((window, offset, length.min(room)))
+impl Drop for DmaTable {
+    fn drop(&mut self) {
+        // What an IOMMU has not given back is pinned until it is dropped itself.
+        let all = Iova(0)..=Iova(u64::MAX);
+        let removed =
+            self.shared.change(&mut self.view.windows, |windows| windows.extract(all, |_, _| true));
+        self.shared.retire(removed);
     }
 }
 
 fn page_aligned(value: u64) -> bool {
-    value.is_multiple_of(4096)
+    value.is_multiple_of(PAGE_SIZE as u64)
 }

@@ -1,4 +1,12 @@
+mod extent;
+mod lost;
+mod model;
+mod threads;
+mod view;
+
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::ProtFlags;
@@ -18,6 +26,23 @@ fn memfd(size: u64, seals: SealFlags) -> OwnedFd {
 
 fn shared(size: u64) -> Option<(OwnedFd, u64)> {
     Some((memfd(size, SealFlags::SHRINK | SealFlags::GROW), 0))
+}
+
+/// Of the memory that [`named`] makes, in the memory map.
+const NAME: &str = "memory-of-a-window";
+
+/// Memory that can shrink: what the table gets, and what its client keeps.
+fn named(size: u64) -> (OwnedFd, File) {
+    let ours = memfd_create(NAME, MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&ours, size).unwrap();
+    let theirs = File::from(ours.try_clone().unwrap());
+    (ours, theirs)
+}
+
+fn bytes_at(file: &File, offset: u64, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    file.read_exact_at(&mut bytes, offset).unwrap();
+    bytes
 }
 
 #[test]
@@ -109,12 +134,12 @@ fn a_part_of_a_huge_page_is_mapped_with_the_rest_of_it_and_unmapped_as_a_whole()
         assert_eq!(page, Ok(4));
         let mapping = Mapping::new(file.as_fd(), offset, size, HUGE, ProtFlags::READ).unwrap();
         let mut text = [0; 4];
-        mapping.slice(0, 4).unwrap().read_slice(&mut text, 0).unwrap();
+        mapping.slice(0, 4, ()).unwrap().read_slice(&mut text, 0).unwrap();
         assert_eq!(&text, b"here", "offset {offset:#x}");
-        let (first, slice) = (mapping.address(0, 4).unwrap(), mapping.slice(0, 4).unwrap());
+        let (first, slice) = (mapping.address(0, 4).unwrap(), mapping.slice(0, 4, ()).unwrap());
         assert_eq!(first, slice.ptr_guard().as_ptr().addr());
-        assert!(mapping.slice(size - 3, 4).is_none() && mapping.address(size - 3, 4).is_none());
-        assert!(mapping.slice(usize::MAX, 4).is_none(), "wraps");
+        assert!(mapping.slice(size - 3, 4, ()).is_none() && mapping.address(size - 3, 4).is_none());
+        assert!(mapping.slice(usize::MAX, 4, ()).is_none(), "wraps");
         assert_eq!(mappings_of("part-of-a-huge-page"), 1);
         drop(mapping);
         assert_eq!(mappings_of("part-of-a-huge-page"), 0);
@@ -181,14 +206,44 @@ fn a_window_without_a_descriptor_exists_but_is_not_shared() {
 }
 
 #[test]
-fn a_client_that_truncates_its_memory_gets_errors_and_nobody_dies() {
-    let fd = memfd(0x2000, SealFlags::empty());
-    let theirs = fd.try_clone().unwrap();
+fn an_unmap_reports_the_last_writes_or_changes_nothing() {
     let mut table = DmaTable::new(10);
-    table.map(Iova(0), 0x2000, READ_WRITE, Some((fd, 0))).unwrap();
-    table.write(Iova(0x1800), b"there").unwrap();
-    ftruncate(&theirs, 0x1000).unwrap();
-    assert_eq!(table.write(Iova(0x1800), b"gone"), Err(DmaError::Vanished(0x1800)));
-    assert_eq!(table.read(Iova(0x1800), &mut [0; 4]), Err(DmaError::Vanished(0x1800)));
-    table.write(Iova(0x800), b"still").unwrap();
+    let map = |table: &mut DmaTable| table.map(Iova(0x4000), 0x4000, READ_WRITE, shared(0x4000));
+    map(&mut table).unwrap();
+    let mut bitmap = [0xff; 8];
+    let unmap = |table: &mut DmaTable, size, page_size, bitmap: &mut [u8]| {
+        table.unmap_reporting(Iova(0x4000), size, page_size, bitmap).map_err(|error| error.errno())
+    };
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Err(Errno::INVAL), "no log");
+    table.start_logging(&[], 4096).unwrap();
+    table.write(Iova(0x5ffe), b"span").unwrap();
+    table.mark_dirty(Iova(0x7000), 1);
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap[..7]), Err(Errno::INVAL), "no room");
+    assert_eq!(unmap(&mut table, 0x4000, 4095, &mut bitmap), Err(Errno::INVAL), "no page size");
+    assert_eq!(unmap(&mut table, 0x2000, 4096, &mut bitmap), Err(Errno::INVAL), "half of it");
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Ok(()));
+    assert_eq!(bitmap, [0b1110, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(unmap(&mut table, 0x4000, 4096, &mut bitmap), Err(Errno::NOENT));
+    map(&mut table).expect("it has gone");
+    table.report(Iova(0x4000), 0x4000, 4096, &mut bitmap).unwrap();
+    assert_eq!(bitmap, [0; 8], "it was reported already");
+}
+
+#[test]
+fn windows_of_a_real_device_need_a_file_and_its_writes_are_not_logged() {
+    #[derive(Debug)]
+    struct Accepting;
+    impl Iommu for Accepting {
+        fn map(&self, _: Iova, _: HostMemory, _: DmaAccess) -> Result<(), Errno> {
+            Ok(())
+        }
+        fn unmap(&self, _: Iova, _: u64) -> Result<(), Errno> {
+            Ok(())
+        }
+    }
+    let mut table = DmaTable::behind(Box::new(Accepting), 10);
+    assert_eq!(table.map(Iova(0), 0x1000, READ_WRITE, None), Err(DmaError::Unreachable));
+    table.map(Iova(0), 0x1000, READ_WRITE, shared(0x1000)).unwrap();
+    let error = table.start_logging(&[], 4096).unwrap_err();
+    assert_eq!((error.errno(), error), (Errno::NOTSUP, LoggingError::RealDevice.into()));
 }

@@ -1,42 +1,24 @@
-use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
-use nix::unistd::Pid;
-use rustix::fs::{SealFlags, StatFs, fcntl_get_seals, fstat, fstatfs};
+use rustix::fs::{StatFs, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
-use vm_memory::Bytes;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Bytes, VolatileSlice};
 
 use super::mapping::Mapping;
 use super::{DmaAccess, DmaError, HostMemory};
 
 /// The granularity of windows, and the page size of x86-64.
-const PAGE_SIZE: usize = 4096;
+pub(super) const PAGE_SIZE: usize = 4096;
 
 /// One window of client memory.
 #[derive(Debug)]
 pub(super) struct Window {
     size: u64,
     access: DmaAccess,
-    memory: Option<Memory>,
-}
-
-#[derive(Debug)]
-struct Memory {
-    mapping: Mapping,
-    trust: Trust,
-}
-
-/// Whether touching the mapping can raise SIGBUS.
-#[derive(Debug)]
-enum Trust {
-    /// A memfd that is sealed against shrinking: every page of the window exists for ever.
-    Sealed,
-    /// The client may truncate the file, or the kernel may have no page for it: a hugetlbfs file
-    /// reserves none here, and its pool can be empty. Transfers go through
-    /// `process_vm_readv`/`writev` on this process itself, where the kernel answers EFAULT instead.
-    Doubtful,
+    /// `None` without a file: it is reached with messages to the client.
+    memory: Option<Mapping>,
 }
 
 impl Window {
@@ -45,7 +27,7 @@ impl Window {
         access: DmaAccess,
         file: Option<(OwnedFd, u64)>,
     ) -> Result<Self, DmaError> {
-        let memory = file.map(|(fd, offset)| Memory::map(&fd, offset, size, access)).transpose()?;
+        let memory = file.map(|(fd, offset)| map(&fd, offset, size, access)).transpose()?;
         Ok(Self { size, access, memory })
     }
 
@@ -53,87 +35,85 @@ impl Window {
         self.size
     }
 
+    pub(super) fn allows(&self, access: DmaAccess) -> bool {
+        self.access.contains(access)
+    }
+
+    pub(super) fn is_mapped(&self) -> bool {
+        self.memory.is_some()
+    }
+
     /// Where its memory is in this process; `None` without a file.
     pub(super) fn host_memory(&self) -> Option<HostMemory> {
         let length = usize::try_from(self.size).ok()?;
-        let address = self.memory.as_ref()?.mapping.address(0, length)?;
+        let address = self.memory.as_ref()?.address(0, length)?;
         Some(HostMemory::new(address as u64, self.size))
     }
 
     /// Reads from `offset` in the window; `address` names the place in errors.
     pub(super) fn read(&self, address: u64, offset: u64, data: &mut [u8]) -> Result<(), DmaError> {
-        let memory = self.memory_for(DmaAccess::READ, address)?;
-        memory.read(offset, data).ok_or(DmaError::Vanished(address))
+        let slice = self.slice(address, offset, data.len(), DmaAccess::READ, ())?;
+        slice.read_slice(data, 0).map_err(|_| DmaError::Vanished(address))?;
+        self.intact(address, offset, data.len())
     }
 
-    pub(super) fn write(&self, address: u64, offset: u64, data: &[u8]) -> Result<(), DmaError> {
-        let memory = self.memory_for(DmaAccess::WRITE, address)?;
-        memory.write(offset, data).ok_or(DmaError::Vanished(address))
+    /// Writes to `offset` in the window, and marks `bitmap`.
+    pub(super) fn write<B: BitmapSlice>(
+        &self,
+        address: u64,
+        offset: u64,
+        data: &[u8],
+        bitmap: B,
+    ) -> Result<(), DmaError> {
+        let slice = self.slice(address, offset, data.len(), DmaAccess::WRITE, bitmap)?;
+        slice.write_slice(data, 0).map_err(|_| DmaError::Vanished(address))?;
+        self.intact(address, offset, data.len())
     }
 
-    fn memory_for(&self, access: DmaAccess, address: u64) -> Result<&Memory, DmaError> {
+    /// The memory of a part of the window. Writes mark `bitmap`.
+    pub(super) fn slice<B: BitmapSlice>(
+        &self,
+        address: u64,
+        offset: u64,
+        len: usize,
+        access: DmaAccess,
+        bitmap: B,
+    ) -> Result<VolatileSlice<'_, B>, DmaError> {
         if !self.access.contains(access) {
             return Err(DmaError::Denied(address));
         }
-        self.memory.as_ref().ok_or(DmaError::NotShared(address))
+        let memory = self.memory.as_ref().ok_or(DmaError::NotShared(address))?;
+        self.intact(address, offset, len)?;
+        let start = usize::try_from(offset).map_err(|_| DmaError::Unmapped(address))?;
+        memory.slice(start, len, bitmap).ok_or(DmaError::Unmapped(address))
+    }
+
+    /// Whether the file has held every page of the range whenever it was accessed.
+    pub(super) fn intact(&self, address: u64, offset: u64, len: usize) -> Result<(), DmaError> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        match &self.memory {
+            Some(memory) if memory.lost(start, len) => Err(DmaError::Vanished(address)),
+            _ => Ok(()),
+        }
     }
 }
 
-impl Memory {
-    fn map(fd: &OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Self, DmaError> {
-        if !offset.is_multiple_of(PAGE_SIZE as u64) {
-            return Err(DmaError::Unaligned);
-        }
-        let end = offset.checked_add(size).ok_or(DmaError::Overflow)?;
-        let length = fstat(fd).map_err(DmaError::Backing)?.st_size;
-        if u64::try_from(length).unwrap_or(0) < end {
-            return Err(DmaError::Backing(Errno::INVAL));
-        }
-        let file_system = fstatfs(fd).map_err(DmaError::Backing)?;
-        let trust = match fcntl_get_seals(fd) {
-            Ok(seals)
-                if seals.contains(SealFlags::SHRINK) && file_system.f_type == libc::TMPFS_MAGIC =>
-            {
-                Trust::Sealed
-            }
-            _ => Trust::Doubtful,
-        };
-        let size = usize::try_from(size).map_err(|_| DmaError::Overflow)?;
-        let mut protection = ProtFlags::empty();
-        protection.set(ProtFlags::READ, access.contains(DmaAccess::READ));
-        protection.set(ProtFlags::WRITE, access.contains(DmaAccess::WRITE));
-        let mapping = Mapping::new(fd.as_fd(), offset, size, page_size(&file_system), protection)
-            .map_err(DmaError::Backing)?;
-        Ok(Self { mapping, trust })
+fn map(fd: &OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Mapping, DmaError> {
+    if !offset.is_multiple_of(PAGE_SIZE as u64) {
+        return Err(DmaError::Unaligned);
     }
-
-    fn read(&self, offset: u64, data: &mut [u8]) -> Option<()> {
-        let start = usize::try_from(offset).ok()?;
-        let len = data.len();
-        match self.trust {
-            Trust::Sealed => self.mapping.slice(start, len)?.read_slice(data, 0).ok(),
-            Trust::Doubtful => {
-                let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
-                let local = &mut [IoSliceMut::new(data)];
-                let copied = process_vm_readv(Pid::this(), local, &[remote]).ok()?;
-                (copied == len).then_some(())
-            }
-        }
+    let end = offset.checked_add(size).ok_or(DmaError::Overflow)?;
+    let length = fstat(fd).map_err(DmaError::Backing)?.st_size;
+    if u64::try_from(length).unwrap_or(0) < end {
+        return Err(DmaError::Backing(Errno::INVAL));
     }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Option<()> {
-        let start = usize::try_from(offset).ok()?;
-        let len = data.len();
-        match self.trust {
-            Trust::Sealed => self.mapping.slice(start, len)?.write_slice(data, 0).ok(),
-            Trust::Doubtful => {
-                let remote = RemoteIoVec { base: self.mapping.address(start, len)?, len };
-                let local = &[IoSlice::new(data)];
-                let copied = process_vm_writev(Pid::this(), local, &[remote]).ok()?;
-                (copied == len).then_some(())
-            }
-        }
-    }
+    let file_system = fstatfs(fd).map_err(DmaError::Backing)?;
+    let size = usize::try_from(size).map_err(|_| DmaError::Overflow)?;
+    let mut protection = ProtFlags::empty();
+    protection.set(ProtFlags::READ, access.contains(DmaAccess::READ));
+    protection.set(ProtFlags::WRITE, access.contains(DmaAccess::WRITE));
+    Mapping::new(fd.as_fd(), offset, size, page_size(&file_system), protection)
+        .map_err(DmaError::Backing)
 }
 
 /// The size of the pages that a file of this file system is mapped in.
