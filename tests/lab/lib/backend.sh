@@ -2,13 +2,26 @@
 # shellcheck shell=bash disable=SC2154
 
 backend=
+# Why the checks of MSI-X can't run.
+no_doorbells=
 
-# start_backend: serves both functions; `work` holds sockets, the shared file and the logs.
+# What barkeep serves: a name for the socket and a device for each function. `doorbell` joins them if the
+# backend under test knows vectors.
+served=(
+  edu edu
+  ivshmem "ivshmem,size=4M,path=$work/shared"
+  edu2 edu
+  ivshmem2 "ivshmem,size=4M,path=$work/shared2"
+)
+
+# start_backend: one process serves every function; `work` holds sockets, the shared files and the logs.
 start_backend() {
-  "$barkeep" serve \
-    --socket "$work/edu.sock" --device edu \
-    --socket "$work/ivshmem.sock" --device "ivshmem,size=4M,path=$work/shared" \
-    > "$work/backend.out" 2> "$work/backend.log" &
+  local arguments=() index
+  for ((index = 0; index < ${#served[@]}; index += 2)); do
+    arguments+=(--socket "$work/${served[index]}.sock" --device "${served[index + 1]}")
+  done
+  : > "$work/backend.out"
+  "$barkeep" serve "${arguments[@]}" > "$work/backend.out" 2> "$work/backend.log" &
   backend=$!
 }
 
@@ -16,11 +29,33 @@ start_backend() {
 backend_is_ready() {
   local tries
   for ((tries = 0; tries < 200; tries++)); do
-    [ "$(wc -l < "$work/backend.out")" -ge 2 ] && return
+    [ "$(wc -l < "$work/backend.out")" -ge $((${#served[@]} / 2)) ] && return
     backend_lives || return
     sleep 0.05
   done
   return 1
+}
+
+# probe_doorbells: adds an ivshmem with vectors to what is served, if this backend can do it.
+probe_doorbells() {
+  local device="ivshmem,size=4M,vectors=4" status=0 every=("${served[@]}")
+  served=(doorbell "$device")
+  start_backend
+  backend_is_ready || status=$?
+  no_doorbells="this barkeep has no MSI-X: $(backend_said)"
+  stop_backend || true
+  served=("${every[@]}")
+  if [ "$status" = 0 ]; then
+    served+=(doorbell "$device")
+    no_doorbells=
+  fi
+}
+
+# backend_descriptors: what it has open, a line each, without the numbers that differ each time and without
+# the page of nothing that a process makes once, when it first needs it.
+backend_descriptors() {
+  find "/proc/$backend/fd" -mindepth 1 -printf '%l\n' 2> /dev/null |
+    sed -e 's/:\[[0-9]*\]$//' -e '/^\/memfd:barkeep-empty/d' | sort
 }
 
 backend_lives() {

@@ -1,5 +1,6 @@
-# Sourced by `run` and `nested`, whose variables it uses (`host`, `kernel`, `work`; `run` has `nonce`,
-# `nested` has `limit`, `megabytes` and `parameters`): one boot of the guest.
+# Sourced by `run` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`; `run` has
+# `nonce`, `rounds`, `memory` and `processors`, `nested` has `megabytes` and `parameters`): one boot of
+# the guest.
 # shellcheck shell=bash disable=SC2154
 
 qemu=
@@ -8,25 +9,32 @@ qemu=
 read -r -a extra_arguments <<< "${BARKEEP_LAB_QEMU_ARGS:-}"
 
 # boot_guest BOOT QEMU_ARGUMENT...: boots the guest for the checks of BOOT and waits until it is
-# off. Leaves BOOT.results, BOOT.console and BOOT.qemu (QEMU's own messages) in `work`.
+# off; meanwhile does what the guest asks for. Leaves BOOT.results, BOOT.console, BOOT.qemu (QEMU's own
+# messages) and BOOT.monitor (commands and answers) in `work`. `rounds` is how often the guest repeats
+# what it repeats; `memory` and `processors` describe the machine.
 boot_guest() {
-  local boot=$1 status=0 append
+  local boot=$1 status=0 append restart=(-no-reboot)
   shift
-  append="console=ttyS0 quiet panic=-1 lab_boot=$boot lab_nonce=$nonce"
-  [ "$boot" != vfio ] || append+=" intel_iommu=on"
+  # A busy host keeps an emulated timer from passing the kernel's test of it, which panics with an IOMMU.
+  append="console=ttyS0 quiet panic=-1 no_timer_check lab_boot=$boot lab_nonce=$nonce lab_rounds=$rounds"
+  case " $* " in *" intel-iommu"*) append+=" intel_iommu=on" ;; esac
+  [ "$boot" != reboot ] || restart=()
   : > "$work/$boot.results"
-  # Emulation, not KVM: the same everywhere, and it is fast enough. Shared memory: the backend
-  # maps the guest's RAM.
-  timeout --kill-after=5 120 "$host/bin/qemu-system-x86_64" \
-    -accel tcg -m 256 -machine q35,memory-backend=m0 \
-    -object memory-backend-memfd,id=m0,size=256M,share=on \
-    -nodefaults -display none -no-reboot \
+  mkfifo "$work/$boot.requests."{in,out} "$work/$boot.commands."{in,out}
+  # Emulation, not KVM: the same everywhere, and it is fast enough.
+  timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
+    -accel tcg -smp "$processors" -m 256 -machine q35,memory-backend=m0 -object "$memory,id=m0,size=256M" \
+    -nodefaults -display none "${restart[@]}" \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
+    -serial "pipe:$work/$boot.requests" \
+    -chardev "pipe,id=commands,path=$work/$boot.commands" -mon chardev=commands,mode=control \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append "$append" \
     "$@" "${extra_arguments[@]}" > "$work/$boot.qemu" 2>&1 &
   qemu=$!
+  attend "$boot"
   wait "$qemu" || status=$?
   qemu=
+  rm -f "$work/$boot".{requests,commands}.{in,out}
   return "$status"
 }
 
@@ -61,25 +69,45 @@ boot_problem() {
   fi
   # QEMU's complaint if it has one, or else the last the guest said.
   last=$(cat "$work/$1.console" "$work/$1.qemu" 2> /dev/null | tr -d '\r' |
-    grep . | grep -v "TCG doesn't support" | tail -n 1) || true
+    grep . | grep -v -e "TCG doesn't support" -e "'-mon' is deprecated" | tail -n 1) || true
   echo "the guest did not report it (QEMU ended with $2; last message: ${last:-none})"
 }
 
-# The functions as QEMU arguments.
+# The functions as QEMU arguments, one of them after the other in the guest's order of addresses.
 
-# served_by_barkeep: sets `functions` to the backend's.
-served_by_barkeep() {
+# of_barkeep NAME...: sets `functions` to those of the backend.
+of_barkeep() {
   functions=()
   local name
-  for name in edu ivshmem; do
-    functions+=(-device
-      "{\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"$work/$name.sock\",\"type\":\"unix\"}}")
+  for name; do
+    functions+=(-device "{$(barkeep_function "$name")}")
   done
 }
 
-# built_into_qemu: sets `functions` to QEMU's own.
-built_into_qemu() {
-  functions=(-device edu
-    -object "memory-backend-file,id=shared,size=4M,mem-path=$work/shared,share=on"
-    -device "ivshmem-plain,memdev=shared")
+# barkeep_function NAME: the members of a JSON object that describes a function of the backend.
+barkeep_function() {
+  echo "\"driver\":\"vfio-user-pci\",\"socket\":{\"path\":\"$work/$1.sock\",\"type\":\"unix\"}"
+}
+
+# of_qemu NAME...: the same with QEMU's own.
+of_qemu() {
+  functions=()
+  local name
+  for name; do
+    case $name in
+      edu*) functions+=(-device edu) ;;
+      ivshmem*)
+        functions+=(
+          -object "memory-backend-file,id=$name,size=4M,mem-path=$work/shared${name#ivshmem},share=on"
+          -device "ivshmem-plain,memdev=$name"
+        )
+        ;;
+      doorbell)
+        functions+=(
+          -chardev "socket,id=doorbell,path=$work/doorbell.sock"
+          -device ivshmem-doorbell,chardev=doorbell,vectors=4
+        )
+        ;;
+    esac
+  done
 }

@@ -1,8 +1,15 @@
 //! The checks, by the kind of guest they run in.
 
 pub(crate) mod direct;
+pub(crate) mod hotplug;
+pub(crate) mod many;
+pub(crate) mod messages;
+pub(crate) mod msix;
+pub(crate) mod reboot;
 pub(crate) mod vfio;
 
 mod decode;
 mod identity;
+mod iommu;
 mod shared_memory;
+mod uio;

@@ -35,6 +35,21 @@ const DMA_START: u64 = 1;
 const DMA_TO_RAM: u64 = 2;
 const DMA_INTERRUPT: u64 = 4;
 
+/// Fails unless the registers are as after power-on.
+pub(crate) fn expect_power_on(edu: &Edu) -> Result<()> {
+    let narrow = [register::LIVENESS, register::INTERRUPT_STATUS, register::STATUS];
+    for register in narrow {
+        let value = edu.read(register);
+        ensure!(value == 0, "register {register:#x} reads {value:#x} at power-on");
+    }
+    let wide = [register::DMA_SOURCE, register::DMA_DESTINATION, register::DMA_COUNT];
+    for register in wide.into_iter().chain([register::DMA_COMMAND]) {
+        let value: u64 = edu.bar.read(register);
+        ensure!(value == 0, "register {register:#x} reads {value:#x} at power-on");
+    }
+    Ok(())
+}
+
 /// The function, through a mapping of its BAR0.
 #[derive(Debug)]
 pub(crate) struct Edu {

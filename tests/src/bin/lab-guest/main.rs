@@ -1,16 +1,21 @@
 //! The lab's program inside the guest: drives the `edu` and `ivshmem` functions the way a driver
-//! does and says what it saw, one `CHECK name ok|fail detail` line per check on standard output.
+//! does and says what it saw, one `CHECK name ok|fail|skipped detail` line per check on standard
+//! output.
 //!
 //! `tests/lab/run` builds it statically, boots a Linux guest with it and reads the lines;
 //! `tests/lab/checks` lists every name. It trusts nothing it reads: a check that cannot be carried
 //! out fails and says why.
+//!
+//! On the host it can be the server that QEMU's own `ivshmem-doorbell` needs.
 
 mod checks;
+mod doorbell_server;
 mod edu;
 mod memory;
 mod mmio;
 mod pci;
 mod report;
+mod requests;
 mod vfio;
 
 use std::env;
@@ -18,6 +23,7 @@ use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
+use checks::reboot::Next;
 use report::Report;
 
 /// A check fails with a sentence for the log; nobody handles its cause.
@@ -33,23 +39,53 @@ macro_rules! ensure {
 }
 use ensure;
 
-const USAGE: &str = "usage: lab-guest direct|vfio NONCE";
+const USAGE: &str = "usage: lab-guest BOOT NONCE ROUNDS
+       lab-guest worker edu|ivshmem INDEX PART ROUNDS
+       lab-guest doorbell-server SOCKET FILE VECTORS";
+
+/// What the exit status tells the script that runs this program: how the guest goes on.
+const REBOOT: u8 = 3;
+const AWAIT_RESET: u8 = 4;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [boot, nonce] = arguments.as_slice() else {
-        return fatal(USAGE);
-    };
-    let mut report = Report::new(io::stdout());
-    let run = match boot.as_str() {
-        "direct" => checks::direct::run(&mut report, nonce),
-        "vfio" => checks::vfio::run(&mut report, nonce),
-        _ => return fatal(USAGE),
-    };
-    match run {
-        Ok(()) => ExitCode::SUCCESS,
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match run(&arguments) {
+        Ok(Next::PowerOff) => ExitCode::SUCCESS,
+        Ok(Next::Reboot) => REBOOT.into(),
+        Ok(Next::AwaitReset) => AWAIT_RESET.into(),
         Err(error) => fatal(&error.to_string()),
     }
+}
+
+fn run(arguments: &[&str]) -> Result<Next> {
+    match *arguments {
+        ["worker", kind, index, part, rounds] => {
+            checks::many::work(kind, index.parse()?, part.parse()?, rounds.parse()?)?;
+        }
+        ["doorbell-server", socket, file, vectors] => {
+            doorbell_server::serve(socket, file, vectors.parse()?)?;
+        }
+        [boot, nonce, rounds] => return run_checks(boot, nonce, rounds.parse()?),
+        _ => return Err(USAGE.into()),
+    }
+    Ok(Next::PowerOff)
+}
+
+fn run_checks(boot: &str, nonce: &str, rounds: u32) -> Result<Next> {
+    let report = &mut Report::new(io::stdout());
+    match boot {
+        "direct" => checks::direct::run(report, nonce)?,
+        "vfio" => checks::vfio::run(report, nonce, rounds)?,
+        "msix" => checks::msix::run(report, rounds)?,
+        "many" => checks::many::run(report, nonce, rounds)?,
+        "hotplug" => checks::hotplug::run(report, rounds)?,
+        "reboot" => return checks::reboot::run(report, rounds),
+        "message" => checks::messages::run_direct(report)?,
+        "message-vfio" => checks::messages::run_vfio(report, rounds)?,
+        _ => return Err(USAGE.into()),
+    }
+    Ok(Next::PowerOff)
 }
 
 #[expect(clippy::print_stderr, reason = "the guest's console is this program's error channel")]

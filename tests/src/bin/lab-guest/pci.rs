@@ -27,6 +27,12 @@ pub(crate) struct Bar {
 pub(crate) mod command {
     pub(crate) const MEMORY_SPACE: u16 = 1 << 1;
     pub(crate) const BUS_MASTER: u16 = 1 << 2;
+    pub(crate) const INTERRUPT_DISABLE: u16 = 1 << 10;
+}
+
+/// Bits of the Status register (PCI Express Base Specification, 7.5.1.1.4).
+pub(crate) mod status {
+    pub(crate) const INTERRUPT: u16 = 1 << 3;
 }
 
 /// Capability ids (PCI Code and ID Assignment Specification, 2).
@@ -35,33 +41,51 @@ pub(crate) enum Capability {
     PowerManagement = 0x01,
     Msi = 0x05,
     PciExpress = 0x10,
+    MsiX = 0x11,
 }
 
 /// Offsets in configuration space (PCI Express Base Specification, 7.5.1.1).
 pub(crate) const COMMAND: u64 = 0x04;
-const STATUS: u64 = 0x06;
+pub(crate) const STATUS: u64 = 0x06;
 const CAPABILITIES_POINTER: u64 = 0x34;
 
 impl Function {
-    /// Finds the one function with these ids, which every lab guest has exactly once.
+    /// Finds the one function with these ids.
     ///
     /// # Errors
     /// There is none, or more than one.
     pub(crate) fn find(vendor: u64, device: u64) -> Result<Self> {
+        let mut found = Self::find_all(vendor, device)?;
+        match (found.pop(), found.len()) {
+            (Some(function), 0) => Ok(function),
+            (Some(_), more) => {
+                Err(format!("{} functions {vendor:04x}:{device:04x}", more + 1).into())
+            }
+            (None, _) => Err(format!("no function {vendor:04x}:{device:04x}").into()),
+        }
+    }
+
+    /// Finds every function with these ids, in the order of their addresses.
+    ///
+    /// # Errors
+    /// sysfs can't be read.
+    pub(crate) fn find_all(vendor: u64, device: u64) -> Result<Vec<Self>> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/sys/bus/pci/devices")? {
             let directory = entry?.path();
-            if hex_attribute(&directory, "vendor")? == vendor
-                && hex_attribute(&directory, "device")? == device
-            {
+            // One that is being unplugged loses its attributes before its directory.
+            let ids = (hex_attribute(&directory, "vendor"), hex_attribute(&directory, "device"));
+            if matches!(ids, (Ok(v), Ok(d)) if (v, d) == (vendor, device)) {
                 found.push(directory);
             }
         }
-        let [directory] = found.as_slice() else {
-            return Err(format!("{} functions {vendor:04x}:{device:04x}", found.len()).into());
-        };
+        found.sort();
+        found.into_iter().map(Self::at).collect()
+    }
+
+    fn at(directory: PathBuf) -> Result<Self> {
         let config = OpenOptions::new().read(true).write(true).open(directory.join("config"))?;
-        Ok(Self { directory: directory.clone(), config })
+        Ok(Self { directory, config })
     }
 
     /// Its address, such as `0000:00:02.0`.
@@ -79,6 +103,42 @@ impl Function {
     pub(crate) fn set_attribute(&self, name: &str, value: &str) -> Result<()> {
         fs::write(self.directory.join(name), value)
             .map_err(|error| format!("writing {value} to {name}: {error}").into())
+    }
+
+    /// Makes a driver take the function.
+    ///
+    /// # Errors
+    /// The driver is not there or does not want it.
+    pub(crate) fn bind(&self, driver: &str) -> Result<()> {
+        let address = self.address()?;
+        self.set_attribute("driver_override", driver)?;
+        fs::write("/sys/bus/pci/drivers_probe", address)?;
+        let bound = self.link_target("driver")?;
+        ensure!(bound == driver, "{address} is driven by {bound}");
+        Ok(())
+    }
+
+    /// Takes the function away from its driver.
+    ///
+    /// # Errors
+    /// It has none.
+    pub(crate) fn unbind(&self) -> Result<()> {
+        let address = self.address()?;
+        self.set_attribute("driver/unbind", address)?;
+        self.set_attribute("driver_override", "\n")
+    }
+
+    /// Whether it is still plugged in.
+    pub(crate) fn is_present(&self) -> bool {
+        self.directory.exists()
+    }
+
+    /// The names in a directory of the function, such as its `uio` devices.
+    pub(crate) fn names_in(&self, name: &str) -> Result<Vec<String>> {
+        fs::read_dir(self.directory.join(name))
+            .map_err(|error| format!("{name}: {error}"))?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
     }
 
     /// The name a symbolic link of the function points to, such as its IOMMU group's number.
@@ -147,16 +207,26 @@ impl Function {
         Ok(())
     }
 
-    fn read_u8(&self, offset: u64) -> Result<u8> {
+    pub(crate) fn read_u8(&self, offset: u64) -> Result<u8> {
         let mut byte = [0];
         self.config.read_exact_at(&mut byte, offset)?;
         Ok(byte[0])
     }
 
-    fn read_u16(&self, offset: u64) -> Result<u16> {
+    pub(crate) fn read_u16(&self, offset: u64) -> Result<u16> {
         let mut bytes = [0; 2];
         self.config.read_exact_at(&mut bytes, offset)?;
         Ok(u16::from_le_bytes(bytes))
+    }
+
+    pub(crate) fn read_u32(&self, offset: u64) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.config.read_exact_at(&mut bytes, offset)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    pub(crate) fn write_u16(&self, offset: u64, value: u16) -> Result<()> {
+        Ok(self.config.write_all_at(&value.to_le_bytes(), offset)?)
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod uapi;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -15,7 +15,7 @@ use crate::memory::{DmaPage, PAGE_SIZE};
 use crate::mmio::Mapping;
 use crate::pci::{COMMAND, Function};
 use crate::{Result, ensure};
-use uapi::IrqAction;
+use uapi::{Access, IrqAction};
 
 pub(crate) use uapi::Interrupt;
 
@@ -28,12 +28,12 @@ pub(crate) struct Device {
     _group: OwnedFd,
 }
 
-/// An interrupt that signals an eventfd, until this is dropped.
+/// An interrupt whose vectors signal an eventfd each, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Enabled<'a> {
     device: &'a Device,
     interrupt: Interrupt,
-    event: File,
+    events: Vec<File>,
 }
 
 impl Device {
@@ -43,10 +43,7 @@ impl Device {
     /// No vfio-pci, no IOMMU, or the kernel refuses.
     pub(crate) fn open(function: &Function) -> Result<Self> {
         let address = function.address()?;
-        function.set_attribute("driver_override", "vfio-pci")?;
-        fs::write("/sys/bus/pci/drivers_probe", address)?;
-        let driver = function.link_target("driver")?;
-        ensure!(driver == "vfio-pci", "{address} is driven by {driver}");
+        function.bind("vfio-pci")?;
 
         let container = open_node("/dev/vfio/vfio")?;
         let group = open_node(&format!("/dev/vfio/{}", function.link_target("iommu_group")?))?;
@@ -77,43 +74,107 @@ impl Device {
         Ok(())
     }
 
+    /// One load of 4 bytes from a BAR that may be too small to be mapped.
+    pub(crate) fn read_bar(&self, index: u32, offset: u64) -> Result<u32> {
+        let mut value = [0; 4];
+        self.device
+            .read_exact_at(&mut value, uapi::region(&self.device, index)?.offset + offset)?;
+        Ok(u32::from_le_bytes(value))
+    }
+
+    /// One store of 4 bytes to a BAR that may be too small to be mapped.
+    pub(crate) fn write_bar(&self, index: u32, offset: u64, value: u32) -> Result<()> {
+        let at = uapi::region(&self.device, index)?.offset + offset;
+        Ok(self.device.write_all_at(&value.to_le_bytes(), at)?)
+    }
+
     /// Routes an interrupt to a new eventfd.
     pub(crate) fn enable(&self, interrupt: Interrupt) -> Result<Enabled<'_>> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        uapi::set_eventfd(&self.device, interrupt, event.as_fd())?;
-        Ok(Enabled { device: self, interrupt, event: File::from(event) })
+        self.enable_vectors(interrupt, 1)
+    }
+
+    /// Routes the first vectors of an interrupt to a new eventfd each.
+    pub(crate) fn enable_vectors(&self, interrupt: Interrupt, count: usize) -> Result<Enabled<'_>> {
+        let events = (0..count)
+            .map(|_| Ok(File::from(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let fds: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+        uapi::set_eventfds(&self.device, interrupt, &fds)?;
+        Ok(Enabled { device: self, interrupt, events })
     }
 
     /// Lets the function read and write `page` at bus address `iova`.
     pub(crate) fn map_dma(&self, page: &DmaPage, iova: u64) -> Result<()> {
-        uapi::map_dma(&self.container, page.address(), iova, PAGE_SIZE)
+        uapi::map_dma(&self.container, page.address(), iova, PAGE_SIZE, Access::ReadWrite)
+    }
+
+    /// Lets the function read `page` at bus address `iova`, but not write it.
+    pub(crate) fn map_dma_for_reads(&self, page: &DmaPage, iova: u64) -> Result<()> {
+        uapi::map_dma(&self.container, page.address(), iova, PAGE_SIZE, Access::Read)
     }
 
     /// Takes the page at `iova` away from the function.
     pub(crate) fn unmap_dma(&self, iova: u64) -> Result<()> {
-        uapi::unmap_dma(&self.container, iova, PAGE_SIZE)
+        self.unmap_dma_range(iova, PAGE_SIZE)
+    }
+
+    /// Takes every page mapped in a range away from the function.
+    pub(crate) fn unmap_dma_range(&self, iova: u64, len: usize) -> Result<()> {
+        uapi::unmap_dma(&self.container, iova, len)
     }
 }
 
 impl Enabled<'_> {
-    /// Waits for the interrupt and says how often it arrived since the last call.
+    /// Waits for the interrupt, if it has one vector, and says how often it arrived since the last
+    /// call.
     ///
     /// # Errors
     /// It does not arrive.
     pub(crate) fn wait(&self) -> Result<u64> {
+        self.wait_on(0)
+    }
+
+    /// As [`Self::wait`], for one vector.
+    ///
+    /// # Errors
+    /// It does not arrive.
+    pub(crate) fn wait_on(&self, vector: usize) -> Result<u64> {
         const BOUND: Duration = Duration::from_secs(10);
-        ensure!(self.within(BOUND)?, "no interrupt in {BOUND:?}");
+        ensure!(self.arrived_within(BOUND, vector)?, "no interrupt in {BOUND:?}");
+        let mut event = self.event(vector)?;
         let mut count = [0; 8];
-        (&self.event).read_exact(&mut count)?;
+        event.read_exact(&mut count)?;
         Ok(u64::from_ne_bytes(count))
     }
 
-    /// Fails if the interrupt arrives although it must not. Whoever relies on absence proves it by
+    /// Fails if any vector arrives although it must not. Whoever relies on absence proves it by
     /// the count of a later [`Self::wait`]; looking for a while first keeps a wrong arrival from
     /// merging with the right one.
     pub(crate) fn expect_none(&self) -> Result<()> {
-        ensure!(!self.within(Duration::from_millis(200))?, "an interrupt arrived");
+        const BOUND: Duration = Duration::from_millis(200);
+        let mut fds: Vec<_> =
+            self.events.iter().map(|event| PollFd::new(event, PollFlags::IN)).collect();
+        poll(&mut fds, Some(&Timespec::try_from(BOUND)?))?;
+        let arrived = fds.iter().position(|fd| !fd.revents().is_empty());
+        ensure!(arrived.is_none(), "interrupt vector {} arrived", arrived.unwrap_or_default());
         Ok(())
+    }
+
+    /// Takes what arrives by itself, such as what was pending when a vector was masked.
+    pub(crate) fn settle(&self) -> Result<()> {
+        while self.expect_none().is_err() {
+            for vector in 0..self.events.len() {
+                if self.has_arrived(vector)? {
+                    self.wait_on(vector)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Says whether a vector has arrived and was not waited for, without looking for long.
+    pub(crate) fn has_arrived(&self, vector: usize) -> Result<bool> {
+        self.arrived_within(Duration::ZERO, vector)
     }
 
     /// Lets INTx through again; vfio masks it whenever it arrives.
@@ -121,9 +182,13 @@ impl Enabled<'_> {
         uapi::act(&self.device.device, self.interrupt, IrqAction::Unmask)
     }
 
-    fn within(&self, bound: Duration) -> Result<bool> {
-        let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
+    fn arrived_within(&self, bound: Duration, vector: usize) -> Result<bool> {
+        let mut fds = [PollFd::new(self.event(vector)?, PollFlags::IN)];
         Ok(poll(&mut fds, Some(&Timespec::try_from(bound)?))? != 0)
+    }
+
+    fn event(&self, vector: usize) -> Result<&File> {
+        Ok(self.events.get(vector).ok_or_else(|| format!("vector {vector} is not enabled"))?)
     }
 }
 

@@ -1,8 +1,9 @@
 //! A guest without an IOMMU: bus addresses are guest-physical addresses, and the checks reach the
-//! functions through sysfs, with no driver bound.
+//! functions through sysfs. No driver is bound but the one that shows the interrupts.
 
 use std::io::Write;
 
+use super::uio::{self, Uio};
 use super::{decode, identity, shared_memory};
 use crate::edu::{self, Edu, register};
 use crate::memory::{DmaPage, PAGE_SIZE};
@@ -57,12 +58,24 @@ pub(crate) fn run(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
         &shared_memory::guest_line(nonce),
     );
 
+    match Uio::bind(function) {
+        Ok(mut driver) => {
+            report.check("uio-intx", || uio::check(&mut driver, edu))?;
+            report.check("uio-intx-level", || uio::check_level(&mut driver, edu))?;
+            report.check("uio-intx-disable", || uio::check_disable(&mut driver, edu))?;
+        }
+        Err(error) => report.check("uio-intx", || Err(error))?,
+    }
+    // The driver took them away when it was unbound.
+    function.set_attribute("enable", "1")?;
+    function.set_command(MEMORY_SPACE | BUS_MASTER, true)?;
+
     report.check("edu-flr", || function_level_reset(function, edu))?;
     edu.write(register::LIVENESS, LEFT_BEHIND);
     Ok(())
 }
 
-fn registers(edu: &Edu) -> Result<String> {
+pub(super) fn registers(edu: &Edu) -> Result<String> {
     let id = edu.read(register::IDENTIFICATION);
     ensure!(id == edu::IDENTIFICATION_VALUE, "identification {id:#010x}");
     for value in [0, 1, 0x1234_5678, 0x8000_0000, u32::MAX] {
@@ -91,7 +104,7 @@ fn access_width(edu: &Edu) -> Result<String> {
     Ok("1, 2 and 8 bytes have no effect".into())
 }
 
-fn dma(edu: &Edu) -> Result<String> {
+pub(super) fn dma(edu: &Edu) -> Result<String> {
     let sent: Vec<u8> = (0..PAGE_SIZE).map(|n| (n * 7 + n / 256).to_le_bytes()[0]).collect();
     let source = DmaPage::filled_with(0)?;
     source.store(&sent);
@@ -112,7 +125,7 @@ fn dma(edu: &Edu) -> Result<String> {
 }
 
 /// With Bus Master Enable clear the function neither reads nor writes memory.
-fn dma_without_bus_master(function: &Function, edu: &Edu) -> Result<String> {
+pub(super) fn dma_without_bus_master(function: &Function, edu: &Edu) -> Result<String> {
     const PUBLIC: u8 = 0x11;
     const SECRET: u8 = 0x22;
     const UNTOUCHED: u8 = 0x33;

@@ -4,7 +4,7 @@
 use std::io::Write;
 
 use super::direct::IVSHMEM_ID;
-use super::{identity, shared_memory};
+use super::{identity, iommu, shared_memory};
 use crate::edu::{self, Edu, register};
 use crate::memory::{DmaPage, PAGE_SIZE};
 use crate::mmio::Mapping;
@@ -22,7 +22,7 @@ const SECOND_IOVA: u64 = 0x0900_0000;
 ///
 /// # Errors
 /// There is nothing to check: a function is missing or vfio does not give it out.
-pub(crate) fn run(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
+pub(crate) fn run(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
     let function = &Function::find(edu::ID.0, edu::ID.1)?;
     let ivshmem = &Function::find(IVSHMEM_ID.0, IVSHMEM_ID.1)?;
     report.check("second-client-served", || second_client(function))?;
@@ -31,8 +31,10 @@ pub(crate) fn run(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
     let memory = &ivshmem.map_bar(2)?;
     report.check("ivshmem-persists", || persists(memory, nonce))?;
 
-    let device = &Device::open(function)?;
-    let edu = &Edu { bar: device.map_bar(0)? };
+    let opened = Device::open(function)?;
+    let device = &opened;
+    let mapped = Edu { bar: device.map_bar(0)? };
+    let edu = &mapped;
     device.set_command(BUS_MASTER, true)?;
     report.check("intx", || intx(device, edu))?;
     report.check("intx-level", || intx_is_a_level(device, edu))?;
@@ -41,6 +43,15 @@ pub(crate) fn run(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
     report.check("msi-bus-master", || msi_without_bus_master(device, edu))?;
     report.check("iommu-dma", || dma_through_iommu(device, edu))?;
     report.check("iommu-unmap", || dma_after_unmap(device, edu))?;
+    report.check("iommu-unmapped", || iommu::check_unmapped(device, edu))?;
+    report.check("iommu-read-only", || iommu::check_read_only(device, edu))?;
+    report.check("iommu-unmap-many", || iommu::check_unmap_many(device, edu))?;
+    report.check("iommu-remap", || iommu::check_remap(device, edu, rounds))?;
+    report.check("iommu-churn", || iommu::check_churn(device, edu, rounds))?;
+    report.check("iommu-race", || iommu::check_race(device, edu, rounds))?;
+    // The kernel keeps a device open while a BAR of it is mapped.
+    drop(mapped);
+    report.check("iommu-close", || iommu::check_close(opened, function))?;
     Ok(())
 }
 
@@ -104,7 +115,7 @@ fn msi(device: &Device, edu: &Edu) -> Result<String> {
 }
 
 /// A message must not overtake the data it announces.
-fn msi_after_dma(device: &Device, edu: &Edu) -> Result<String> {
+pub(super) fn msi_after_dma(device: &Device, edu: &Edu) -> Result<String> {
     const DMA_DONE: u32 = 0x100;
     let page = DmaPage::filled_with(0x44)?;
     let arrivals = enable(device, edu, Interrupt::Msi)?;
@@ -139,7 +150,7 @@ fn msi_without_bus_master(device: &Device, edu: &Edu) -> Result<String> {
     Ok("no message, works again after".into())
 }
 
-fn dma_through_iommu(device: &Device, edu: &Edu) -> Result<String> {
+pub(super) fn dma_through_iommu(device: &Device, edu: &Edu) -> Result<String> {
     let sent: Vec<u8> = (0..PAGE_SIZE).map(|n| (n * 5 + n / 256).to_le_bytes()[0]).collect();
     let source = DmaPage::filled_with(0)?;
     source.store(&sent);
@@ -156,7 +167,7 @@ fn dma_through_iommu(device: &Device, edu: &Edu) -> Result<String> {
 }
 
 /// Memory that the IOMMU took away is out of reach, even at an address that worked before.
-fn dma_after_unmap(device: &Device, edu: &Edu) -> Result<String> {
+pub(super) fn dma_after_unmap(device: &Device, edu: &Edu) -> Result<String> {
     let page = DmaPage::filled_with(0x55)?;
     device.map_dma(&page, FIRST_IOVA)?;
     edu.dma_from_ram(FIRST_IOVA, PAGE_SIZE as u64)?;

@@ -17,7 +17,11 @@ pub(crate) const CONFIG_REGION: u32 = 7;
 pub(crate) enum Interrupt {
     Intx = 0,
     Msi = 1,
+    Msix = 2,
 }
+
+/// More vectors than any function of the lab has.
+pub(crate) const MOST_VECTORS: usize = 8;
 
 /// What [`act`] does with an interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,19 +69,27 @@ pub(crate) fn region(device: impl AsFd, index: u32) -> Result<Region> {
     Ok(Region { offset: info.offset, len: info.size })
 }
 
-/// Makes an interrupt signal `event`.
-pub(crate) fn set_eventfd(
+/// Makes the vectors of an interrupt, from the first one on, signal `events`.
+///
+/// # Panics
+/// There are more than [`MOST_VECTORS`]: a mistake in a check.
+pub(crate) fn set_eventfds(
     device: impl AsFd,
     interrupt: Interrupt,
-    event: BorrowedFd<'_>,
+    events: &[BorrowedFd<'_>],
 ) -> Result<()> {
+    assert!(events.len() <= MOST_VECTORS, "no function of the lab has so many vectors");
+    let mut eventfds = [-1; MOST_VECTORS];
+    for (slot, event) in eventfds.iter_mut().zip(events) {
+        *slot = event.as_raw_fd();
+    }
     let mut set = IrqSet {
         argsz: size_of_u32::<IrqSet>()?,
         flags: IrqSet::DATA_EVENTFD | IrqSet::ACTION_TRIGGER,
         index: interrupt as u32,
         start: 0,
-        count: 1,
-        eventfd: event.as_raw_fd(),
+        count: u32::try_from(events.len())?,
+        eventfds,
     };
     call(device, 10, Argument::Pointer(&mut set))?;
     Ok(())
@@ -96,18 +108,30 @@ pub(crate) fn act(device: impl AsFd, interrupt: Interrupt, action: IrqAction) ->
         index: interrupt as u32,
         start: 0,
         count,
-        eventfd: -1,
+        eventfds: [-1; MOST_VECTORS],
     };
     call(device, 10, Argument::Pointer(&mut set))?;
     Ok(())
 }
 
-/// Maps memory of this process at a bus address, for reads and writes by the device.
-pub(crate) fn map_dma(container: impl AsFd, address: usize, iova: u64, len: usize) -> Result<()> {
-    const READ_WRITE: u32 = 3;
+/// What a device may do with mapped memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read = 1,
+    ReadWrite = 3,
+}
+
+/// Maps memory of this process at a bus address.
+pub(crate) fn map_dma(
+    container: impl AsFd,
+    address: usize,
+    iova: u64,
+    len: usize,
+    access: Access,
+) -> Result<()> {
     let mut map = DmaMap {
         argsz: size_of_u32::<DmaMap>()?,
-        flags: READ_WRITE,
+        flags: access as u32,
         vaddr: u64::try_from(address)?,
         iova,
         size: u64::try_from(len)?,
@@ -136,7 +160,7 @@ struct RegionInfo {
     offset: u64,
 }
 
-/// `struct vfio_irq_set` with room for one eventfd.
+/// `struct vfio_irq_set` with room for eventfds.
 #[repr(C)]
 struct IrqSet {
     argsz: u32,
@@ -144,7 +168,7 @@ struct IrqSet {
     index: u32,
     start: u32,
     count: u32,
-    eventfd: i32,
+    eventfds: [i32; MOST_VECTORS],
 }
 
 impl IrqSet {
