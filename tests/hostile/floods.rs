@@ -12,8 +12,10 @@ use barkeep_tests::peer::{MAX_FDS, Peer, version_body};
 use crate::table::process::Sidecar;
 use crate::table::{Fd, Function};
 
-/// Every flood by name.
-pub(crate) const ALL: [(&str, fn(&Sidecar)); 10] = [
+/// A flood and its name.
+type Flood = (&'static str, fn(&Sidecar));
+
+pub(crate) const ALL: [Flood; 10] = [
     ("hangs up at any byte of any message", hang_up_everywhere),
     ("253 descriptors with each of many bytes", descriptors_with_every_byte),
     ("a hundred messages with 253 descriptors, and none is read", descriptors_in_the_queue),

@@ -125,25 +125,25 @@ fn no_reply() -> Vec<Row> {
     for (name, code, body) in served() {
         rows.push(row(
             format!("{name} with No_reply"),
-            [flagged(code, NO_REPLY, &body).is_silent()],
+            [flagged(code, NO_REPLY, &body).gets_nothing()],
         ));
         rows.push(row(
             format!("{name} with No_reply, too short"),
-            [flagged(code, NO_REPLY, if code == RESET { &[0] } else { &body[1..] }).is_silent()],
+            [flagged(code, NO_REPLY, if code == RESET { &[0] } else { &body[1..] }).gets_nothing()],
         ));
     }
     rows.extend([
-        row("an unknown command with No_reply", [flagged(0x4444, NO_REPLY, []).is_silent()]),
-        row("a second VERSION with No_reply", [flagged(VERSION, NO_REPLY, [0; 4]).is_silent()]),
+        row("an unknown command with No_reply", [flagged(0x4444, NO_REPLY, []).gets_nothing()]),
+        row("a second VERSION with No_reply", [flagged(VERSION, NO_REPLY, [0; 4]).gets_nothing()]),
         row(
             "No_reply and too many descriptors",
             [flagged(DMA_MAP, NO_REPLY, served()[0].2.clone())
                 .with([Fd::Memory(4096); 17])
-                .is_silent()],
+                .gets_nothing()],
         ),
         row(
             "No_reply twenty times",
-            vec![flagged(REGION_READ, NO_REPLY, access(9, 0, 4)).is_silent(); 20],
+            vec![flagged(REGION_READ, NO_REPLY, access(9, 0, 4)).gets_nothing(); 20],
         ),
     ]);
     rows

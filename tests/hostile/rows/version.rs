@@ -177,7 +177,7 @@ fn order() -> Vec<Row> {
         row(
             "VERSION with No_reply",
             [
-                flagged(VERSION, NO_REPLY, version_body(0, 2, "{}")).is_silent(),
+                flagged(VERSION, NO_REPLY, version_body(0, 2, "{}")).gets_nothing(),
                 read().expects(Expect::Payload(20)),
             ],
         )

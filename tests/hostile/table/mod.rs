@@ -143,7 +143,7 @@ impl Bytes {
         self.expects(Expect::FailsAndCloses(Errno::INVAL))
     }
 
-    pub(crate) fn is_silent(self) -> Exchange {
+    pub(crate) fn gets_nothing(self) -> Exchange {
         self.expects(Expect::Silence)
     }
 }
