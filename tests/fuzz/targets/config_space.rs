@@ -23,18 +23,20 @@ fuzz_target!(|bytes: &[u8]| {
     let power_on = image(&function);
     let mut before = Observed::of(&function);
     while !input.is_empty() {
-        match input.u8() {
-            op @ 0..0xc0 => {
-                let length = usize::from(op & 0x3f) + 1;
-                write(&mut function, length, &mut input, &before.image, &masks);
-            }
+        let op = input.u8();
+        let mut written = None;
+        match op {
+            0..0xc0 => written = write(&mut function, usize::from(op & 0x3f) + 1, &mut input),
             0xc0..0xd0 => drop(function.set_intx(input.u8() & 1 != 0)),
             0xd0..0xe0 => raise(&mut function, input.u8()),
             0xe0..0xe8 => function.record_unsupported_request(RequestKind::Posted),
             0xe8..0xf0 => function.record_unsupported_request(RequestKind::NonPosted),
-            op => reset(&mut function, op, &before.image, &power_on, &masks),
+            _ => reset(&mut function, op, &before.image, &power_on, &masks),
         }
         let now = Observed::of(&function);
+        if let Some(write) = written {
+            check_write(&write, &before.image, &now.image, &masks);
+        }
         check(&function, &before, &now);
         before = now;
     }
@@ -117,24 +119,26 @@ fn function(kind: u8) -> Function {
     Function::new(spec).expect("a function that can exist")
 }
 
-/// A write by software.
-fn write(
-    function: &mut Function,
-    length: usize,
-    input: &mut Input<'_>,
-    before: &[u8],
-    masks: &Masks,
-) {
+/// A write by software that reset nothing.
+struct Write<'a> {
+    offset: usize,
+    data: &'a [u8],
+}
+
+fn write<'a>(function: &mut Function, length: usize, input: &mut Input<'a>) -> Option<Write<'a>> {
     let offset = usize::from(input.u16());
     // Most of what there is lies in the first 256 bytes.
     let offset = if offset & 0x8000 == 0 { offset & 0xff } else { offset & 0x1fff };
     let data = input.bytes(length);
-    if function.config_write(offset, data).reset.is_some() {
-        return;
-    }
-    for (at, was, is) in differences(before, &image(function)) {
-        let written = at.checked_sub(offset).and_then(|at| data.get(at)).copied();
-        let may = written.map_or(0, |value| masks.writable[at] | masks.clearable[at] & value);
+    let effects = function.config_write(offset, data);
+    effects.reset.is_none().then_some(Write { offset, data })
+}
+
+/// Only bits that were written have moved, and of those only the ones that software can move.
+fn check_write(write: &Write<'_>, before: &[u8], after: &[u8], masks: &Masks) {
+    for (at, was, is) in differences(before, after) {
+        let value = at.checked_sub(write.offset).and_then(|at| write.data.get(at)).copied();
+        let may = value.map_or(0, |value| masks.writable[at] | masks.clearable[at] & value);
         assert_eq!((was ^ is) & !may & !masks.followers[at], 0, "at {at:#x}");
         assert_eq!(is & masks.clearable[at] & !was, 0, "set by a write at {at:#x}");
     }
