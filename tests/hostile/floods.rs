@@ -195,12 +195,15 @@ fn thousand_sessions(sidecar: &Sidecar) {
     }
 }
 
-/// More than wait in the backlog of a socket, one after the other and then together.
+/// One after the other; and then together, as many as wait in the backlog: a further one would wait
+/// for the handshake deadlines of those before it.
 fn connection_storm(sidecar: &Sidecar) {
     let path = sidecar.socket_of(Function::Edu);
     for _ in 0..1000 {
         drop(Peer::connect(&path));
     }
-    let waiting: Vec<Peer> = (0..32).map(|_| Peer::connect(&path)).collect();
+    let waiting: Vec<Peer> = (0..BACKLOG).map(|_| Peer::connect(&path)).collect();
     drop(waiting);
 }
+
+const BACKLOG: usize = 16;
