@@ -39,6 +39,19 @@ fn the_same_process_serves_after_every_row_and_every_flood() {
     assert!(grown <= MAY_GROW_KIB, "{grown} KiB stay behind");
 }
 
+/// Apart from the rest: what the allocator keeps of 65535 small windows, or does not, is most of what
+/// the process may grow by.
+#[test]
+fn more_windows_than_are_announced_cost_no_descriptors_and_no_service() {
+    let mut sidecar = Sidecar::start();
+    let before = sidecar.usage();
+    floods::too_many_windows(&sidecar);
+    sidecar.assert_served();
+    assert_eq!(sidecar.usage().fds, before.fds);
+}
+
+/// Commands that a backend may not serve at all yet. What it answers then is not what the rows ask
+/// for; a backend that does serve them keeps to every row.
 #[test]
 fn optional_commands_are_refused_as_documented() {
     let rows = rows::of_optional_commands();

@@ -263,18 +263,21 @@ fn config_space() {
         for offset in (0..0x100).step_by(4) {
             input.extend(write(offset, &ones[..4]));
         }
-        input.extend([0xd0, 0, 0xd0, 31, 0xe8]);
-        for offset in (0..0x100).step_by(64) {
-            input.extend(write(offset, &ones));
-            input.extend(write(offset, &[0; 64]));
-        }
-        input.extend([0xf0, 0xf1, 0xf2]);
         save("config_space", &format!("ones_{function:02x}"), &input);
 
         let mut input = vec![function];
-        for offset in 0x40..0xc0 {
+        for offset in (0x40..0x100).step_by(64) {
+            input.extend(write(offset, &ones));
+            input.extend([0xd0, 0, 0xd0, 31, 0xe8]);
+            input.extend(write(offset, &[0; 64]));
+        }
+        input.extend([0xf0, 0xf1, 0xf2]);
+        save("config_space", &format!("blocks_{function:02x}"), &input);
+
+        let mut input = vec![function];
+        for offset in (0x40..0xc0).step_by(4) {
             input.extend(write(offset, &[0x03]));
-            input.extend(write(offset, &[0x80, 0x81]));
+            input.extend(write(offset + 1, &[0x80, 0x81]));
             input.extend(write(offset, &[0]));
         }
         save("config_space", &format!("bytes_{function:02x}"), &input);
