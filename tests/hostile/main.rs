@@ -6,8 +6,12 @@
 mod back_pressure;
 mod descriptors_sent;
 mod disconnects;
+mod floods;
 mod garbage;
 mod order;
 mod revoked;
+mod rows;
 mod sizes;
 mod slow;
+mod suite;
+mod table;

@@ -2,6 +2,8 @@
 
 mod event_loop;
 mod function;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[cfg(feature = "passthrough")]
 mod passthrough;
 mod rate_limit;

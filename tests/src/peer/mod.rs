@@ -23,8 +23,8 @@ use self::message::{COMMAND, Reply, command, message, u16_at, u32_at};
 /// Longer than the handshake deadline of a backend, after which the next client is served.
 const DEADLINE: Duration = Duration::from_secs(8);
 
-/// As many descriptors as a hostile client cares to send.
-const FDS: usize = 64;
+/// As many descriptors as the kernel lets a hostile client send with one message (`SCM_MAX_FD`).
+pub const MAX_FDS: usize = 253;
 
 /// One connection to a backend.
 #[derive(Debug)]
@@ -76,12 +76,22 @@ impl Peer {
 
     /// Sends bytes with file descriptors, in one system call.
     pub fn send_with_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS))];
+        assert_eq!(self.try_send_with_fds(bytes, fds), Ok(bytes.len()));
+    }
+
+    /// Sends them to a backend that may hang up meanwhile; tells how many bytes went.
+    ///
+    /// # Errors
+    /// If it has hung up.
+    pub fn try_send_with_fds(
+        &mut self,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<usize, Errno> {
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
-        let sent =
-            sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL);
-        assert_eq!(sent, Ok(bytes.len()));
+        sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
     }
 
     /// Reads one message.
@@ -101,6 +111,13 @@ impl Peer {
             body,
             fds,
         }
+    }
+
+    /// Reads so many bytes of whatever they are.
+    pub fn read_bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.fill(&mut bytes, &mut Vec::new());
+        bytes
     }
 
     /// Sends a command and reads its reply.
@@ -167,7 +184,7 @@ impl Peer {
 
     fn fill(&mut self, mut rest: &mut [u8], fds: &mut Vec<OwnedFd>) {
         while !rest.is_empty() {
-            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS))];
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let mut parts = [IoSliceMut::new(rest)];
             let message =
