@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use barkeep_backend::devices;
+use barkeep_backend::devices::Registry;
 use barkeep_backend::pci::{Function, FunctionSpec, Register};
 
 mod everything;
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn spec(name: &str) -> Result<FunctionSpec, Box<dyn Error>> {
     match name {
         "everything" => Ok(everything::spec()),
-        device => Ok(devices::create(device.parse()?)?.spec()),
+        device => Ok(Registry::default().create(device.parse()?)?.0.spec()),
     }
 }
 

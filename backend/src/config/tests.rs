@@ -1,5 +1,5 @@
 use super::*;
-use crate::devices;
+use crate::devices::Registry;
 
 fn parse(text: &str) -> DeviceSpec {
     text.parse().unwrap()
@@ -53,7 +53,7 @@ fn a_bad_specification_is_told_in_one_line_that_names_the_culprit() {
         ),
     ];
     for (text, message) in rows {
-        let result = text.parse().and_then(devices::create);
+        let result = text.parse().and_then(|spec| Registry::default().create(spec));
         assert_eq!(result.map(|_| ()).unwrap_err().to_string(), message, "{text}");
     }
 }

@@ -1,3 +1,4 @@
+use super::transfers::{Transfer, Transfers};
 use crate::dma::{DmaError, DmaTable, Iova};
 use crate::irq::Interrupts;
 use crate::pci::{Function, MsiOutcome};
@@ -11,6 +12,7 @@ pub struct Context<'a> {
     function: &'a mut Function,
     interrupts: &'a mut Interrupts,
     dma: &'a DmaTable,
+    transfers: &'a mut Transfers,
 }
 
 impl<'a> Context<'a> {
@@ -19,11 +21,20 @@ impl<'a> Context<'a> {
         function: &'a mut Function,
         interrupts: &'a mut Interrupts,
         dma: &'a DmaTable,
+        transfers: &'a mut Transfers,
     ) -> Self {
-        Self { function, interrupts, dma }
+        Self { function, interrupts, dma, transfers }
     }
 
-    /// Reads guest memory.
+    /// Begins a transfer, whatever kind of memory it is about. Its end is told through
+    /// [`Device::dma_done`](super::Device::dma_done): before the access under way is answered if the
+    /// memory is shared, later if the client must be asked. Transfers are done in the order in
+    /// which they were begun; the device bounds how many there are.
+    pub fn start_dma(&mut self, transfer: Transfer) {
+        self.transfers.begin(transfer);
+    }
+
+    /// Reads guest memory that the client shares.
     ///
     /// # Errors
     /// [`DmaError`] when bus mastering is off or the address can't be read. `data` may then be
@@ -33,7 +44,7 @@ impl<'a> Context<'a> {
         self.dma.read(address, data)
     }
 
-    /// Writes guest memory.
+    /// Writes guest memory that the client shares.
     ///
     /// # Errors
     /// [`DmaError`] when bus mastering is off or the address can't be written.
@@ -61,6 +72,20 @@ impl<'a> Context<'a> {
     pub fn raise_msi(&mut self, vector: u8) {
         if self.function.raise_msi(vector) == MsiOutcome::Deliver {
             self.interrupts.msi.signal(usize::from(vector));
+        }
+    }
+
+    /// Whether the driver enabled MSI-X.
+    #[must_use]
+    pub fn msix_enabled(&self) -> bool {
+        self.function.msix_enabled()
+    }
+
+    /// Sends an MSI-X message. A masked vector stays pending; with MSI-X or bus mastering off,
+    /// nothing happens.
+    pub fn raise_msix(&mut self, vector: u16) {
+        if self.function.raise_msix(vector) == MsiOutcome::Deliver {
+            self.interrupts.msix.signal(usize::from(vector));
         }
     }
 

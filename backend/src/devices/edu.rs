@@ -1,4 +1,6 @@
-use super::{Context, Device};
+use serde::{Deserialize, Serialize};
+
+use super::{Context, Device, Payload, RestoreError, Saved, Transfer, TransferResult};
 use crate::config::{ConfigError, Parameters};
 use crate::dma::Iova;
 use crate::pci::{
@@ -8,8 +10,9 @@ use crate::pci::{
 
 /// QEMU's educational device (1234:11e8, `docs/specs/edu.rst` in QEMU).
 ///
-/// Work that the specification lets take time, factorials and DMA, is done inside the write that
-/// starts it: the status bits that tell of unfinished work are legal, but never seen set.
+/// A factorial is done inside the write that starts it: the status bit that tells of unfinished work
+/// is legal, but never seen set. So is DMA to memory that the client shares; with memory that it
+/// moves by messages, the start bit stays set until it has.
 #[derive(Debug)]
 pub struct Edu {
     dma_mask: u64,
@@ -17,7 +20,7 @@ pub struct Edu {
 }
 
 /// All that a reset clears.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Registers {
     liveness: u32,
     factorial: u32,
@@ -101,22 +104,35 @@ impl Edu {
     /// A transfer that can't be done moves nothing: the device has no register to say so.
     fn start_dma(&mut self, command: u64, context: &mut Context<'_>) {
         let registers = &mut self.registers;
-        registers.dma_command = command & !DMA_START;
+        registers.dma_command = command;
         let count = registers.dma_count;
-        if command & DMA_TO_RAM == 0 {
-            if let Some(target) = registers.buffer.range_mut(registers.dma_destination, count) {
-                let mut data = [0; BUFFER_SIZE];
-                let data = &mut data[..target.len()];
-                if context.dma_read(Iova(registers.dma_source & self.dma_mask), data).is_ok() {
-                    target.copy_from_slice(data);
-                }
+        let transfer = if command & DMA_TO_RAM == 0 {
+            let target = registers.buffer.range_mut(registers.dma_destination, count);
+            let address = registers.dma_source;
+            target.map(|target| (address, Payload::Read(target.len())))
+        } else {
+            let source = registers.buffer.range_mut(registers.dma_source, count);
+            let address = registers.dma_destination;
+            source.map(|source| (address, Payload::Write(source.to_vec())))
+        };
+        match transfer {
+            Some((address, payload)) => {
+                let address = Iova(address & self.dma_mask);
+                context.start_dma(Transfer { id: 0, address, payload });
             }
-        } else if let Some(source) = registers.buffer.range_mut(registers.dma_source, count) {
-            let _ = context.dma_write(Iova(registers.dma_destination & self.dma_mask), source);
+            None => self.end_dma(context),
         }
-        if command & DMA_INTERRUPT != 0 {
+    }
+
+    fn end_dma(&mut self, context: &mut Context<'_>) {
+        self.registers.dma_command &= !DMA_START;
+        if self.registers.dma_command & DMA_INTERRUPT != 0 {
             self.raise(INTERRUPT_DMA, context);
         }
+    }
+
+    fn dma_runs(&self) -> bool {
+        self.registers.dma_command & DMA_START != 0
     }
 }
 
@@ -131,7 +147,7 @@ impl Device for Edu {
             interrupt_pin: Some(InterruptPin::A),
             msi: Some(MsiSpec { vectors: MsiVectors::One, per_vector_masking: false }),
             power: Some(PowerSpec { no_soft_reset: true }),
-            express: Some(ExpressSpec { function_level_reset: true, aer: false }),
+            express: Some(ExpressSpec { function_level_reset: true, aer: true }),
             ..FunctionSpec::new(Ids {
                 vendor: 0x1234,
                 device: 0x11e8,
@@ -172,6 +188,10 @@ impl Device for Edu {
         bytes[..data.len()].copy_from_slice(data);
         let wide = u64::from_le_bytes(bytes);
         let word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        if offset >= at::DMA_SOURCE && self.dma_runs() {
+            // The transfer under way is described by these.
+            return;
+        }
         let registers = &mut self.registers;
         match offset {
             at::LIVENESS => registers.liveness = !word,
@@ -196,8 +216,53 @@ impl Device for Edu {
         }
     }
 
+    fn dma_done(&mut self, _id: u64, result: TransferResult, context: &mut Context<'_>) {
+        let registers = &mut self.registers;
+        if registers.dma_command & DMA_TO_RAM == 0
+            && let Ok(data) = result
+            && let Some(target) =
+                registers.buffer.range_mut(registers.dma_destination, data.len() as u64)
+        {
+            target.copy_from_slice(&data);
+        }
+        self.end_dma(context);
+    }
+
     fn reset(&mut self) {
         self.registers = Registers::default();
+    }
+
+    fn saved(&mut self) -> Option<&mut dyn Saved> {
+        Some(self)
+    }
+}
+
+/// The registers, in the order of their declaration: the first version of the state.
+#[derive(Serialize, Deserialize)]
+enum State {
+    V1(Registers),
+}
+
+impl Saved for Edu {
+    fn save(&self) -> Vec<u8> {
+        postcard::to_allocvec(&State::V1(self.registers.clone())).expect("plain data serialises")
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        self.registers = Registers::default();
+        match postcard::from_bytes(state) {
+            Ok(State::V1(registers)) if registers.buffer.is_whole() => {
+                self.registers = registers;
+                Ok(())
+            }
+            _ => Err(RestoreError),
+        }
+    }
+
+    fn resume(&mut self, context: &mut Context<'_>) {
+        if self.dma_runs() {
+            self.start_dma(self.registers.dma_command, context);
+        }
     }
 }
 
@@ -212,16 +277,21 @@ fn factorial(n: u32) -> u32 {
     if n >= 34 { 0 } else { (1..=n).fold(1, u32::wrapping_mul) }
 }
 
-#[derive(Debug)]
-struct Buffer(Box<[u8; BUFFER_SIZE]>);
+/// [`BUFFER_SIZE`] bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Buffer(Vec<u8>);
 
 impl Default for Buffer {
     fn default() -> Self {
-        Self(Box::new([0; BUFFER_SIZE]))
+        Self(vec![0; BUFFER_SIZE])
     }
 }
 
 impl Buffer {
+    fn is_whole(&self) -> bool {
+        self.0.len() == BUFFER_SIZE
+    }
+
     /// The part of the buffer at device addresses `address..address + count`.
     fn range_mut(&mut self, address: u64, count: u64) -> Option<&mut [u8]> {
         let start = usize::try_from(address.checked_sub(BUFFER_ADDRESS)?).ok()?;

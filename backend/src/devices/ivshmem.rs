@@ -1,29 +1,41 @@
+mod peers;
+
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use serde::{Deserialize, Serialize};
 
-use super::{BarMapping, Context, Device};
+pub(super) use self::peers::Groups;
+use self::peers::{MAX_VECTORS, Membership};
+use super::{BarMapping, Context, Device, Doorbell, RestoreError, Saved};
 use crate::config::{ConfigError, Parameters};
 use crate::pci::{
-    BarIndex, BarKind, BarSpec, ClassCode, ExpressSpec, FunctionSpec, Ids, PowerSpec,
+    BarIndex, BarKind, BarOffset, BarSpec, ClassCode, ExpressSpec, FunctionSpec, Ids, MsixSpec,
+    MsixVectors, PowerSpec,
 };
 
-/// Shared memory as a device: ivshmem-plain (1af4:1110, `docs/specs/ivshmem-spec.rst` in QEMU).
+/// Shared memory as a device: ivshmem-plain and, with `vectors`, ivshmem-doorbell (1af4:1110,
+/// `docs/specs/ivshmem-spec.rst` in QEMU).
 ///
-/// BAR0 holds the registers of a device without interrupts, BAR2 is the memory. The VMM maps BAR2
-/// directly; accesses that are forwarded all the same go through the file, never through a mapping
-/// that a truncated file could turn into SIGBUS.
+/// BAR0 holds the registers, BAR1 the MSI-X table of a device with interrupts, BAR2 is the memory.
+/// The VMM maps BAR2 directly; accesses that are forwarded all the same go through the file, never
+/// through a mapping that a truncated file could turn into SIGBUS.
+///
+/// The peers of a device are the devices of this process over the same file.
 #[derive(Debug)]
 pub struct Ivshmem {
     memory: File,
+    /// Nobody else has the memory: it moves with the device.
+    private: bool,
     size: u64,
     registers: Registers,
+    interrupts: Option<Membership>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Registers {
     interrupt_mask: u32,
     interrupt_status: u32,
@@ -34,40 +46,86 @@ mod at {
     pub(super) const INTERRUPT_MASK: u64 = 0;
     pub(super) const INTERRUPT_STATUS: u64 = 4;
     pub(super) const IV_POSITION: u64 = 8;
+    pub(super) const DOORBELL: u64 = 12;
 }
 
 const REGISTERS_SIZE: u64 = 256;
+/// BAR1: the table in its first half, the pending bits in the second.
+const MSIX_SIZE: u64 = 4096;
 /// A BAR below a page can't be mapped.
 const MIN_SIZE: u64 = 4096;
 /// 1 TiB: enough for anyone to notice a typing error, and far below what a 64-bit BAR can be.
 const MAX_SIZE: u64 = 1 << 40;
 
 impl Ivshmem {
-    /// Creates the device: `ivshmem,size=SIZE[,path=FILE]`.
+    /// Creates the device: `ivshmem,size=SIZE[,path=FILE][,vectors=N]`.
     ///
     /// # Errors
-    /// [`ConfigError`] when the size is missing or no power of two, or the file is missing or
-    /// smaller than it.
-    pub fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
+    /// [`ConfigError`] when the size is missing or no power of two, the file is missing or smaller
+    /// than it, or there are too many vectors.
+    pub(super) fn from_parameters(
+        parameters: &mut Parameters,
+        groups: &mut Groups,
+    ) -> Result<Self, ConfigError> {
         let size = parameters.take_size("size")?.ok_or(ConfigError::Missing("size"))?;
         if !size.is_power_of_two() || !(MIN_SIZE..=MAX_SIZE).contains(&size) {
             let reason = format!("{size} bytes is no power of two from {MIN_SIZE} to {MAX_SIZE}");
             return Err(ConfigError::invalid("size", reason));
         }
-        let memory = match parameters.take_string("path") {
+        let path = parameters.take_string("path");
+        let memory = match &path {
             Some(path) => open_shared(&PathBuf::from(path), size)?,
             None => anonymous(size).map_err(|error| ConfigError::invalid("size", error))?,
         };
-        Ok(Self { memory, size, registers: Registers::default() })
+        let interrupts = match parameters.take_number("vectors")? {
+            None | Some(0) => None,
+            Some(vectors) => Some(join(groups, &memory, vectors)?),
+        };
+        let private = path.is_none();
+        Ok(Self { memory, private, size, registers: Registers::default(), interrupts })
     }
 
-    fn register(&mut self, offset: u64) -> Option<&mut u32> {
+    fn read_register(&self, offset: u64) -> Option<u32> {
         match offset {
-            at::INTERRUPT_MASK => Some(&mut self.registers.interrupt_mask),
-            at::INTERRUPT_STATUS => Some(&mut self.registers.interrupt_status),
+            at::INTERRUPT_MASK => Some(self.registers.interrupt_mask),
+            at::INTERRUPT_STATUS => Some(self.registers.interrupt_status),
+            // "if the device is not configured for interrupts, this is zero"
+            at::IV_POSITION => Some(self.interrupts.as_ref().map_or(0, |peer| peer.id().into())),
             _ => None,
         }
     }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            at::INTERRUPT_MASK => self.registers.interrupt_mask = value,
+            at::INTERRUPT_STATUS => self.registers.interrupt_status = value,
+            // "If the interrupt can't be sent, the write is ignored."
+            at::DOORBELL => {
+                if let Some(interrupts) = &self.interrupts {
+                    interrupts.ring(value);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn join(groups: &mut Groups, memory: &File, vectors: u64) -> Result<Membership, ConfigError> {
+    let invalid = |reason: String| ConfigError::invalid("vectors", reason);
+    let vectors = u16::try_from(vectors)
+        .ok()
+        .filter(|vectors| *vectors <= MAX_VECTORS)
+        .ok_or_else(|| invalid(format!("{vectors} is more than {MAX_VECTORS}")))?;
+    let metadata = memory.metadata().map_err(|error| invalid(error.to_string()))?;
+    groups
+        .join((metadata.dev(), metadata.ino()), vectors)
+        .map_err(|errno| invalid(errno.to_string()))
+}
+
+fn msix(vectors: u16) -> MsixSpec {
+    let at = |offset| BarOffset { bar: BarIndex::BAR1, offset };
+    let vectors = MsixVectors::new(vectors).expect("1 to MAX_VECTORS");
+    MsixSpec { vectors, table: at(0), pending: at(MSIX_SIZE / 2) }
 }
 
 /// Sealed: a VMM can map it without fearing that it shrinks.
@@ -100,13 +158,20 @@ fn open_shared(path: &Path, size: u64) -> Result<File, ConfigError> {
 impl Device for Ivshmem {
     fn spec(&self) -> FunctionSpec {
         let bar = |index, kind, size| BarSpec { index, kind, size };
+        let registers = BarKind::Memory32 { prefetchable: false };
+        let mut bars = vec![
+            bar(BarIndex::BAR0, registers, REGISTERS_SIZE),
+            bar(BarIndex::BAR2, BarKind::Memory64 { prefetchable: true }, self.size),
+        ];
+        let msix = self.interrupts.as_ref().map(|interrupts| {
+            bars.push(bar(BarIndex::BAR1, registers, MSIX_SIZE));
+            msix(interrupts.vectors())
+        });
         FunctionSpec {
-            bars: vec![
-                bar(BarIndex::BAR0, BarKind::Memory32 { prefetchable: false }, REGISTERS_SIZE),
-                bar(BarIndex::BAR2, BarKind::Memory64 { prefetchable: true }, self.size),
-            ],
+            bars,
+            msix,
             power: Some(PowerSpec { no_soft_reset: true }),
-            express: Some(ExpressSpec { function_level_reset: true, aer: false }),
+            express: Some(ExpressSpec { function_level_reset: true, aer: true }),
             ..FunctionSpec::new(Ids {
                 vendor: 0x1af4,
                 device: 0x1110,
@@ -130,12 +195,11 @@ impl Device for Ivshmem {
             }
             return;
         }
-        let Ok(target) = <&mut [u8; 4]>::try_from(data) else { return };
-        if let Some(register) = self.register(offset) {
-            *target = register.to_le_bytes();
-        } else if offset == at::IV_POSITION {
-            // "if the device is not configured for interrupts, this is zero"
-            *target = [0; 4];
+        if let Ok(target) = <&mut [u8; 4]>::try_from(data)
+            && bar == BarIndex::BAR0
+            && let Some(value) = self.read_register(offset)
+        {
+            *target = value.to_le_bytes();
         }
     }
 
@@ -144,14 +208,69 @@ impl Device for Ivshmem {
             let _ = self.memory.write_all_at(data, offset);
             return;
         }
-        // A doorbell write rings nobody: there are no peers ("the write is ignored").
-        if let (Ok(data), Some(register)) = (<[u8; 4]>::try_from(data), self.register(offset)) {
-            *register = u32::from_le_bytes(data);
+        if let Ok(data) = <[u8; 4]>::try_from(data)
+            && bar == BarIndex::BAR0
+        {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        self.interrupts.as_ref().map(Membership::own_vectors).unwrap_or_default()
+    }
+
+    /// A peer rang, or this device itself.
+    fn woken(&mut self, index: usize, context: &mut Context<'_>) {
+        if let Ok(vector) = u16::try_from(index) {
+            context.raise_msix(vector);
+        }
+    }
+
+    fn doorbells(&self, bar: BarIndex) -> Vec<Doorbell> {
+        match &self.interrupts {
+            Some(interrupts) if bar == BarIndex::BAR0 => interrupts
+                .peers()
+                .map(|(value, eventfd)| Doorbell {
+                    offset: at::DOORBELL,
+                    width: 4,
+                    value: Some(value.into()),
+                    eventfd,
+                })
+                .collect(),
+            _ => Vec::new(),
         }
     }
 
     /// The memory is shared with others and outlives a reset of the function.
     fn reset(&mut self) {
         self.registers = Registers::default();
+    }
+
+    fn saved(&mut self) -> Option<&mut dyn Saved> {
+        Some(self)
+    }
+}
+
+/// The first version of the state.
+#[derive(Serialize, Deserialize)]
+enum State {
+    V1(Registers),
+}
+
+impl Saved for Ivshmem {
+    fn save(&self) -> Vec<u8> {
+        postcard::to_allocvec(&State::V1(self.registers.clone())).expect("plain data serialises")
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        self.registers = Registers::default();
+        let State::V1(registers) = postcard::from_bytes(state).map_err(|_| RestoreError)?;
+        self.registers = registers;
+        Ok(())
+    }
+
+    /// A file that was given is at both ends, or is brought there by whoever gave it.
+    fn memory(&self) -> Option<(&File, u64)> {
+        self.private.then_some((&self.memory, self.size))
     }
 }

@@ -10,6 +10,8 @@ mod ivshmem;
 #[cfg(feature = "passthrough")]
 pub mod passthrough;
 mod registry;
+mod saved;
+mod transfers;
 
 #[cfg(test)]
 mod tests;
@@ -17,10 +19,14 @@ mod tests;
 pub use context::Context;
 pub use edu::Edu;
 pub use ivshmem::Ivshmem;
-pub use registry::create;
+pub use registry::{Options, Registry};
+pub use saved::{RestoreError, Saved};
+pub use transfers::{MemoryMessage, Payload, Step, Ticket, Transfer, TransferResult, Transfers};
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
+use crate::irq::EventFd;
 use crate::pci::{BarIndex, Effects, FunctionSpec};
 
 /// A device behind one PCI function.
@@ -28,7 +34,8 @@ pub trait Device: Send {
     /// What the function is: ids, BARs and capabilities. Asked once.
     fn spec(&self) -> FunctionSpec;
 
-    /// Memory that the VMM may map in place of a BAR, if it has any.
+    /// Memory that the VMM may map in place of a BAR, if it has any. The pages of an MSI-X table or
+    /// pending bit array in it stay trapped.
     ///
     /// The BAR must still answer [`bar_read`](Self::bar_read) and [`bar_write`](Self::bar_write)
     /// from the same memory: an access may be forwarded while its memory slot is away.
@@ -44,18 +51,45 @@ pub trait Device: Send {
     /// A write, under the same conditions.
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8], context: &mut Context<'_>);
 
+    /// A transfer that [`Context::start_dma`] began is over. Resetting the device forgets transfers;
+    /// they are not told then.
+    fn dma_done(&mut self, _id: u64, _result: TransferResult, _context: &mut Context<'_>) {}
+
+    /// Eventfds that wake the device, by the index that [`woken`](Self::woken) gets. Asked once; at
+    /// most [`MAX_WAKES`].
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// One of the eventfds was signalled, once or several times.
+    fn woken(&mut self, _index: usize, _context: &mut Context<'_>) {}
+
+    /// Writes to a BAR that a VMM may turn into signals of eventfds by itself (ioeventfds).
+    /// [`bar_write`](Self::bar_write) must do the same for a write that is forwarded.
+    fn doorbells(&self, _bar: BarIndex) -> Vec<Doorbell> {
+        Vec::new()
+    }
+
     /// The function changed: decode, bus mastering, interrupt enables or power. Resets are told
     /// through [`reset`](Self::reset) alone.
     fn effects_applied(&mut self, _effects: &Effects, _context: &mut Context<'_>) {}
 
-    /// Finish or abandon all work that touches guest memory. When this returns, nothing is in
-    /// flight; the client's windows may go away. Devices that work only inside an access have
-    /// nothing to do.
+    /// Finish or abandon all work of threads of the device's own that touches guest memory. When
+    /// this returns, nothing is in flight; the client's windows may go away. Transfers are not meant,
+    /// and devices that work only inside an access have nothing to do.
     fn quiesce(&mut self) {}
 
     /// Back to the state of power-on. The function's registers are reset already.
     fn reset(&mut self);
+
+    /// The device's state as data, if it can move to another process.
+    fn saved(&mut self) -> Option<&mut dyn Saved> {
+        None
+    }
 }
+
+/// The most eventfds that may wake one device.
+pub const MAX_WAKES: usize = 1024;
 
 /// Memory behind a BAR: the whole BAR, from an offset in a file on.
 #[derive(Clone, Copy, Debug)]
@@ -64,4 +98,17 @@ pub struct BarMapping<'a> {
     pub file: BorrowedFd<'a>,
     /// Where the BAR starts in it, in bytes; page aligned.
     pub offset: u64,
+}
+
+/// A write that stands for the signal of an eventfd.
+#[derive(Clone, Debug)]
+pub struct Doorbell {
+    /// Where in the BAR, in bytes.
+    pub offset: u64,
+    /// The width of the write in bytes: 1, 2, 4 or 8.
+    pub width: u8,
+    /// The value that rings it; any with `None`.
+    pub value: Option<u64>,
+    /// What is signalled.
+    pub eventfd: Arc<EventFd>,
 }

@@ -1,29 +1,83 @@
-use super::{Device, Edu, Ivshmem};
-use crate::config::{ConfigError, DeviceSpec};
+use std::path::Path;
 
-type Constructor = fn(&mut crate::config::Parameters) -> Result<Box<dyn Device>, ConfigError>;
+use super::ivshmem::Groups;
+use super::{Device, Edu, Ivshmem};
+use crate::config::{ConfigError, DeviceSpec, Parameters};
+use crate::pci::Decoding;
+
+/// Makes devices by name, and knows which of them belong together.
+#[derive(Debug, Default)]
+pub struct Registry {
+    ivshmem: Groups,
+}
+
+/// What an operator may say about a function whatever its device is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// `decode=strict|always`: whether the function waits to be enabled by its Command register.
+    pub decode: Decoding,
+    /// `romfile=FILE`: the expansion ROM.
+    pub rom: Option<Vec<u8>>,
+}
+
+type Constructor = fn(&mut Parameters, &mut Registry) -> Result<Box<dyn Device>, ConfigError>;
 
 /// Every device by name, sorted.
 const DEVICES: [(&str, Constructor); 2] = [
-    ("edu", |parameters| Ok(Box::new(Edu::from_parameters(parameters)?))),
-    ("ivshmem", |parameters| Ok(Box::new(Ivshmem::from_parameters(parameters)?))),
+    ("edu", |parameters, _| Ok(Box::new(Edu::from_parameters(parameters)?))),
+    ("ivshmem", |parameters, registry| {
+        Ok(Box::new(Ivshmem::from_parameters(parameters, &mut registry.ivshmem)?))
+    }),
 ];
 
-/// Creates the device that `spec` describes.
-///
-/// # Errors
-/// [`ConfigError`] that names the device or parameter and the reason.
-pub fn create(spec: DeviceSpec) -> Result<Box<dyn Device>, ConfigError> {
-    let Some((_, constructor)) = DEVICES.iter().find(|(name, _)| *name == spec.name) else {
-        let mut known = DEVICES.map(|(name, _)| name).join(", ");
-        if cfg!(feature = "passthrough") {
-            // It is made elsewhere: it has no model.
-            known.push_str(", passthrough");
-        }
-        return Err(ConfigError::UnknownDevice { name: spec.name, known });
+/// The largest ROM that is taken, in bytes: what a 24-bit ROM address register can size.
+const MAX_ROM: u64 = 16 << 20;
+
+impl Registry {
+    /// Creates the device that `spec` describes.
+    ///
+    /// # Errors
+    /// [`ConfigError`] that names the device or parameter and the reason.
+    pub fn create(&mut self, spec: DeviceSpec) -> Result<(Box<dyn Device>, Options), ConfigError> {
+        let Some((_, constructor)) = DEVICES.iter().find(|(name, _)| *name == spec.name) else {
+            let mut known = DEVICES.map(|(name, _)| name).join(", ");
+            if cfg!(feature = "passthrough") {
+                // It is made elsewhere: it has no model.
+                known.push_str(", passthrough");
+            }
+            return Err(ConfigError::UnknownDevice { name: spec.name, known });
+        };
+        let mut parameters = spec.parameters;
+        let options = Options::from_parameters(&mut parameters)?;
+        let device = constructor(&mut parameters, self)?;
+        parameters.finish()?;
+        Ok((device, options))
+    }
+}
+
+impl Options {
+    fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
+        let decode = match parameters.take_string("decode").as_deref() {
+            None | Some("strict") => Decoding::Strict,
+            Some("always") => Decoding::Always,
+            Some(other) => {
+                let reason = format!("'{other}' is neither strict nor always");
+                return Err(ConfigError::invalid("decode", reason));
+            }
+        };
+        let rom =
+            parameters.take_string("romfile").map(|path| rom(Path::new(&path))).transpose()?;
+        Ok(Self { decode, rom })
+    }
+}
+
+fn rom(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    let invalid = |reason: &dyn std::fmt::Display| {
+        ConfigError::invalid("romfile", format!("{}: {reason}", path.display()))
     };
-    let mut parameters = spec.parameters;
-    let device = constructor(&mut parameters)?;
-    parameters.finish()?;
-    Ok(device)
+    let length = std::fs::metadata(path).map_err(|error| invalid(&error))?.len();
+    if !(1..=MAX_ROM).contains(&length) {
+        return Err(invalid(&format!("{length} bytes, not 1 to {MAX_ROM}")));
+    }
+    std::fs::read(path).map_err(|error| invalid(&error))
 }

@@ -17,21 +17,30 @@ struct Bench {
     function: Function,
     interrupts: Interrupts,
     dma: DmaTable,
+    transfers: Transfers,
     pin: OwnedFd,
     message: OwnedFd,
 }
 
 impl Bench {
     fn new(text: &str) -> Self {
-        let device = create(text.parse::<DeviceSpec>().unwrap()).unwrap();
+        let (device, _) = Registry::default().create(text.parse::<DeviceSpec>().unwrap()).unwrap();
         let function = Function::new(device.spec()).unwrap();
-        let mut interrupts = Interrupts::new(1);
+        let mut interrupts = Interrupts::new(1, 4);
         let fd = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (pin, message) = (fd(), fd());
         let ours = |fd: &OwnedFd| Some(EventFd::new(fd.try_clone().unwrap()).unwrap());
         interrupts.intx.set_eventfd(ours(&pin));
         interrupts.msi.set_eventfd(0, ours(&message)).unwrap();
-        Self { device, function, interrupts, dma: DmaTable::new(8), pin, message }
+        Self {
+            device,
+            function,
+            interrupts,
+            dma: DmaTable::new(8),
+            transfers: Transfers::default(),
+            pin,
+            message,
+        }
     }
 
     /// Decode and bus mastering on.
@@ -60,13 +69,15 @@ impl Bench {
         if let Some(level) = effects.intx {
             self.interrupts.intx.set_level(level);
         }
-        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        let mut context =
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
         self.device.effects_applied(&effects, &mut context);
     }
 
     fn read(&mut self, bar: BarIndex, offset: u64, width: usize) -> u64 {
         let mut data = [0xff; 8];
-        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        let mut context =
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
         self.device.bar_read(bar, offset, &mut data[..width], &mut context);
         data[width..].fill(0);
         u64::from_le_bytes(data)
@@ -74,8 +85,28 @@ impl Bench {
 
     fn write(&mut self, bar: BarIndex, offset: u64, value: u64, width: usize) {
         let data = value.to_le_bytes();
-        let mut context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        let mut context =
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
         self.device.bar_write(bar, offset, &data[..width], &mut context);
+        self.work();
+    }
+
+    /// Transfers to memory that is shared, as the owner of the function does them.
+    fn work(&mut self) {
+        loop {
+            match self.transfers.step(&self.dma, self.function.bus_master(), None) {
+                Step::Done(id, result) => {
+                    let mut context = Context::new(
+                        &mut self.function,
+                        &mut self.interrupts,
+                        &self.dma,
+                        &mut self.transfers,
+                    );
+                    self.device.dma_done(id, result, &mut context);
+                }
+                Step::Idle | Step::Message(_) => return,
+            }
+        }
     }
 
     fn share_memory(&mut self, iova: u64) {

@@ -98,6 +98,14 @@ pub enum DmaError {
     /// Dirty pages can't be logged or reported.
     #[error(transparent)]
     Logging(#[from] LoggingError),
+    /// The client refuses to move memory.
+    #[error("client refuses access to {address:#x}: {errno}")]
+    Refused {
+        /// Where the transfer started.
+        address: u64,
+        /// Its answer.
+        errno: Errno,
+    },
     /// `PCI_COMMAND.BME` is clear or the function is not in D0: it may not issue requests.
     #[error("bus mastering is disabled")]
     BusMasterDisabled,
@@ -113,7 +121,7 @@ impl DmaError {
             Self::NoSuchWindow => Errno::NOENT,
             Self::Unreachable => Errno::NOTSUP,
             Self::Logging(error) => error.errno(),
-            Self::Backing(errno) | Self::Iommu(errno) => *errno,
+            Self::Backing(errno) | Self::Iommu(errno) | Self::Refused { errno, .. } => *errno,
             Self::Unaligned
             | Self::Overflow
             | Self::Bisected

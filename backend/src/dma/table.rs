@@ -168,6 +168,12 @@ impl DmaTable {
         Ok(self.view.log.start(ranges, page_size)?)
     }
 
+    /// Whether writes are logged.
+    #[must_use]
+    pub fn is_logging(&self) -> bool {
+        self.view.log.is_started()
+    }
+
     /// Ends logging. Without logging, nothing happens (VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP).
     pub fn stop_logging(&mut self) {
         self.view.log.stop();

@@ -1,10 +1,13 @@
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat, readlink};
+
+use rustix::io::Errno;
 
 use super::{IrqError, signaller};
 
-/// An eventfd that the client gave us to signal.
+/// An eventfd to signal: the client's, or one of our own that a client may get.
 #[derive(Debug)]
 pub struct EventFd(OwnedFd);
 
@@ -14,9 +17,9 @@ impl EventFd {
     /// # Errors
     /// [`IrqError::NotEventfd`] for any other kind of descriptor.
     pub fn new(fd: OwnedFd) -> Result<Self, IrqError> {
-        // Anonymous inodes have no type bits. Of those, the kernel itself signals only eventfds.
+        // Anonymous inodes have no type bits.
         let mode = fstat(&fd).map_err(|_| IrqError::NotEventfd)?.st_mode;
-        if mode & 0o170_000 != 0 {
+        if mode & 0o170_000 != 0 || !is_called_eventfd(&fd) {
             return Err(IrqError::NotEventfd);
         }
         let flags = fcntl_getfl(&fd).map_err(|_| IrqError::NotEventfd)?;
@@ -26,6 +29,14 @@ impl EventFd {
         Ok(Self(fd))
     }
 
+    /// A new eventfd of our own.
+    ///
+    /// # Errors
+    /// When the process has no more descriptors.
+    pub fn create() -> Result<Self, Errno> {
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map(Self)
+    }
+
     /// Adds one to the counter. A full counter is as good as a signalled one, so nothing can fail,
     /// and nothing blocks whatever the client does with its descriptor.
     pub fn signal(&self) {
@@ -33,9 +44,16 @@ impl EventFd {
     }
 }
 
-/// For a kernel that signals it in our place.
+/// For a kernel that signals it in our place, and for an event loop.
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// What kind of anonymous inode it is, only /proc tells. Without one it is taken as what it was sent
+/// for: signalling anything else does nothing.
+fn is_called_eventfd(fd: &OwnedFd) -> bool {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    readlink(path, Vec::new()).map_or(true, |name| name.to_bytes() == b"anon_inode:[eventfd]")
 }

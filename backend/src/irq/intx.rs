@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use super::EventFd;
 
 /// The INTx pin: a level that is signalled by edges of an eventfd.
@@ -8,6 +10,8 @@ use super::EventFd;
 #[derive(Debug, Default)]
 pub struct Intx {
     eventfd: Option<EventFd>,
+    /// What unmasks the pin when the client, or KVM for it, signals it.
+    unmask: Option<Arc<EventFd>>,
     asserted: bool,
     masked: bool,
 }
@@ -24,6 +28,18 @@ impl Intx {
         self.eventfd = eventfd;
         self.masked = false;
         self.deliver();
+    }
+
+    /// Sets or takes away the eventfd whose signal stands for [`unmask`](Self::unmask): KVM's
+    /// `resamplefd`. Whoever owns the event loop watches it.
+    pub fn set_unmask_eventfd(&mut self, eventfd: Option<Arc<EventFd>>) {
+        self.unmask = eventfd;
+    }
+
+    /// The eventfd whose signal stands for [`unmask`](Self::unmask), if there is one.
+    #[must_use]
+    pub fn unmask_eventfd(&self) -> Option<&Arc<EventFd>> {
+        self.unmask.as_ref()
     }
 
     /// Keeps the pin silent until it is unmasked.
@@ -50,6 +66,7 @@ impl Intx {
     /// Forgets what the client set. The level belongs to the function and stays.
     pub fn disconnect(&mut self) {
         self.eventfd = None;
+        self.unmask = None;
         self.masked = false;
     }
 

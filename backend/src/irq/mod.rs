@@ -21,19 +21,35 @@ pub struct Interrupts {
     pub intx: Intx,
     /// MSI vectors.
     pub msi: Vectors,
+    /// MSI-X vectors.
+    pub msix: Vectors,
+    /// VFIO's error notification: one vector. A client may answer it by stopping its VM, so no
+    /// Unsupported Request raises it.
+    pub error: Vectors,
+    /// VFIO's request to give the device back: one vector.
+    pub request: Vectors,
 }
 
 impl Interrupts {
-    /// Wiring for `msi_vectors` MSI vectors and the pin, with nothing connected.
+    /// Wiring for the pin and for so many MSI and MSI-X vectors, with nothing connected.
     #[must_use]
-    pub fn new(msi_vectors: usize) -> Self {
-        Self { intx: Intx::default(), msi: Vectors::new(msi_vectors) }
+    pub fn new(msi: usize, msix: usize) -> Self {
+        Self {
+            intx: Intx::default(),
+            msi: Vectors::new(msi),
+            msix: Vectors::new(msix),
+            error: Vectors::new(1),
+            request: Vectors::new(1),
+        }
     }
 
     /// Forgets every eventfd and mask that the client set.
     pub fn disconnect(&mut self) {
-        self.intx.disconnect();
-        self.msi.clear();
+        let Self { intx, msi, msix, error, request } = self;
+        intx.disconnect();
+        for vectors in [msi, msix, error, request] {
+            vectors.clear();
+        }
     }
 }
 

@@ -52,6 +52,27 @@ impl Sender {
         self.append(command.id, command.command, MessageKind::Reply { error: None }, fds, body);
     }
 
+    /// Appends the successful reply to `command` that `build` makes, or nothing if it fails. `build`
+    /// appends the payload to the bytes that it is given, and descriptors to the list.
+    ///
+    /// # Errors
+    /// Those of `build`.
+    pub fn try_reply<E>(
+        &mut self,
+        command: &Header,
+        build: impl FnOnce(&mut Vec<u8>, &mut Vec<OwnedFd>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let start = self.begin();
+        let mut fds = Vec::new();
+        if let Err(error) = build(&mut self.buffer, &mut fds) {
+            self.buffer.truncate(start);
+            return Err(error);
+        }
+        let kind = MessageKind::Reply { error: None };
+        self.finish(start, command.id, command.command, kind, fds);
+        Ok(())
+    }
+
     /// Appends the error reply to a command: header only ("Header").
     pub fn error(&mut self, id: MessageId, command: u16, errno: Errno) {
         let kind = MessageKind::Reply { error: Some(errno) };
@@ -120,11 +141,28 @@ impl Sender {
         fds: Vec<OwnedFd>,
         body: impl FnOnce(&mut Vec<u8>),
     ) {
-        debug_assert!(fds.len() <= MAX_MESSAGE_FDS, "our own messages keep to the limit");
+        let start = self.begin();
+        body(&mut self.buffer);
+        self.finish(start, id, command, kind, fds);
+    }
+
+    /// Makes room for a message's header. Its payload is what is appended then.
+    fn begin(&mut self) -> usize {
         self.forget_sent();
         let start = self.buffer.len();
         self.buffer.extend_from_slice(&[0; HEADER_SIZE]);
-        body(&mut self.buffer);
+        start
+    }
+
+    fn finish(
+        &mut self,
+        start: usize,
+        id: MessageId,
+        command: u16,
+        kind: MessageKind,
+        fds: Vec<OwnedFd>,
+    ) {
+        debug_assert!(fds.len() <= MAX_MESSAGE_FDS, "our own messages keep to the limit");
         let end = self.buffer.len();
         let body_size = end.checked_sub(start + HEADER_SIZE).and_then(|size| size.try_into().ok());
         let body_size = body_size.expect("a payload is appended, and bounded by the limits");

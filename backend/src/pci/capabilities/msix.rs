@@ -142,6 +142,8 @@ pub(in crate::pci) struct MsixStructures {
     table: Vec<u8>,
     /// Vector n is bit n % 64 of word n / 64.
     pending: Vec<u64>,
+    /// Whether the table has held anything but its power-on contents since the last reset.
+    programmed: bool,
 }
 
 impl MsixStructures {
@@ -150,6 +152,7 @@ impl MsixStructures {
             vectors,
             table: vec![0; vectors.table_length()],
             pending: vec![0; vectors.words()],
+            programmed: false,
         };
         structures.reset();
         structures
@@ -162,6 +165,7 @@ impl MsixStructures {
             entry[registers::ENTRY_VECTOR_CONTROL] = registers::VECTOR_CONTROL_MASK;
         }
         self.pending.fill(0);
+        self.programmed = false;
     }
 
     pub(in crate::pci) fn read_table(&self, offset: u64, data: &mut [u8]) {
@@ -191,7 +195,9 @@ impl MsixStructures {
                 0 => !0b11,
                 _ => u8::MAX,
             };
+            let before = *byte;
             *byte = *byte & !writable | value & writable;
+            self.programmed |= *byte != before;
         }
     }
 
@@ -232,7 +238,13 @@ impl MsixStructures {
         deliver
     }
 
+    /// No driver uses a vector whose entry it has not programmed. If it uses one while the whole table
+    /// is as at power-on, its writes did not come here: clients of VFIO, QEMU among them, keep the
+    /// table and its masks to themselves, and only tell which eventfd a vector has.
     fn masked(&self, vector: u16) -> bool {
+        if !self.programmed {
+            return false;
+        }
         let entry = usize::from(vector) * registers::ENTRY_LENGTH;
         self.table[entry + registers::ENTRY_VECTOR_CONTROL] & registers::VECTOR_CONTROL_MASK != 0
     }

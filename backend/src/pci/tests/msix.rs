@@ -395,9 +395,42 @@ fn all_2048_vectors_can_be_delivered_at_once() {
     .unwrap();
     let _ = command(&mut function, Command::BUS_MASTER);
     let _ = write16(&mut function, 0x42, ENABLE);
+    let _ = function.msix_table_write(0, &[4]);
     for vector in 0..2048 {
         assert_eq!(function.raise_msix(vector), MsiOutcome::Pending);
     }
     let effects = function.msix_table_write(0, &[0; 0x8000]);
     assert_eq!(delivered(&effects), (0..2048).collect::<Vec<_>>());
+}
+
+#[test]
+fn masks_of_a_table_that_nobody_programs_do_not_count() {
+    let mut function = Function::new(FunctionSpec {
+        bars: vec![memory32(BarIndex::BAR0, 0x1000)],
+        msix: Some(MsixSpec {
+            vectors: MsixVectors::new(2).unwrap(),
+            table: at(BarIndex::BAR0, 0),
+            pending: at(BarIndex::BAR0, 0x800),
+        }),
+        ..FunctionSpec::new(IDS)
+    })
+    .unwrap();
+    let enable = |function: &mut Function| {
+        let _ = command(function, Command::BUS_MASTER);
+        let _ = write16(function, 0x42, ENABLE);
+    };
+    enable(&mut function);
+    assert_eq!(function.raise_msix(0), MsiOutcome::Deliver);
+    // To write what is there already programs nothing.
+    let _ = function.msix_table_write(12, &[1]);
+    assert_eq!(function.raise_msix(0), MsiOutcome::Deliver);
+    let _ = function.msix_table_write(16, &[4]);
+    assert_eq!(function.raise_msix(0), MsiOutcome::Pending);
+    let state = function.save();
+    let mut other = Function::new(function.spec().clone()).unwrap();
+    let _ = other.restore(&state).unwrap();
+    assert_eq!(other.raise_msix(1), MsiOutcome::Pending, "the state tells");
+    let _ = function.reset(ResetKind::Device);
+    enable(&mut function);
+    assert_eq!(function.raise_msix(0), MsiOutcome::Deliver);
 }
