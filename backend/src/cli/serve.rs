@@ -1,13 +1,15 @@
 //! `barkeep serve`
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use barkeep_backend::config::DeviceSpec;
-use barkeep_backend::devices;
+use barkeep_backend::config::{ConfigError, DeviceSpec};
+use barkeep_backend::devices::Registry;
 use barkeep_backend::server::{HostedFunction, ServedFunction, Server, SocketPath};
 #[cfg(feature = "passthrough")]
 use barkeep_backend::{devices::passthrough, server::PassthroughFunction};
@@ -16,22 +18,36 @@ use tracing::error;
 
 use crate::usage_error;
 
-/// Each --socket goes with the --device of the same position.
+/// Each --socket goes with the --device of the same position, or all sockets are in --socket-dir.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  barkeep serve --socket /run/vm1/edu.sock --device edu \\\n                \
     --socket /run/vm1/shm.sock --device ivshmem,size=4M\n\n\
     Devices:\n  edu[,dma_mask=MASK]              QEMU's educational device\n  \
-    ivshmem,size=SIZE[,path=FILE]    shared memory (ivshmem-plain)\n  \
-    passthrough,host=BDF[,map=WHOM]  a real PCI device that is bound to vfio-pci"
+    ivshmem,size=SIZE[,path=FILE][,vectors=N]\n                                   \
+    shared memory (ivshmem-plain, ivshmem-doorbell)\n  \
+    passthrough,host=BDF[,map=WHOM]  a real PCI device that is bound to vfio-pci\n\n\
+    Options of every device but passthrough:\n  \
+    decode=strict|always             'always' serves clients that never enable memory or\n                                   \
+    bus mastering in the Command register\n  \
+    romfile=FILE                     expansion ROM\n\
+    Option of every device:\n  \
+    id=NAME                          its socket in --socket-dir is NAME.sock"
 )]
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
-    #[arg(long = "socket", value_name = "PATH", required = true)]
+    #[arg(long = "socket", value_name = "PATH", required_unless_present = "socket_dir")]
     sockets: Vec<PathBuf>,
+    /// Directory for a socket of each device: its id, or its name and position, and .sock
+    #[arg(long, value_name = "DIR", conflicts_with = "sockets")]
+    socket_dir: Option<PathBuf>,
     /// Device to serve, as NAME[,KEY=VALUE...]; may repeat
     #[arg(long = "device", value_name = "SPEC", required = true)]
     devices: Vec<String>,
+    /// Microseconds to look for a client's next request before sleeping, while its requests follow
+    /// each other closely; costs a processor for as long
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
+    poll: u64,
 }
 
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
@@ -60,21 +76,30 @@ fn stop_signal() -> std::io::Result<UnixStream> {
 }
 
 fn prepare(arguments: Arguments) -> Result<Server, String> {
-    let Arguments { sockets, devices } = arguments;
-    if sockets.len() != devices.len() {
+    let Arguments { sockets, socket_dir, devices, poll } = arguments;
+    if socket_dir.is_none() && sockets.len() != devices.len() {
         let (sockets, devices) = (sockets.len(), devices.len());
         return Err(format!(
             "--socket and --device go in pairs: {sockets} sockets, {devices} devices"
         ));
     }
     // Every device is made before the first socket appears: a client that can connect is served.
-    let functions = devices.into_iter().map(function).collect::<Result<Vec<_>, _>>()?;
+    let mut registry = Registry::default();
+    let functions = devices
+        .into_iter()
+        .map(|text| Described::new(text, &mut registry))
+        .collect::<Result<Vec<_>, _>>()?;
+    let sockets = match socket_dir {
+        Some(directory) => in_directory(&directory, &functions)?,
+        None => sockets,
+    };
     let mut server = Server::new().map_err(|failure| format!("event loop: {failure}"))?;
+    server.set_poll_budget(Duration::from_micros(poll));
     let mut ready = String::new();
-    for (path, (spec, function)) in sockets.into_iter().zip(functions) {
+    for (path, Described { text, function, .. }) in sockets.into_iter().zip(functions) {
         let option = format!("--socket {}", path.display());
         let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
-        ready.push_str(&format!("serving {spec} on {socket}\n"));
+        ready.push_str(&format!("serving {text} on {socket}\n"));
         server.add(socket, function).map_err(|error| format!("{option}: {error}"))?;
     }
     // For whoever started us: the sockets are there. Nobody may be reading, which is fine.
@@ -82,20 +107,57 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
     Ok(server)
 }
 
-fn function(text: String) -> Result<(String, ServedFunction), String> {
-    // Whatever the specification holds, the answer is one line.
-    let shown = text.replace(char::is_control, "?");
-    let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
-    let spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
-    #[cfg(feature = "passthrough")]
-    if spec.name == passthrough::NAME {
-        let (function, map) = passthrough::create(spec).map_err(|error| option(&error))?;
-        let function = PassthroughFunction::new(&text, function, map);
-        return Ok((text, function.into()));
+/// A function, and what the operator called it.
+struct Described {
+    text: String,
+    name: String,
+    id: Option<String>,
+    function: ServedFunction,
+}
+
+impl Described {
+    fn new(text: String, registry: &mut Registry) -> Result<Self, String> {
+        // Whatever the specification holds, the answer is one line.
+        let shown = text.replace(char::is_control, "?");
+        let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
+        let mut spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
+        let id = spec.parameters.take_string("id");
+        if let Some(id) = id.as_deref().filter(|id| !is_file_name(id)) {
+            let reason = format!("'{id}' can't name a socket");
+            return Err(option(&ConfigError::invalid("id", reason)));
+        }
+        let name = spec.name.clone();
+        let described = |function| Self { text: text.clone(), name, id, function };
+        #[cfg(feature = "passthrough")]
+        if spec.name == passthrough::NAME {
+            let (function, map) = passthrough::create(spec).map_err(|error| option(&error))?;
+            return Ok(described(PassthroughFunction::new(&text, function, map).into()));
+        }
+        let (device, options) = registry.create(spec).map_err(|error| option(&error))?;
+        let function = HostedFunction::with_options(&text, device, options);
+        Ok(described(function.map_err(|error| option(&error))?.into()))
     }
-    let device = devices::create(spec).map_err(|error| option(&error))?;
-    let function = HostedFunction::new(&text, device).map_err(|error| option(&error))?;
-    Ok((text, function.into()))
+}
+
+/// Whether this can be a part of a file's name.
+fn is_file_name(id: &str) -> bool {
+    !id.is_empty() && !id.starts_with('.') && !id.contains(|c: char| c == '/' || c.is_control())
+}
+
+/// A path for each function: unique, or it is an error.
+fn in_directory(directory: &Path, functions: &[Described]) -> Result<Vec<PathBuf>, String> {
+    let mut names = BTreeSet::new();
+    let paths = functions.iter().enumerate().map(|(position, function)| {
+        let name = match &function.id {
+            Some(id) => id.clone(),
+            None => format!("{}{position}", function.name),
+        };
+        if !names.insert(name.clone()) {
+            return Err(format!("two devices are called '{name}'"));
+        }
+        Ok(directory.join(format!("{name}.sock")))
+    });
+    paths.collect()
 }
 
 fn fatal(message: &str) -> ExitCode {

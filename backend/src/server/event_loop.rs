@@ -17,31 +17,82 @@ pub(super) enum Interest {
     Read,
     Write,
     ReadWrite,
+    /// New data, once each time some arrives. For eventfds that nobody reads: a peer could empty one
+    /// between the report and the read, which would then block.
+    Edge,
 }
 
-/// What an event is about: the stop request, or a port's listener or session.
+/// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Token(u64);
+pub(super) enum Token {
+    /// The request to stop.
+    Stop,
+    /// Something of the port with this index.
+    Port(usize, Source),
+}
+
+/// What of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    Listener,
+    /// The client's socket.
+    Client,
+    /// The socket for the server's own commands.
+    Twin,
+    /// The eventfd that unmasks INTx.
+    Unmask,
+    /// The eventfd with this index that wakes the device.
+    Wake(u16),
+    /// Work that was left; no descriptor stands for it.
+    Work,
+}
 
 impl Token {
-    pub(super) const STOP: Self = Self(u64::MAX);
+    const STOP: u64 = u64::MAX;
+    /// Where the port's index starts; the source is below.
+    const PORT_SHIFT: u32 = 20;
+    const FIRST_WAKE: u64 = 5;
 
-    pub(super) fn listener(port: usize) -> Self {
-        Self(port as u64 * 2)
+    fn to_raw(self) -> u64 {
+        let Self::Port(port, source) = self else { return Self::STOP };
+        let source = match source {
+            Source::Listener => 0,
+            Source::Client => 1,
+            Source::Twin => 2,
+            Source::Unmask => 3,
+            Source::Work => 4,
+            Source::Wake(index) => Self::FIRST_WAKE + u64::from(index),
+        };
+        (port as u64) << Self::PORT_SHIFT | source
     }
 
-    pub(super) fn session(port: usize) -> Self {
-        Self(port as u64 * 2 + 1)
-    }
-
-    pub(super) fn port(self) -> usize {
-        usize::try_from(self.0 / 2).unwrap_or(usize::MAX)
-    }
-
-    pub(super) fn is_listener(self) -> bool {
-        self.0.is_multiple_of(2)
+    fn from_raw(raw: u64) -> Self {
+        if raw == Self::STOP {
+            return Self::Stop;
+        }
+        let source = match raw & ((1 << Self::PORT_SHIFT) - 1) {
+            0 => Source::Listener,
+            1 => Source::Client,
+            2 => Source::Twin,
+            3 => Source::Unmask,
+            4 => Source::Work,
+            wake => Source::Wake(u16::try_from(wake - Self::FIRST_WAKE).unwrap_or(u16::MAX)),
+        };
+        Self::Port(usize::try_from(raw >> Self::PORT_SHIFT).unwrap_or(usize::MAX), source)
     }
 }
+
+/// How long to wait for events.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wait {
+    /// Not at all.
+    None,
+    /// Until there is one, or it is that late.
+    Until(Option<Instant>),
+}
+
+/// Room for what one wait reports; the rest is reported by the next.
+const EVENTS: usize = 64;
 
 impl Epoll {
     pub(super) fn new() -> io::Result<Self> {
@@ -64,20 +115,28 @@ impl Epoll {
     }
 
     pub(super) fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Token(0), Interest::Read)
+        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Token::Stop, Interest::Read)
     }
 
-    /// Waits for events, at most until `deadline`.
-    pub(super) fn wait(&self, deadline: Option<Instant>) -> io::Result<Vec<Token>> {
-        let mut events = [Event::new(Events::empty(), 0); 32];
-        let timeout = deadline.map_or(-1, |at| {
-            // One more than the rounded-down rest, or the last millisecond would be spun through.
-            let rest = at.saturating_duration_since(Instant::now()).as_millis();
-            i32::try_from(rest).unwrap_or(i32::MAX - 1) + 1
-        });
+    /// Waits for events and puts them into `tokens` in place of what was there.
+    pub(super) fn wait(&self, wait: Wait, tokens: &mut Vec<Token>) -> io::Result<()> {
+        let mut events = [Event::new(Events::empty(), 0); EVENTS];
+        let timeout = match wait {
+            Wait::None => 0,
+            Wait::Until(None) => -1,
+            Wait::Until(Some(at)) => {
+                // One more than the rounded-down rest, or the last millisecond would be spun through.
+                let rest = at.saturating_duration_since(Instant::now()).as_millis();
+                i32::try_from(rest).unwrap_or(i32::MAX - 1) + 1
+            }
+        };
+        tokens.clear();
         match epoll::wait(self.0.as_fd().as_raw_fd(), timeout, &mut events) {
-            Ok(count) => Ok(events[..count].iter().map(|event| Token(event.data)).collect()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Vec::new()),
+            Ok(count) => {
+                tokens.extend(events[..count].iter().map(|event| Token::from_raw(event.data)));
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -93,8 +152,9 @@ impl Epoll {
             Interest::Read => Events::EPOLLIN,
             Interest::Write => Events::EPOLLOUT,
             Interest::ReadWrite => Events::EPOLLIN | Events::EPOLLOUT,
+            Interest::Edge => Events::EPOLLIN | Events::EPOLLET,
         };
-        let event = Event::new(events, token.0);
+        let event = Event::new(events, token.to_raw());
         epoll::ctl(self.0.as_raw_fd(), operation, fd.as_raw_fd(), event)
     }
 }

@@ -1,26 +1,29 @@
-use std::os::fd::OwnedFd;
+use std::collections::BTreeSet;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use barkeep_protocol::wire::limits::MAX_DMA_MAPS;
 use barkeep_protocol::wire::{
-    BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, FaultReport,
-    FaultVerdict, InfoQuery, PciIrq, PciRegion, RegionAccess, RegionData, RegionFlags, RegionState,
-    RegionStateQuery, SetIrqs,
+    BarkeepExtensions, DecodeFlags, DeviceFeature, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap,
+    FaultReport, FaultVerdict, InfoQuery, IoFdsQuery, PciIrq, PciRegion, RegionAccess, RegionFlags,
+    RegionState, RegionStateQuery, SetIrqs, SparseArea,
 };
-use tracing::info;
 
+use super::migration::Migration;
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
-use super::served::{
-    Reply, Served, absent_region, checked_end, dma_access, duplicate, unmap_range,
-};
-use crate::devices::{Context, Device};
-use crate::dma::{DmaTable, Iova};
-use crate::irq::Interrupts;
-use crate::pci::{
-    BarIndex, BarKind, Effects, Function, RequestKind, ResetKind, SpecError, UnsupportedRequest,
-};
+use super::served::{Reply, Served, absent_region, checked_end, dma_access, duplicate};
+use crate::devices::{Context, Device, MAX_WAKES, MemoryMessage, Options, Ticket, Transfers};
+use crate::dma::{DmaError, DmaTable, Iova};
+use crate::irq::{EventFd, Interrupts};
+use crate::pci::{BarIndex, Effects, Function, FunctionSpec, ResetKind, RomSpec, SpecError, spec};
 
+mod accesses;
+mod features;
 mod interrupts;
+mod io_fds;
+mod unmapping;
+mod work;
 
 /// A function with everything it needs to be served: the model, the device behind it, its windows
 /// into guest memory and its interrupts.
@@ -31,8 +34,15 @@ pub struct HostedFunction {
     name: String,
     function: Function,
     device: Box<dyn Device>,
+    rom: Option<Vec<u8>>,
     interrupts: Interrupts,
     dma: DmaTable,
+    transfers: Transfers,
+    /// Transfers are left that need nobody but us.
+    unfinished: bool,
+    migration: Migration,
+    /// Wakes that came while the function was stopped, by index.
+    missed_wakes: BTreeSet<usize>,
     regions: [RegionState; PciRegion::COUNT as usize],
     log: RateLimit,
 }
@@ -43,20 +53,11 @@ impl std::fmt::Debug for HostedFunction {
     }
 }
 
-/// What an access that nobody claimed wanted.
-#[derive(Clone, Copy)]
-enum Direction {
-    Read,
-    /// To memory space.
-    Write,
-    /// To I/O space: the requester waits for its completion.
-    IoWrite,
-}
-
 /// A region that exists, by what serves it.
 #[derive(Clone, Copy)]
 enum Target {
     Bar(BarIndex),
+    Rom,
     Config,
 }
 
@@ -66,14 +67,43 @@ impl HostedFunction {
     /// # Errors
     /// [`SpecError`] when the device describes a function that can't exist: a bug of the device.
     pub fn new(name: impl Into<String>, device: Box<dyn Device>) -> Result<Self, SpecError> {
-        let function = Function::new(device.spec())?;
-        let vectors = function.spec().msi.map_or(0, |msi| msi.vectors.count());
+        Self::with_options(name, device, Options::default())
+    }
+
+    /// As [`new`](Self::new), with what an operator said about the function.
+    ///
+    /// # Errors
+    /// [`SpecError`], also when the function can't have such a ROM.
+    pub fn with_options(
+        name: impl Into<String>,
+        device: Box<dyn Device>,
+        options: Options,
+    ) -> Result<Self, SpecError> {
+        let Options { decode, rom } = options;
+        let size = |rom: &Vec<u8>| {
+            let length = u32::try_from(rom.len()).ok().and_then(u32::checked_next_power_of_two);
+            length.unwrap_or(u32::MAX).max(spec::rom::SIZE_MIN)
+        };
+        let function = Function::new(FunctionSpec {
+            decode,
+            rom: rom.as_ref().map(|rom| RomSpec { size: size(rom) }),
+            ..device.spec()
+        })?;
+        assert!(device.wakes().len() <= MAX_WAKES, "the device keeps to the limit");
+        let spec = function.spec();
+        let msi = spec.msi.map_or(0, |msi| msi.vectors.count());
+        let msix = spec.msix.map_or(0, |msix| msix.vectors.count());
         Ok(Self {
             name: name.into(),
+            interrupts: Interrupts::new(msi.into(), msix.into()),
             function,
             device,
-            interrupts: Interrupts::new(vectors.into()),
+            rom,
             dma: DmaTable::new(MAX_DMA_MAPS),
+            transfers: Transfers::default(),
+            unfinished: false,
+            migration: Migration::default(),
+            missed_wakes: BTreeSet::new(),
             regions: Default::default(),
             log: RateLimit::default(),
         })
@@ -84,149 +114,210 @@ impl Served for HostedFunction {
     fn client_left(&mut self) {
         // Before the windows go, whatever the reset does.
         self.device.quiesce();
+        self.reset_function();
         // Only an IOMMU could refuse.
         let _ = self.dma.unmap_all();
+        self.dma.stop_logging();
         self.interrupts.disconnect();
-        self.reset_function();
         self.regions = Default::default();
     }
 
-    fn device_info(&self) -> Reply {
+    fn device_info(&self, reply: &mut Reply<'_>) {
         let info = DeviceInfo {
             flags: DeviceFlags::RESET | DeviceFlags::PCI,
             num_regions: PciRegion::COUNT,
             num_irqs: PciIrq::COUNT,
         };
-        Reply::body(info.to_bytes())
+        reply.bytes(&info.to_bytes());
     }
 
-    fn region_info(&self, query: InfoQuery, _: BarkeepExtensions) -> Result<Reply, RequestError> {
+    fn region_info(
+        &self,
+        query: InfoQuery,
+        _: BarkeepExtensions,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
         let region =
             PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
         let mut info = absent_region(query.index);
-        let mut fds = Vec::new();
         if let Some((target, size)) = self.target(region) {
-            info.flags = RegionFlags::READ | RegionFlags::WRITE;
+            info.flags = match target {
+                Target::Rom => RegionFlags::READ,
+                Target::Bar(_) | Target::Config => RegionFlags::READ | RegionFlags::WRITE,
+            };
             info.size = size;
             if let Target::Bar(bar) = target
                 && let Some(mapping) = self.device.mapping(bar)
             {
-                fds.push(duplicate(mapping.file)?);
-                info.flags |= RegionFlags::MMAP;
-                info.file_offset = mapping.offset;
-            }
-        }
-        Ok(Reply { body: info.to_bytes(query.argsz), fds })
-    }
-
-    fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError> {
-        let target = self.checked(access)?;
-        let mut body = access.reply_buffer();
-        let data = &mut body[RegionAccess::SIZE..];
-        match target {
-            Target::Config => {
-                self.function.config_read(offset_in_config(access.offset), data);
-            }
-            // A bus has no access of no bytes.
-            Target::Bar(_) if data.is_empty() => {}
-            Target::Bar(bar) => {
-                data.fill(0xff);
-                if self.function.claims(bar) {
-                    let (device, mut context) = self.split();
-                    device.bar_read(bar, access.offset, data, &mut context);
-                    self.counters(access.region).reads += 1;
-                } else {
-                    self.unsupported(access, Direction::Read);
+                let areas = self.function.mappable_areas(bar);
+                if !areas.is_empty() {
+                    reply.fd(duplicate(mapping.file)?);
+                    info.flags |= RegionFlags::MMAP;
+                    info.file_offset = mapping.offset;
+                    if !matches!(areas[..], [ref area] if *area == (0..size)) {
+                        let area = |part: &std::ops::Range<u64>| SparseArea {
+                            offset: part.start,
+                            size: part.end - part.start,
+                        };
+                        info.sparse = areas.iter().map(area).collect();
+                    }
                 }
             }
         }
-        Ok(Reply::body(body))
+        reply.bytes(&info.to_bytes(query.argsz));
+        Ok(())
     }
 
-    fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError> {
-        let access = &write.access;
-        match self.checked(access)? {
-            Target::Config => {
-                let offset = offset_in_config(access.offset);
-                let effects = self.function.config_write(offset, write.data);
-                self.apply(&effects);
-            }
-            Target::Bar(_) if write.data.is_empty() => {}
-            Target::Bar(bar) if self.function.claims(bar) => {
-                let (device, mut context) = self.split();
-                device.bar_write(bar, access.offset, write.data, &mut context);
-                self.counters(access.region).writes += 1;
-            }
-            Target::Bar(bar) => {
-                let io = self.function.bar(bar).is_some_and(|bar| bar.kind == BarKind::Io);
-                self.unsupported(access, if io { Direction::IoWrite } else { Direction::Write });
-            }
-        }
-        Ok(Reply::body(access.to_bytes()))
+    fn region_read(&mut self, access: &RegionAccess, data: &mut [u8]) -> Result<(), RequestError> {
+        accesses::read(self, access, data)
     }
 
-    fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
-        interrupts::info(self, query)
+    fn region_write(&mut self, access: &RegionAccess, data: &[u8]) -> Result<(), RequestError> {
+        accesses::write(self, access, data)
     }
 
-    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Reply, RequestError> {
+    fn region_io_fds(
+        &self,
+        query: &IoFdsQuery,
+        most: usize,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        io_fds::info(self, query, most, reply)
+    }
+
+    fn irq_info(&self, query: InfoQuery, reply: &mut Reply<'_>) -> Result<(), RequestError> {
+        interrupts::info(self, query, reply)
+    }
+
+    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
         interrupts::set(self, set, fds)
     }
 
-    fn device_reset(&mut self) -> Result<Reply, RequestError> {
-        self.reset_function();
-        Ok(Reply::default())
+    fn unmask_eventfd(&self) -> Option<&Arc<EventFd>> {
+        self.interrupts.intx.unmask_eventfd()
     }
 
-    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<Reply, RequestError> {
+    fn unmask(&mut self) {
+        self.interrupts.intx.unmask();
+    }
+
+    fn device_reset(&mut self) -> Result<(), RequestError> {
+        self.reset_function();
+        Ok(())
+    }
+
+    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), RequestError> {
         let file = file.map(|file| (file, map.file_offset));
         self.dma.map(Iova(map.address), map.size, dma_access(map.access), file)?;
-        Ok(Reply::default())
+        Ok(())
     }
 
-    fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError> {
-        let range = unmap_range(unmap)?;
-        self.device.quiesce();
-        match range {
-            Some((iova, size)) => self.dma.unmap(iova, size)?,
-            None => self.dma.unmap_all()?,
-        }
-        Ok(Reply::body(unmap.to_bytes()))
+    fn dma_unmap(&mut self, unmap: &DmaUnmap, reply: &mut Reply<'_>) -> Result<(), RequestError> {
+        unmapping::unmap(self, unmap, reply)
     }
 
-    fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError> {
+    fn device_feature(
+        &mut self,
+        request: &DeviceFeature<'_>,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        features::serve(self, request, reply)
+    }
+
+    fn migration_read(&mut self, limit: usize, out: &mut Vec<u8>) -> Result<(), RequestError> {
+        features::migration_read(self, limit, out)
+    }
+
+    fn migration_write(&mut self, data: &[u8]) -> Result<(), RequestError> {
+        features::migration_write(self, data)
+    }
+
+    fn memory_fault(
+        &mut self,
+        report: &FaultReport,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
         let access = RegionAccess { offset: report.offset, region: report.region, count: 1 };
         let Target::Bar(bar) = self.checked(&access)? else {
             return Err(RequestError::NoRegion(report.region));
         };
         self.counters(report.region).memory_faults += 1;
         let epoch = self.function.epoch();
-        let verdict = if !self.function.claims(bar) {
+        let mappable = || {
+            let areas = self.function.mappable_areas(bar);
+            self.device.mapping(bar).is_some()
+                && areas.iter().any(|area| area.contains(&report.offset))
+        };
+        let verdict = if !self.claims(bar) {
             FaultVerdict::UnsupportedRequest { epoch }
-        } else if self.device.mapping(bar).is_some() {
+        } else if mappable() {
             FaultVerdict::Map { epoch }
         } else {
             FaultVerdict::Trap { epoch }
         };
-        Ok(Reply::body(verdict.to_bytes()))
+        reply.bytes(&verdict.to_bytes());
+        Ok(())
     }
 
-    fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError> {
-        let region = PciRegion::from_index(query.region)
-            .filter(|region| self.target(*region).is_some())
+    fn region_state(
+        &mut self,
+        query: RegionStateQuery,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        let (target, _) = PciRegion::from_index(query.region)
+            .and_then(|region| self.target(region))
             .ok_or(RequestError::NoRegion(query.region))?;
-        let claimed = match region {
-            PciRegion::Bar(index) => {
-                BarIndex::new(index).is_some_and(|bar| self.function.claims(bar))
-            }
-            PciRegion::Rom | PciRegion::Config | PciRegion::Vga => true,
+        let claimed = match target {
+            Target::Bar(bar) => self.claims(bar),
+            Target::Rom => self.function.claims_rom(),
+            Target::Config => true,
         };
         let mut decode = DecodeFlags::empty();
         decode.set(DecodeFlags::CLAIMED, claimed);
         let epoch = self.function.epoch();
         let counters = *self.counters(query.region);
         let state = RegionState { decode: decode.bits(), epoch, ..counters };
-        Ok(Reply::body(state.to_bytes()))
+        reply.bytes(&state.to_bytes());
+        Ok(())
+    }
+
+    fn next_address(&mut self) -> Option<Iova> {
+        self.work();
+        let asks = self.migration.is_running() && self.transfers.is_stuck();
+        self.transfers.address().filter(|_| asks)
+    }
+
+    fn next_message(&mut self, limit: usize) -> Option<MemoryMessage> {
+        self.message(limit)
+    }
+
+    fn has_work(&self) -> bool {
+        self.unfinished
+    }
+
+    fn answered(&mut self, ticket: Ticket, answer: Result<&[u8], DmaError>) {
+        // Neither the driver nor the new home of a function that moved expects anything any more.
+        let answer = match answer {
+            Ok(_) if !self.function.bus_master() => Err(DmaError::BusMasterDisabled),
+            answer => answer,
+        };
+        let step = self.transfers.answered(&self.dma, ticket, answer);
+        self.step_taken(step);
+        self.work();
+    }
+
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        self.device.wakes()
+    }
+
+    fn woken(&mut self, index: usize) {
+        if !self.migration.is_running() {
+            self.missed_wakes.insert(index);
+            return;
+        }
+        let (device, mut context) = self.split();
+        device.woken(index, &mut context);
+        self.work();
     }
 }
 
@@ -238,10 +329,14 @@ impl HostedFunction {
         }
         if effects.reset.is_some() {
             self.device.quiesce();
+            self.transfers.clear();
             self.device.reset();
         }
         for vector in effects.msi.deliver.iter() {
             self.interrupts.msi.signal(vector.into());
+        }
+        for vector in effects.msix.deliver.iter() {
+            self.interrupts.msix.signal(vector.into());
         }
         if let Some(level) = effects.intx {
             self.interrupts.intx.set_level(level);
@@ -252,13 +347,22 @@ impl HostedFunction {
         }
     }
 
+    /// As at power-on, and working.
     fn reset_function(&mut self) {
+        self.migration = Migration::Running;
+        self.missed_wakes.clear();
         let effects = self.function.reset(ResetKind::Device);
         self.apply(&effects);
     }
 
+    /// A stopped function claims nothing but configuration space: what it has was given away.
+    fn claims(&self, bar: BarIndex) -> bool {
+        self.migration.is_running() && self.function.claims(bar)
+    }
+
     fn split(&mut self) -> (&mut dyn Device, Context<'_>) {
-        let context = Context::new(&mut self.function, &mut self.interrupts, &self.dma);
+        let context =
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
         (self.device.as_mut(), context)
     }
 
@@ -270,7 +374,8 @@ impl HostedFunction {
                 Some((Target::Bar(bar.index), bar.size))
             }
             PciRegion::Config => Some((Target::Config, self.function.config_size() as u64)),
-            PciRegion::Rom | PciRegion::Vga => None,
+            PciRegion::Rom => self.function.spec().rom.map(|rom| (Target::Rom, rom.size.into())),
+            PciRegion::Vga => None,
         }
     }
 
@@ -283,42 +388,7 @@ impl HostedFunction {
         Ok(target)
     }
 
-    /// Counts, records and logs an access to a BAR that does not decode.
-    fn unsupported(&mut self, access: &RegionAccess, direction: Direction) {
-        let bar = u8::try_from(access.region)
-            .ok()
-            .and_then(BarIndex::new)
-            .and_then(|index| self.function.bar(index));
-        let io = bar.is_some_and(|bar| bar.kind == BarKind::Io);
-        let counters = self.counters(access.region);
-        let (counter, kind, what) = match direction {
-            Direction::Read if io => (&mut counters.reads_ur, RequestKind::IoRead, "read"),
-            Direction::Read => (&mut counters.reads_ur, RequestKind::MemoryRead, "read"),
-            Direction::Write => (&mut counters.writes_dropped, RequestKind::MemoryWrite, "write"),
-            Direction::IoWrite => (&mut counters.writes_dropped, RequestKind::IoWrite, "write"),
-        };
-        *counter += 1;
-        let _ = self.function.record_unsupported_request(&UnsupportedRequest {
-            kind,
-            address: bar.map_or(0, |bar| bar.address).saturating_add(access.offset),
-            length: access.count as usize,
-        });
-        if let Some(suppressed) = self.log.admit() {
-            let RegionAccess { offset, region, count } = *access;
-            info!(
-                function = self.name,
-                suppressed,
-                "Unsupported Request: {what} of {count} bytes at BAR{region}+{offset:#x}, which does not decode"
-            );
-        }
-    }
-
     fn counters(&mut self, region: u32) -> &mut RegionState {
         &mut self.regions[region as usize]
     }
-}
-
-/// Configuration space is at most 4096 bytes, and the access was checked against it.
-fn offset_in_config(offset: u64) -> usize {
-    usize::try_from(offset).expect("checked against the size of configuration space")
 }

@@ -1,12 +1,11 @@
 //! A session without an event loop, for the fuzz targets: what it does depends on its bytes alone.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::ServedFunction;
-use super::event_loop::Interest;
 use super::session::Session;
 
 /// A client cannot be late here.
@@ -29,13 +28,15 @@ impl Connection {
     /// Returns whether the session goes on.
     pub fn serve(&mut self, function: &mut ServedFunction) -> bool {
         loop {
-            let Ok(interest) = self.session.serve(function.0.as_mut()) else { return false };
-            let events = match interest {
-                Interest::Read => PollFlags::IN,
-                Interest::Write => PollFlags::OUT,
-                Interest::ReadWrite => PollFlags::IN | PollFlags::OUT,
-            };
-            let mut socket = [PollFd::from_borrowed_fd(self.session.as_fd(), events)];
+            if self.session.serve(function.0.as_mut()).is_err() {
+                return false;
+            }
+            if self.session.has_more() {
+                continue;
+            }
+            let (socket, writes) = self.session.waits();
+            let events = if writes { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+            let mut socket = [PollFd::from_borrowed_fd(socket, events)];
             if poll(&mut socket, Some(&Timespec::default())) != Ok(1) {
                 return true;
             }

@@ -1,13 +1,20 @@
 //! Serves functions to clients: one socket a function, one client a socket, one event loop for all.
 
+mod channel;
+mod commands;
 mod event_loop;
 mod function;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod migration;
 #[cfg(feature = "passthrough")]
 mod passthrough;
+mod peer;
+mod poller;
+mod port;
 mod rate_limit;
 mod request_error;
+mod requests;
 mod served;
 mod session;
 mod socket_path;
@@ -22,41 +29,29 @@ pub use request_error::RequestError;
 pub use served::ServedFunction;
 pub use socket_path::{SocketError, SocketPath};
 
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
-use tracing::{info, warn};
+use tracing::info;
 
-use self::event_loop::{Epoll, Interest, Token};
-use self::rate_limit::RateLimit;
-use self::session::{Session, SessionEnd};
-
-/// How long a client may take from being accepted to its VERSION message. The next one is waiting,
-/// and has patience of its own: QEMU's is 5 seconds, so it outlasts a few that stay silent.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(1);
-/// How long accepting pauses when the process is out of descriptors or memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+use self::event_loop::{Epoll, Interest, Source, Token, Wait};
+use self::poller::Poller;
+use self::port::{Port, Turn};
 
 /// Functions and the sockets they are served on.
 #[derive(Debug)]
 pub struct Server {
     epoll: Epoll,
     ports: Vec<Port>,
+    /// Ports that have a deadline. Few of many do, and only for a moment.
+    timed: BTreeSet<usize>,
+    poller: Poller,
 }
 
-/// One function with its socket and the client that has it at the moment.
-#[derive(Debug)]
-struct Port {
-    socket: SocketPath,
-    function: ServedFunction,
-    session: Option<Session>,
-    accept_again_at: Option<Instant>,
-    client_log: RateLimit,
-    accept_log: RateLimit,
-}
+/// How often a busy client's socket is looked at between two looks at everything.
+const LOOKS: u32 = 32;
 
 impl Server {
     /// A server of nothing.
@@ -64,7 +59,18 @@ impl Server {
     /// # Errors
     /// When the kernel has no more descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { epoll: Epoll::new()?, ports: Vec::new() })
+        Ok(Self {
+            epoll: Epoll::new()?,
+            ports: Vec::new(),
+            timed: BTreeSet::new(),
+            poller: Poller::new(Duration::ZERO),
+        })
+    }
+
+    /// Lets the server look for further requests for so long before it sleeps, while the client's
+    /// requests follow each other closely enough for that to pay. Zero, the default, turns it off.
+    pub fn set_poll_budget(&mut self, budget: Duration) {
+        self.poller = Poller::new(budget);
     }
 
     /// Adds a function. Clients that connect are served from [`run`](Self::run) on.
@@ -76,16 +82,9 @@ impl Server {
         socket: SocketPath,
         function: impl Into<ServedFunction>,
     ) -> io::Result<()> {
-        let token = Token::listener(self.ports.len());
-        self.epoll.add(socket.listener(), token, Interest::Read)?;
-        self.ports.push(Port {
-            socket,
-            function: function.into(),
-            session: None,
-            accept_again_at: None,
-            client_log: RateLimit::default(),
-            accept_log: RateLimit::default(),
-        });
+        let port = Port::new(self.ports.len(), socket, function.into());
+        port.add(&self.epoll)?;
+        self.ports.push(port);
         Ok(())
     }
 
@@ -95,128 +94,94 @@ impl Server {
     /// # Errors
     /// When the event loop itself fails; nothing that a client does can cause that.
     pub fn run(mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
-        self.epoll.add(stop, Token::STOP, Interest::Read)?;
+        self.epoll.add(stop, Token::Stop, Interest::Read)?;
+        let mut tokens = Vec::new();
+        // Ports with work left that needs no event.
+        let mut unfinished = Vec::new();
         loop {
-            for token in self.epoll.wait(self.next_deadline())? {
-                if token == Token::STOP {
-                    self.stop();
-                    return Ok(());
+            let polled = self.poller.target();
+            let wait = if polled.is_some() || !unfinished.is_empty() {
+                Wait::None
+            } else {
+                Wait::Until(self.next_deadline())
+            };
+            self.epoll.wait(wait, &mut tokens)?;
+            tokens.extend(unfinished.drain(..).map(|port| Token::Port(port, Source::Work)));
+            // What devices hear comes before what is asked of them.
+            tokens.sort_by_key(|token| matches!(token, Token::Port(_, Source::Client)));
+            for token in &tokens {
+                match *token {
+                    Token::Stop => {
+                        self.stop();
+                        return Ok(());
+                    }
+                    Token::Port(port, source) => {
+                        self.turn(port, source, &mut unfinished)?;
+                    }
                 }
-                let Some(port) = self.ports.get_mut(token.port()) else { continue };
-                if token.is_listener() {
-                    port.accept(&self.epoll, token)?;
-                } else {
-                    port.serve(&self.epoll, token)?;
-                }
+            }
+            if let Some(port) = polled {
+                self.look(port, &mut unfinished)?;
             }
             self.expire()?;
         }
     }
 
-    fn stop(&mut self) {
-        for port in &mut self.ports {
-            if let Some(session) = &mut port.session {
-                session.flush();
-            }
-            port.function.0.client_left();
+    fn turn(
+        &mut self,
+        index: usize,
+        source: Source,
+        unfinished: &mut Vec<usize>,
+    ) -> io::Result<Turn> {
+        let Some(port) = self.ports.get_mut(index) else { return Ok(Turn::Nothing) };
+        let turn = port.turn(&self.epoll, source)?;
+        match turn {
+            Turn::Nothing => {}
+            Turn::Served => self.poller.served(index),
+            Turn::Ended => self.poller.forget(index),
         }
+        if port.has_work() && !unfinished.contains(&index) {
+            unfinished.push(index);
+        }
+        if port.deadline().is_some() {
+            self.timed.insert(index);
+        } else if !self.timed.is_empty() {
+            self.timed.remove(&index);
+        }
+        Ok(turn)
+    }
+
+    /// Looks for a busy client's next request a few times.
+    fn look(&mut self, port: usize, unfinished: &mut Vec<usize>) -> io::Result<()> {
+        for _ in 0..LOOKS {
+            if self.turn(port, Source::Client, unfinished)? == Turn::Ended {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.ports.iter_mut().for_each(Port::stop);
         info!("stopped");
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let deadline = |port: &Port| match &port.session {
-            Some(session) => session.handshake_deadline(),
-            None => port.accept_again_at,
-        };
-        self.ports.iter().filter_map(deadline).min()
+        self.timed.iter().filter_map(|port| self.ports[*port].deadline()).min()
     }
 
     /// Ends handshakes that take too long and resumes accepting where it paused.
     fn expire(&mut self) -> io::Result<()> {
+        if self.timed.is_empty() {
+            return Ok(());
+        }
         let now = Instant::now();
-        for (index, port) in self.ports.iter_mut().enumerate() {
-            match &port.session {
-                Some(session) if session.handshake_deadline().is_some_and(|at| at <= now) => {
-                    port.end_session(&self.epoll, Token::session(index), &SessionEnd::Silent)?;
-                }
-                None if port.accept_again_at.is_some_and(|at| at <= now) => {
-                    port.accept_again_at = None;
-                    port.listen(&self.epoll, Token::listener(index))?;
-                }
-                _ => {}
-            }
+        for port in &self.timed {
+            self.ports[*port].expire(&self.epoll, now)?;
         }
+        let ports = &self.ports;
+        self.timed.retain(|port| ports[*port].deadline().is_some());
         Ok(())
-    }
-}
-
-impl Port {
-    /// Takes the next client. Further ones wait in the socket's backlog until it leaves.
-    fn accept(&mut self, epoll: &Epoll, token: Token) -> io::Result<()> {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        match accept_with(self.socket.listener(), flags) {
-            Ok(socket) => self.start_session(epoll, token, socket),
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(()),
-            Err(errno) => {
-                // The connection stays in the backlog; trying again at once would spin.
-                if let Some(suppressed) = self.accept_log.admit() {
-                    let socket = &self.socket;
-                    warn!(%socket, suppressed, "can't accept a client: {errno}");
-                }
-                epoll.remove(self.socket.listener())?;
-                self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
-                Ok(())
-            }
-        }
-    }
-
-    fn start_session(&mut self, epoll: &Epoll, token: Token, socket: OwnedFd) -> io::Result<()> {
-        epoll.remove(self.socket.listener())?;
-        let session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
-        epoll.add(session.as_fd(), Token::session(token.port()), Interest::Read)?;
-        self.session = Some(session);
-        Ok(())
-    }
-
-    fn serve(&mut self, epoll: &Epoll, token: Token) -> io::Result<()> {
-        // An event of a session that ended earlier in this round.
-        let Some(session) = &mut self.session else { return Ok(()) };
-        let greeted = session.handshake_deadline().is_none();
-        let end = match session.serve(self.function.0.as_mut()) {
-            Ok(interest) => {
-                if !greeted && session.handshake_deadline().is_none() {
-                    log_client(&mut self.client_log, &self.socket, "client connected");
-                }
-                return session.watch(epoll, token, interest);
-            }
-            Err(end) => end,
-        };
-        self.end_session(epoll, token, &end)
-    }
-
-    fn end_session(&mut self, epoll: &Epoll, token: Token, end: &SessionEnd) -> io::Result<()> {
-        let session = self.session.take();
-        if let Some(session) = &session {
-            epoll.remove(session.as_fd())?;
-            // A probe that connects and leaves without a word is no client.
-            if session.handshake_deadline().is_none() || !matches!(end, SessionEnd::Left) {
-                log_client(&mut self.client_log, &self.socket, &format!("client gone: {end}"));
-            }
-        }
-        self.function.0.client_left();
-        // Not earlier: the end of the connection tells the client that its memory is given back.
-        drop(session);
-        self.listen(epoll, Token::listener(token.port()))
-    }
-
-    fn listen(&self, epoll: &Epoll, token: Token) -> io::Result<()> {
-        epoll.add(self.socket.listener(), token, Interest::Read)
-    }
-}
-
-/// Clients may come and go as fast as they like, and this is all that it costs.
-fn log_client(log: &mut RateLimit, socket: &SocketPath, what: &str) {
-    if let Some(suppressed) = log.admit() {
-        info!(%socket, suppressed, "{what}");
     }
 }

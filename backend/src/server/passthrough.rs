@@ -1,17 +1,17 @@
 use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, Errno, FaultReport,
-    FaultVerdict, InfoQuery, IrqAction, IrqData, IrqInfo, IrqInfoFlags, PciIrq, PciRegion,
-    RegionAccess, RegionData, RegionFlags, RegionState, RegionStateQuery, SetIrqs, SparseArea,
+    BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, DmaUnmapFlags,
+    Errno, FaultReport, FaultVerdict, InfoQuery, IoFds, IoFdsQuery, IrqAction, IrqData, IrqInfo,
+    IrqInfoFlags, PciIrq, PciRegion, RegionAccess, RegionFlags, RegionState, RegionStateQuery,
+    SetIrqs, SparseArea, WireError,
 };
 use tracing::{error, info, warn};
 
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::served::{
-    Reply, Served, absent_region, check_descriptors, checked_end, disables_all, dma_access,
-    duplicate, unmap_range,
+    Reply, Served, absent_region, check_descriptors, checked_end, dma_access, duplicate,
 };
 use crate::devices::passthrough::{
     Completion, IrqRequest, MapBars, VfioFunction, VfioIrq, VfioIrqError, VfioRegion,
@@ -59,22 +59,22 @@ impl PassthroughFunction {
 }
 
 impl Served for PassthroughFunction {
-    fn device_info(&self) -> Reply {
+    fn device_info(&self, reply: &mut Reply<'_>) {
         let mut flags = DeviceFlags::PCI;
         flags.set(DeviceFlags::RESET, self.function.resettable());
         let info = DeviceInfo { flags, num_regions: PciRegion::COUNT, num_irqs: PciIrq::COUNT };
-        Reply::body(info.to_bytes())
+        reply.bytes(&info.to_bytes());
     }
 
     fn region_info(
         &self,
         query: InfoQuery,
         extensions: BarkeepExtensions,
-    ) -> Result<Reply, RequestError> {
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
         let region =
             PciRegion::from_index(query.index).ok_or(RequestError::NoRegion(query.index))?;
         let mut info = absent_region(query.index);
-        let mut fds = Vec::new();
         if let Some(region) = self.target(region) {
             let description = self.function.region(region);
             info.flags.set(RegionFlags::READ, description.readable);
@@ -82,7 +82,7 @@ impl Served for PassthroughFunction {
             info.size = description.size;
             let maps = self.map.allows(extensions.memory_fault);
             if maps && !description.mappable.is_empty() {
-                fds.push(duplicate(self.function.descriptor())?);
+                reply.fd(duplicate(self.function.descriptor())?);
                 info.flags |= RegionFlags::MMAP;
                 info.file_offset = description.file_offset;
                 if !description.wholly_mappable() {
@@ -94,10 +94,23 @@ impl Served for PassthroughFunction {
                 }
             }
         }
-        Ok(Reply { body: info.to_bytes(query.argsz), fds })
+        reply.bytes(&info.to_bytes(query.argsz));
+        Ok(())
     }
 
-    fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError> {
+    /// The kernel offers none (`VFIO_DEVICE_IOEVENTFD` would be the client's to ask for).
+    fn region_io_fds(
+        &self,
+        query: &IoFdsQuery,
+        _: usize,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        PciRegion::from_index(query.region).ok_or(RequestError::NoRegion(query.region))?;
+        IoFds { region: query.region, entries: Vec::new() }.write_to(query, reply.body);
+        Ok(())
+    }
+
+    fn irq_info(&self, query: InfoQuery, reply: &mut Reply<'_>) -> Result<(), RequestError> {
         let irq = vfio_irq(query.index)?;
         let description = self.function.irq(irq);
         let mut flags = IrqInfoFlags::empty();
@@ -107,10 +120,12 @@ impl Served for PassthroughFunction {
             flags.set(IrqInfoFlags::MASKABLE, description.maskable);
             flags.set(IrqInfoFlags::AUTOMASKED, description.automasked);
         }
-        Ok(Reply::body(IrqInfo { flags, index: query.index, count: description.count }.to_bytes()))
+        let info = IrqInfo { flags, index: query.index, count: description.count };
+        reply.bytes(&info.to_bytes());
+        Ok(())
     }
 
-    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Reply, RequestError> {
+    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
         let irq = vfio_irq(set.index)?;
         if self.function.irq(irq).count == 0 {
             return Err(RequestError::NoIrq(set.index));
@@ -130,36 +145,33 @@ impl Served for PassthroughFunction {
                 VfioIrqError::Device(errno) => RequestError::Device(errno),
             })?;
         }
-        Ok(Reply::default())
+        Ok(())
     }
 
-    fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError> {
+    fn region_read(&mut self, access: &RegionAccess, data: &mut [u8]) -> Result<(), RequestError> {
         let region = self.checked(access)?;
-        let mut body = access.reply_buffer();
-        let data = &mut body[RegionAccess::SIZE..];
         // A bus has no access of no bytes.
         if !data.is_empty() {
             let completion = self.function.read(region, access.offset, data);
             self.completed(region, access, completion, Direction::Read);
         }
-        Ok(Reply::body(body))
+        Ok(())
     }
 
-    fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError> {
-        let region = self.checked(&write.access)?;
-        if !write.data.is_empty() {
-            let completion = self.function.write(region, write.access.offset, write.data);
-            self.completed(region, &write.access, completion, Direction::Write);
+    fn region_write(&mut self, access: &RegionAccess, data: &[u8]) -> Result<(), RequestError> {
+        let region = self.checked(access)?;
+        if !data.is_empty() {
+            let completion = self.function.write(region, access.offset, data);
+            self.completed(region, access, completion, Direction::Write);
         }
-        Ok(Reply::body(write.access.to_bytes()))
+        Ok(())
     }
 
-    fn device_reset(&mut self) -> Result<Reply, RequestError> {
-        self.function.reset().map_err(RequestError::Device)?;
-        Ok(Reply::default())
+    fn device_reset(&mut self) -> Result<(), RequestError> {
+        self.function.reset().map_err(RequestError::Device)
     }
 
-    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<Reply, RequestError> {
+    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), RequestError> {
         let file = file.map(|file| (file, map.file_offset));
         let access = dma_access(map.access);
         let result = self.function.dma_map(Iova(map.address), map.size, access, file);
@@ -176,16 +188,20 @@ impl Served for PassthroughFunction {
                 suppressed, "window of {size:#x} bytes at {address:#x} refused: {error}{hint}"
             );
         }
-        result?;
-        Ok(Reply::default())
+        Ok(result?)
     }
 
-    fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError> {
+    fn dma_unmap(&mut self, unmap: &DmaUnmap, reply: &mut Reply<'_>) -> Result<(), RequestError> {
         self.function.dma_unmap(unmap_range(unmap)?)?;
-        Ok(Reply::body(unmap.to_bytes()))
+        reply.bytes(&unmap.to_bytes());
+        Ok(())
     }
 
-    fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError> {
+    fn memory_fault(
+        &mut self,
+        report: &FaultReport,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
         let access = RegionAccess { offset: report.offset, region: report.region, count: 1 };
         let region = self.checked(&access)?;
         let VfioRegion::Bar(_) = region else {
@@ -201,10 +217,15 @@ impl Served for PassthroughFunction {
         } else {
             FaultVerdict::Trap { epoch }
         };
-        Ok(Reply::body(verdict.to_bytes()))
+        reply.bytes(&verdict.to_bytes());
+        Ok(())
     }
 
-    fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError> {
+    fn region_state(
+        &mut self,
+        query: RegionStateQuery,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
         let region = PciRegion::from_index(query.region).and_then(|region| self.target(region));
         let region = region.ok_or(RequestError::NoRegion(query.region))?;
         let mut decode = DecodeFlags::empty();
@@ -212,7 +233,8 @@ impl Served for PassthroughFunction {
         let epoch = self.function.epoch();
         let counters = *self.counters(query.region);
         let state = RegionState { decode: decode.bits(), epoch, ..counters };
-        Ok(Reply::body(state.to_bytes()))
+        reply.bytes(&state.to_bytes());
+        Ok(())
     }
 
     fn client_left(&mut self) {
@@ -302,6 +324,16 @@ impl PassthroughFunction {
     }
 }
 
+/// What is to be unmapped: a range, or with `None` everything.
+fn unmap_range(unmap: &DmaUnmap) -> Result<Option<(Iova, u64)>, WireError> {
+    let flags = unmap.flags;
+    if unmap.bitmap.is_some() {
+        return Err(WireError::Flags(flags.bits()));
+    }
+    let all = flags.contains(DmaUnmapFlags::ALL);
+    Ok((!all).then_some((Iova(unmap.address), unmap.size)))
+}
+
 fn vfio_irq(index: u32) -> Result<VfioIrq, RequestError> {
     Ok(match PciIrq::from_index(index).ok_or(RequestError::NoIrq(index))? {
         PciIrq::Intx => VfioIrq::Intx,
@@ -317,7 +349,7 @@ fn irq_request(
     set: &SetIrqs<'_>,
     eventfds: Vec<EventFd>,
 ) -> Result<Option<IrqRequest>, RequestError> {
-    if disables_all(set) {
+    if set.disables_index() {
         return Ok(Some(IrqRequest::Disable));
     }
     let (start, count) = (set.start, set.count as usize);

@@ -41,6 +41,19 @@ pub enum RequestError {
     /// Action and data of a SET_IRQS don't go together for this interrupt.
     #[error("interrupt action is not supported for index {0}")]
     IrqAction(u32),
+    /// The function has no such feature.
+    #[error("no such feature")]
+    NoFeature,
+    /// The state that was asked for can't be reached from the present one, or data was read or
+    /// written in a state that has none.
+    #[error("migration state does not allow this")]
+    MigrationState,
+    /// A migration stream that is not of such a function, or damaged.
+    #[error("state of another function, or damaged")]
+    ForeignState,
+    /// Memory that moves with the function.
+    #[error("memory of the device: {0}")]
+    Memory(Errno),
     /// The number of file descriptors does not fit the request.
     #[error("{0} file descriptors do not fit the request")]
     FdCount(usize),
@@ -53,15 +66,24 @@ pub enum RequestError {
 }
 
 impl RequestError {
+    /// Memory of a device's own that can't be read or written.
+    pub(super) fn memory(error: &std::io::Error) -> Self {
+        Self::Memory(Errno::from_io_error(error).unwrap_or(Errno::IO))
+    }
+
     /// The errno of the error reply.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
             Self::Wire(error) => error.errno(),
             Self::Dma(error) => error.errno(),
-            Self::Descriptor(errno) | Self::Device(errno) => *errno,
+            Self::Descriptor(errno) | Self::Device(errno) | Self::Memory(errno) => *errno,
+            // As for an ioctl that a device does not know.
+            Self::NoFeature => Errno::NOTTY,
             Self::NotNegotiated => Errno::NOTSUP,
             Self::Irq(_)
+            | Self::MigrationState
+            | Self::ForeignState
             | Self::OutOfOrder
             | Self::NoRegion(_)
             | Self::NoIrq(_)

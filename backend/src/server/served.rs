@@ -1,15 +1,17 @@
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use barkeep_protocol::wire::{
-    self, BarkeepExtensions, DmaMap, DmaUnmap, DmaUnmapFlags, FaultReport, InfoQuery, IrqAction,
-    IrqData, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionStateQuery, SetIrqs,
-    WireError,
+    self, BarkeepExtensions, DeviceFeature, DmaMap, DmaUnmap, FaultReport, InfoQuery, IoFdsQuery,
+    IrqData, RegionAccess, RegionFlags, RegionInfo, RegionStateQuery, SetIrqs,
 };
 
 use super::function::HostedFunction;
 use super::request_error::RequestError;
-use crate::dma::{DmaAccess, Iova};
+use crate::devices::{MemoryMessage, Ticket};
+use crate::dma::{DmaAccess, DmaError, Iova};
+use crate::irq::EventFd;
 
 /// A function of any kind that a server serves.
 pub struct ServedFunction(pub(super) Box<dyn Served>);
@@ -33,42 +35,112 @@ impl From<super::PassthroughFunction> for ServedFunction {
     }
 }
 
-/// What a session asks of a function: one method a request.
+/// What a session asks of a function: one method a request, and what the function has to say by
+/// itself.
 pub(super) trait Served: Send + fmt::Debug {
-    fn device_info(&self) -> Reply;
+    fn device_info(&self, reply: &mut Reply<'_>);
     /// What a region is, for a client with these extensions.
     fn region_info(
         &self,
         query: InfoQuery,
         extensions: BarkeepExtensions,
-    ) -> Result<Reply, RequestError>;
-    fn irq_info(&self, query: InfoQuery) -> Result<Reply, RequestError>;
-    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<Reply, RequestError>;
-    fn region_read(&mut self, access: &RegionAccess) -> Result<Reply, RequestError>;
-    fn region_write(&mut self, write: &RegionData<'_>) -> Result<Reply, RequestError>;
-    fn device_reset(&mut self) -> Result<Reply, RequestError>;
-    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<Reply, RequestError>;
-    fn dma_unmap(&mut self, unmap: &DmaUnmap) -> Result<Reply, RequestError>;
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError>;
+    fn irq_info(&self, query: InfoQuery, reply: &mut Reply<'_>) -> Result<(), RequestError>;
+    fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), RequestError>;
+    /// Fills `data`, which holds zeros, with `access.count` bytes.
+    fn region_read(&mut self, access: &RegionAccess, data: &mut [u8]) -> Result<(), RequestError>;
+    fn region_write(&mut self, access: &RegionAccess, data: &[u8]) -> Result<(), RequestError>;
+    fn device_reset(&mut self) -> Result<(), RequestError>;
+    fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), RequestError>;
+    fn dma_unmap(&mut self, unmap: &DmaUnmap, reply: &mut Reply<'_>) -> Result<(), RequestError>;
+
+    /// Writes to a region that the client may turn into signals of eventfds, at most so many.
+    fn region_io_fds(
+        &self,
+        query: &IoFdsQuery,
+        most: usize,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError>;
+    /// Migration and the log of dirty pages. A function without them has no such feature.
+    fn device_feature(
+        &mut self,
+        _request: &DeviceFeature<'_>,
+        _reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        Err(RequestError::NoFeature)
+    }
+    /// Appends the next at most `limit` bytes of the function's state.
+    fn migration_read(&mut self, _limit: usize, _out: &mut Vec<u8>) -> Result<(), RequestError> {
+        Err(RequestError::NoFeature)
+    }
+    fn migration_write(&mut self, _data: &[u8]) -> Result<(), RequestError> {
+        Err(RequestError::NoFeature)
+    }
 
     /// A guest access that the VMM's hypervisor could not complete on a mapped BAR.
-    fn memory_fault(&mut self, report: &FaultReport) -> Result<Reply, RequestError>;
-    fn region_state(&mut self, query: RegionStateQuery) -> Result<Reply, RequestError>;
+    fn memory_fault(
+        &mut self,
+        report: &FaultReport,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError>;
+    fn region_state(
+        &mut self,
+        query: RegionStateQuery,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError>;
+
+    /// The address that the client is to be asked about next, if there is one.
+    fn next_address(&mut self) -> Option<Iova> {
+        None
+    }
+    /// The next thing to ask the client for, about at most `limit` bytes.
+    fn next_message(&mut self, _limit: usize) -> Option<MemoryMessage> {
+        None
+    }
+    /// What the client answered to it: the bytes that were read, none for a write.
+    fn answered(&mut self, _ticket: Ticket, _answer: Result<&[u8], DmaError>) {}
+
+    /// Whether there is work left that needs no client: others had their turn meanwhile.
+    fn has_work(&self) -> bool {
+        false
+    }
+
+    /// Eventfds that wake the function, by index. They stay the same.
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    fn woken(&mut self, _index: usize) {}
+    /// The client's eventfd whose signal unmasks INTx, if it set one.
+    fn unmask_eventfd(&self) -> Option<&Arc<EventFd>> {
+        None
+    }
+    fn unmask(&mut self) {}
 
     /// The client has gone: its memory and eventfds are given back and the function is as at
     /// power-on for the next one.
     fn client_left(&mut self);
 }
 
-/// A successful answer.
-#[derive(Debug, Default)]
-pub(super) struct Reply {
-    pub(super) body: Vec<u8>,
-    pub(super) fds: Vec<OwnedFd>,
+/// A successful answer in the making.
+#[derive(Debug)]
+pub(super) struct Reply<'a> {
+    /// The payload is appended here.
+    pub(super) body: &'a mut Vec<u8>,
+    fds: &'a mut Vec<OwnedFd>,
 }
 
-impl Reply {
-    pub(super) fn body(body: Vec<u8>) -> Self {
-        Self { body, fds: Vec::new() }
+impl<'a> Reply<'a> {
+    pub(super) fn new(body: &'a mut Vec<u8>, fds: &'a mut Vec<OwnedFd>) -> Self {
+        Self { body, fds }
+    }
+
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
+        self.body.extend_from_slice(bytes);
+    }
+
+    pub(super) fn fd(&mut self, fd: OwnedFd) {
+        self.fds.push(fd);
     }
 }
 
@@ -93,21 +165,6 @@ pub(super) fn dma_access(wire: wire::DmaAccess) -> DmaAccess {
     access
 }
 
-/// What is to be unmapped: a range, or with `None` everything.
-pub(super) fn unmap_range(unmap: &DmaUnmap) -> Result<Option<(Iova, u64)>, WireError> {
-    let flags = unmap.flags;
-    if flags.contains(DmaUnmapFlags::DIRTY_BITMAP) {
-        return Err(WireError::Flags(flags.bits()));
-    }
-    if !flags.contains(DmaUnmapFlags::ALL) {
-        return Ok(Some((Iova(unmap.address), unmap.size)));
-    }
-    match (unmap.address, unmap.size) {
-        (0, 0) => Ok(None),
-        _ => Err(WireError::Flags(flags.bits())),
-    }
-}
-
 /// An access must end in its region.
 pub(super) fn checked_end(access: &RegionAccess, size: u64) -> Result<(), RequestError> {
     let RegionAccess { offset, region, count } = *access;
@@ -125,11 +182,4 @@ pub(super) fn check_descriptors(set: &SetIrqs<'_>, fds: &[OwnedFd]) -> Result<()
         return Err(RequestError::FdCount(fds.len()));
     }
     Ok(())
-}
-
-/// "a count (and start) of 0, with data flags of NONE disables all interrupts of the index"
-pub(super) fn disables_all(set: &SetIrqs<'_>) -> bool {
-    set.action == IrqAction::Trigger
-        && set.data == IrqData::None
-        && (set.start, set.count) == (0, 0)
 }

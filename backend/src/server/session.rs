@@ -1,36 +1,48 @@
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender, TransportError};
-use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, Errno, Header, MessageKind, Request, Version, WireError,
-};
+use barkeep_protocol::transport::{Message, Received, Sender, TransportError};
+use barkeep_protocol::wire::{Errno, Header, MessageKind, Offer, Request, Version, WireError};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use thiserror::Error;
 use tracing::debug;
 
-use super::event_loop::{Epoll, Interest, Token};
+use super::channel::Channel;
+use super::commands::Commands;
+use super::event_loop::{Epoll, Source, Token};
+use super::peer::Peer;
 use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
+use super::requests::serve_request;
 use super::served::{Reply, Served};
 
-/// Requests served before other functions of the process get their turn, and those that were read
-/// with the last of them.
+/// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
-/// Bytes of replies that may wait for a client that does not read; beyond, its requests are not read
-/// either.
-const MAX_QUEUED: usize = 4 << 20;
-/// The same for descriptors, of which a process has far fewer.
-const MAX_QUEUED_FDS: usize = 8;
+/// Bytes of replies that are collected before they are sent with one call.
+const MAX_UNSENT: usize = 64 << 10;
 
 /// One client's connection.
 #[derive(Debug)]
 pub(super) struct Session {
-    socket: OwnedFd,
-    receiver: Receiver,
-    sender: Sender,
+    client: Channel,
+    /// Where our own commands go, if the client wanted them apart.
+    twin: Option<Channel>,
+    /// Messages may have been read that are not served yet: others have their turn first.
+    more: bool,
+    desk: Desk,
+}
+
+/// A session without its sockets.
+#[derive(Debug)]
+struct Desk {
     state: State,
-    interest: Interest,
+    commands: Commands,
+    /// The end of the twin socket that is ours, until the event loop has it.
+    new_twin: Option<OwnedFd>,
+    /// What a request without reply would have been answered.
+    unsent: (Vec<u8>, Vec<OwnedFd>),
     log: RateLimit,
 }
 
@@ -38,7 +50,16 @@ pub(super) struct Session {
 enum State {
     /// VERSION is due by then.
     Greeting(Instant),
-    Ready(BarkeepExtensions),
+    Ready(Peer),
+}
+
+/// What came of serving a session for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Nothing was there.
+    Nothing,
+    /// Requests were served.
+    Served,
 }
 
 /// Why a session ended.
@@ -59,131 +80,239 @@ pub(super) enum SessionEnd {
 impl Session {
     pub(super) fn new(socket: OwnedFd, handshake_deadline: Instant) -> Self {
         Self {
-            socket,
-            receiver: Receiver::default(),
-            sender: Sender::default(),
-            state: State::Greeting(handshake_deadline),
-            interest: Interest::Read,
-            log: RateLimit::default(),
+            client: Channel::new(socket),
+            twin: None,
+            more: false,
+            desk: Desk {
+                state: State::Greeting(handshake_deadline),
+                commands: Commands::default(),
+                new_twin: None,
+                unsent: Default::default(),
+                log: RateLimit::default(),
+            },
         }
     }
 
     /// When the client's patience with VERSION ends; `None` once it is negotiated.
     pub(super) fn handshake_deadline(&self) -> Option<Instant> {
-        match self.state {
+        match self.desk.state {
             State::Greeting(deadline) => Some(deadline),
             State::Ready(_) => None,
         }
     }
 
-    /// Tells the event loop what [`serve`](Self::serve) waits for, if that has changed.
-    pub(super) fn watch(
-        &mut self,
-        epoll: &Epoll,
-        token: Token,
-        interest: Interest,
-    ) -> io::Result<()> {
-        if self.interest == interest {
-            return Ok(());
-        }
-        self.interest = interest;
-        epoll.modify(self.socket.as_fd(), token, interest)
+    /// Adds its sockets to the event loop.
+    pub(super) fn add(&self, epoll: &Epoll, port: usize) -> io::Result<()> {
+        self.client.add(epoll, Token::Port(port, Source::Client))
     }
 
-    /// Reads and answers requests as long as the socket has some, up to a batch. Returns what to
-    /// wait for next.
-    pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Interest, SessionEnd> {
-        for turn in 0.. {
-            if self.sender.flush(&self.socket)? == Flush::Blocked && self.holds_too_much() {
-                return Ok(Interest::Write);
+    /// Tells the event loop what [`serve`](Self::serve) waits for, if that has changed.
+    pub(super) fn watch(&mut self, epoll: &Epoll, port: usize) -> io::Result<()> {
+        self.client.watch(epoll, Token::Port(port, Source::Client))?;
+        let token = Token::Port(port, Source::Twin);
+        if let Some(socket) = self.desk.new_twin.take() {
+            let twin = Channel::new(socket);
+            twin.add(epoll, token)?;
+            self.twin = Some(twin);
+        }
+        match &mut self.twin {
+            Some(twin) => twin.watch(epoll, token),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes its sockets from the event loop.
+    pub(super) fn remove(&self, epoll: &Epoll) -> io::Result<()> {
+        epoll.remove(self.client.as_fd())?;
+        self.twin.as_ref().map_or(Ok(()), |twin| epoll.remove(twin.as_fd()))
+    }
+
+    /// Whether it has to be served again although nothing may happen at its socket.
+    pub(super) fn has_more(&self) -> bool {
+        self.more
+    }
+
+    /// The client's socket, and whether something waits to be written.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn waits(&self) -> (std::os::fd::BorrowedFd<'_>, bool) {
+        (self.client.as_fd(), self.client.sender.queued_bytes() > 0)
+    }
+
+    /// Reads and answers requests as long as the socket has some, up to a batch.
+    pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
+        let mut progress = Progress::Nothing;
+        self.more = false;
+        for served in 0..=BATCH {
+            let sender = &self.client.sender;
+            if sender.queued_bytes() > MAX_UNSENT || sender.queued_fds() > 0 {
+                self.client.flush()?;
+                if self.client.holds_too_much() {
+                    break;
+                }
             }
-            let received = match turn {
-                0 => self.receiver.receive(&self.socket),
-                1..BATCH => self.receiver.receive_more(&self.socket),
-                // No wake-up tells of what has been read already.
-                _ => self.receiver.receive_within(&self.socket, 0),
+            if served == BATCH {
+                self.more = true;
+                break;
+            }
+            let Channel { socket, receiver, sender, .. } = &mut self.client;
+            // What the socket was empty of just now, it tells of when it comes.
+            let received = match served {
+                0 => receiver.receive(&*socket),
+                _ => receiver.receive_more(&*socket),
             };
             let outcome = match received {
-                Ok(Received::Message(message)) => {
-                    let frame = message.into_frame();
-                    self.handle(frame, function)
+                Ok(Received::Message(message)) => self.desk.handle(message, sender, function),
+                Ok(Received::Refused(header, error)) => {
+                    self.desk.refuse(&header, error.into(), sender)
                 }
-                Ok(Received::Refused(header, error)) => self.answer(&header, Err(error.into())),
                 Ok(Received::Pending) => break,
                 Ok(Received::Closed) => return Err(SessionEnd::Left),
                 Err(error) => return Err(self.farewell(error)),
             };
+            progress = Progress::Served;
             if let Err(end) = outcome {
                 // The last reply says why; it is lost if the client does not read.
-                let _ = self.sender.flush(&self.socket);
+                let _ = self.client.flush();
                 return Err(end);
             }
         }
-        Ok(match self.sender.flush(&self.socket)? {
-            Flush::Done => Interest::Read,
-            Flush::Blocked => Interest::ReadWrite,
-        })
+        self.send_commands(function);
+        self.flush()?;
+        Ok(progress)
     }
 
-    /// Hands over what the socket takes of the replies that still wait. For the end of the server,
-    /// which waits for nobody.
-    pub(super) fn flush(&mut self) {
-        let _ = self.sender.flush(&self.socket);
+    /// Reads what came over the twin socket: answers to our own commands, nothing else.
+    pub(super) fn serve_twin(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
+        for _ in 0..BATCH {
+            let Some(Channel { socket, receiver, sender, .. }) = &mut self.twin else { break };
+            match receiver.receive(&*socket)? {
+                Received::Message(message) => self.desk.handle_twin(message, sender, function)?,
+                Received::Refused(header, error) => {
+                    self.desk.refuse(&header, error.into(), sender)?;
+                }
+                Received::Pending => break,
+                Received::Closed => return Err(SessionEnd::Left),
+            }
+        }
+        self.send_commands(function);
+        self.flush()?;
+        Ok(())
     }
 
-    fn holds_too_much(&self) -> bool {
-        self.sender.queued_bytes() > MAX_QUEUED || self.sender.queued_fds() > MAX_QUEUED_FDS
+    /// Sends what the function has to say by itself: after a wake, for instance.
+    pub(super) fn speak(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
+        self.send_commands(function);
+        self.flush()?;
+        Ok(())
     }
 
-    fn handle(&mut self, frame: Frame, function: &mut dyn Served) -> Result<(), SessionEnd> {
-        let Frame { header, body, fds } = frame;
-        let request = Request::parse(header.command, &body).map_err(RequestError::from);
-        let result = match (self.state, request) {
-            (_, Ok(request)) if fds.len() > request.max_fds() => Err(WireError::TooManyFds.into()),
-            (State::Greeting(_), Ok(Request::Version(version))) => self.negotiate(&version),
-            (State::Greeting(_), Ok(_)) | (State::Ready(_), Ok(Request::Version(_))) => {
+    /// Hands over what the sockets take of what still waits.
+    pub(super) fn flush(&mut self) -> Result<(), TransportError> {
+        self.client.flush()?;
+        self.twin.as_mut().map_or(Ok(()), |twin| twin.flush().map(|_| ()))
+    }
+
+    fn send_commands(&mut self, function: &mut dyn Served) {
+        let State::Ready(peer) = self.desk.state else { return };
+        let channel = self.twin.as_mut().unwrap_or(&mut self.client);
+        self.desk.commands.send(function, peer, &mut channel.sender);
+    }
+
+    /// Tells a client whose stream can't be followed any more, if that is the reason.
+    fn farewell(&mut self, error: TransportError) -> SessionEnd {
+        if let TransportError::Framing { id, command, .. } = error {
+            self.client.sender.error(id, command, Errno::INVAL);
+            let _ = self.client.flush();
+        }
+        error.into()
+    }
+}
+
+impl Desk {
+    fn handle(
+        &mut self,
+        message: Message<'_>,
+        sender: &mut Sender,
+        function: &mut dyn Served,
+    ) -> Result<(), SessionEnd> {
+        let Message { header, body, fds } = message;
+        let MessageKind::Command { no_reply } = header.kind else {
+            return self.answered(&header, body, fds, sender, function);
+        };
+        let result = match Request::parse(header.command, body) {
+            Ok(request) if fds.len() > request.max_fds() => Err(WireError::TooManyFds.into()),
+            Ok(request) if no_reply => {
+                let (body, fds_out) = &mut self.unsent;
+                let result = Self::dispatch(
+                    &mut self.state,
+                    &mut self.new_twin,
+                    request,
+                    fds,
+                    function,
+                    &mut Reply::new(body, fds_out),
+                );
+                body.clear();
+                fds_out.clear();
+                result
+            }
+            Ok(request) => sender.try_reply(&header, |body, fds_out| {
+                Self::dispatch(
+                    &mut self.state,
+                    &mut self.new_twin,
+                    request,
+                    fds,
+                    function,
+                    &mut Reply::new(body, fds_out),
+                )
+            }),
+            Err(error) => Err(error.into()),
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) => self.refuse(&header, error, sender),
+        }
+    }
+
+    fn dispatch(
+        state: &mut State,
+        new_twin: &mut Option<OwnedFd>,
+        request: Request<'_>,
+        fds: Vec<OwnedFd>,
+        function: &mut dyn Served,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), RequestError> {
+        match (*state, request) {
+            (State::Greeting(_), Request::Version(version)) => {
+                let (answer, peer) = negotiate(&version, new_twin, reply)?;
+                reply.bytes(&answer.to_bytes());
+                *state = State::Ready(peer);
+                Ok(())
+            }
+            (State::Greeting(_), _) | (State::Ready(_), Request::Version(_)) => {
                 Err(RequestError::OutOfOrder)
             }
-            (State::Ready(extensions), Ok(request)) => {
-                serve_request(function, extensions, request, fds)
-            }
-            (_, Err(error)) => Err(error),
-        };
-        self.answer(&header, result)
+            (State::Ready(peer), request) => serve_request(function, peer, request, fds, reply),
+        }
     }
 
-    fn negotiate(&mut self, theirs: &Version) -> Result<Reply, RequestError> {
-        let answer = theirs.answer()?;
-        self.state = State::Ready(answer.capabilities.barkeep.unwrap_or_default());
-        Ok(Reply::body(answer.to_bytes()))
-    }
-
-    /// Queues the reply. A message that no client of ours would send ends the session after it: a
-    /// refused handshake has nothing to go on with, and an error reply to a reply could be answered
+    /// Answers with an error. A message that no client of ours would send ends the session after it:
+    /// a refused handshake has nothing to go on with, and an error reply to a reply could be answered
     /// in turn for ever.
-    fn answer(
+    fn refuse(
         &mut self,
         header: &Header,
-        result: Result<Reply, RequestError>,
+        error: RequestError,
+        sender: &mut Sender,
     ) -> Result<(), SessionEnd> {
         let MessageKind::Command { no_reply } = header.kind else {
-            self.sender.queue(Frame::error(header.id, header.command, Errno::INVAL));
+            sender.error(header.id, header.command, Errno::INVAL);
             return Err(SessionEnd::UnsolicitedReply);
-        };
-        let error = match result {
-            Ok(reply) => {
-                if !no_reply {
-                    self.sender.queue(Frame::reply(header, reply.body).with_fds(reply.fds));
-                }
-                return Ok(());
-            }
-            Err(error) => error,
         };
         if let Some(suppressed) = self.log.admit() {
             debug!(command = header.command, suppressed, "request refused: {error}");
         }
         if !no_reply {
-            self.sender.queue(Frame::error(header.id, header.command, error.errno()));
+            sender.error(header.id, header.command, error.errno());
         }
         match self.state {
             State::Greeting(_) => Err(SessionEnd::Refused(error)),
@@ -191,48 +320,54 @@ impl Session {
         }
     }
 
-    /// Tells a client whose stream can't be followed any more, if that is the reason.
-    fn farewell(&mut self, error: TransportError) -> SessionEnd {
-        if let TransportError::Framing { id, command, .. } = error {
-            self.sender.queue(Frame::error(id, command, Errno::INVAL));
-            let _ = self.sender.flush(&self.socket);
+    fn answered(
+        &mut self,
+        header: &Header,
+        body: &[u8],
+        fds: Vec<OwnedFd>,
+        sender: &mut Sender,
+        function: &mut dyn Served,
+    ) -> Result<(), SessionEnd> {
+        if fds.is_empty() && self.commands.answered(header, body, function) {
+            return Ok(());
         }
-        error.into()
+        sender.error(header.id, header.command, Errno::INVAL);
+        Err(SessionEnd::UnsolicitedReply)
+    }
+
+    /// The twin socket is for our commands alone.
+    fn handle_twin(
+        &mut self,
+        message: Message<'_>,
+        sender: &mut Sender,
+        function: &mut dyn Served,
+    ) -> Result<(), SessionEnd> {
+        let Message { header, body, fds } = message;
+        match header.kind {
+            MessageKind::Command { .. } => self.refuse(&header, RequestError::OutOfOrder, sender),
+            MessageKind::Reply { .. } => self.answered(&header, body, fds, sender, function),
+        }
     }
 }
 
-impl AsFd for Session {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+/// Agrees with a client on what is spoken. The other end of a twin socket goes with the answer.
+fn negotiate(
+    theirs: &Version,
+    new_twin: &mut Option<OwnedFd>,
+    reply: &mut Reply<'_>,
+) -> Result<(Version, Peer), RequestError> {
+    let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
+    if theirs.capabilities.offer().contains(Offer::TWIN_SOCKET) {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, client) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(RequestError::Descriptor)?;
+        // Ours alone: how the client waits is its own business.
+        ioctl_fionbio(&ours, true).map_err(RequestError::Descriptor)?;
+        *new_twin = Some(ours);
+        reply.fd(client);
+        offer |= Offer::TWIN_SOCKET;
     }
-}
-
-fn serve_request(
-    function: &mut dyn Served,
-    extensions: BarkeepExtensions,
-    request: Request<'_>,
-    fds: Vec<OwnedFd>,
-) -> Result<Reply, RequestError> {
-    match request {
-        Request::Version(_) => Err(RequestError::OutOfOrder),
-        Request::DmaMap(map) => function.dma_map(&map, fds.into_iter().next()),
-        Request::DmaUnmap(unmap) => function.dma_unmap(&unmap),
-        Request::GetInfo => Ok(function.device_info()),
-        Request::GetRegionInfo(query) => function.region_info(query, extensions),
-        Request::GetIrqInfo(query) => function.irq_info(query),
-        Request::SetIrqs(set) => function.set_irqs(&set, fds),
-        Request::RegionRead(access) => function.region_read(&access),
-        Request::RegionWrite(write) => function.region_write(&write),
-        Request::Reset => function.device_reset(),
-        Request::MemoryFault(report) if extensions.memory_fault => function.memory_fault(&report),
-        Request::RegionState(query) if extensions.region_state => function.region_state(query),
-        Request::MemoryFault(_) | Request::RegionState(_) => Err(RequestError::NotNegotiated),
-        Request::GetRegionIoFds(_) => Err(WireError::Unsupported(Command::GetRegionIoFds).into()),
-        Request::RegionWriteMulti(_) => {
-            Err(WireError::Unsupported(Command::RegionWriteMulti).into())
-        }
-        Request::DeviceFeature(_) => Err(WireError::Unsupported(Command::DeviceFeature).into()),
-        Request::MigDataRead(_) => Err(WireError::Unsupported(Command::MigDataRead).into()),
-        Request::MigDataWrite(_) => Err(WireError::Unsupported(Command::MigDataWrite).into()),
-    }
+    let answer = theirs.answer_with(offer)?;
+    let peer = Peer::new(theirs, &answer);
+    Ok((answer, peer))
 }

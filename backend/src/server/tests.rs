@@ -4,6 +4,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+
 use super::*;
 
 fn directory() -> (tempfile::TempDir, PathBuf) {

@@ -1,47 +1,64 @@
 //! GET_IRQ_INFO and SET_IRQS.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use barkeep_protocol::wire::{
     InfoQuery, IrqAction, IrqData, IrqInfo, IrqInfoFlags, PciIrq, SetIrqs,
 };
 
-use super::{HostedFunction, Reply, RequestError};
-use crate::irq::{EventFd, Intx, IrqError, Vectors};
-use crate::server::served::{check_descriptors, disables_all};
+use super::HostedFunction;
+use crate::irq::{EventFd, Interrupts, Intx, IrqError, Vectors};
+use crate::server::request_error::RequestError;
+use crate::server::served::{Reply, check_descriptors};
 
-pub(super) fn info(function: &HostedFunction, query: InfoQuery) -> Result<Reply, RequestError> {
+pub(super) fn info(
+    function: &HostedFunction,
+    query: InfoQuery,
+    reply: &mut Reply<'_>,
+) -> Result<(), RequestError> {
     let irq = PciIrq::from_index(query.index).ok_or(RequestError::NoIrq(query.index))?;
-    let msi = u32::try_from(function.interrupts.msi.count()).expect("at most 32 vectors");
-    let (count, flags) = match irq {
-        PciIrq::Intx => (
-            u32::from(function.function.spec().interrupt_pin.is_some()),
-            IrqInfoFlags::EVENTFD | IrqInfoFlags::MASKABLE | IrqInfoFlags::AUTOMASKED,
-        ),
-        PciIrq::Msi => (msi, IrqInfoFlags::EVENTFD | IrqInfoFlags::NORESIZE),
-        PciIrq::Msix | PciIrq::Error | PciIrq::Request => (0, IrqInfoFlags::empty()),
+    let count = match irq {
+        PciIrq::Intx => usize::from(function.function.spec().interrupt_pin.is_some()),
+        PciIrq::Msi => function.interrupts.msi.count(),
+        PciIrq::Msix => function.interrupts.msix.count(),
+        PciIrq::Error => function.interrupts.error.count(),
+        PciIrq::Request => function.interrupts.request.count(),
     };
-    let flags = if count == 0 { IrqInfoFlags::empty() } else { flags };
-    Ok(Reply::body(IrqInfo { flags, index: query.index, count }.to_bytes()))
+    let count = u32::try_from(count).expect("at most 2048 vectors");
+    let flags = match irq {
+        _ if count == 0 => IrqInfoFlags::empty(),
+        PciIrq::Intx => IrqInfoFlags::EVENTFD | IrqInfoFlags::MASKABLE | IrqInfoFlags::AUTOMASKED,
+        PciIrq::Msi | PciIrq::Msix | PciIrq::Error | PciIrq::Request => {
+            IrqInfoFlags::EVENTFD | IrqInfoFlags::NORESIZE
+        }
+    };
+    reply.bytes(&IrqInfo { flags, index: query.index, count }.to_bytes());
+    Ok(())
 }
 
 pub(super) fn set(
     function: &mut HostedFunction,
     set: &SetIrqs<'_>,
     fds: Vec<OwnedFd>,
-) -> Result<Reply, RequestError> {
+) -> Result<(), RequestError> {
     check_descriptors(set, &fds)?;
     let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
-    match PciIrq::from_index(set.index) {
+    let Interrupts { intx, msi, msix, error, request } = &mut function.interrupts;
+    let vectors = match PciIrq::from_index(set.index) {
         Some(PciIrq::Intx) if function.function.spec().interrupt_pin.is_some() => {
-            set_intx(&mut function.interrupts.intx, set, eventfds)?;
+            return set_intx(intx, set, eventfds);
         }
-        Some(PciIrq::Msi) if function.interrupts.msi.count() > 0 => {
-            set_vectors(&mut function.interrupts.msi, set, eventfds)?;
-        }
-        _ => return Err(RequestError::NoIrq(set.index)),
+        Some(PciIrq::Msi) => msi,
+        Some(PciIrq::Msix) => msix,
+        Some(PciIrq::Error) => error,
+        Some(PciIrq::Request) => request,
+        Some(PciIrq::Intx) | None => return Err(RequestError::NoIrq(set.index)),
+    };
+    if vectors.count() == 0 {
+        return Err(RequestError::NoIrq(set.index));
     }
-    Ok(Reply::default())
+    set_vectors(vectors, set, eventfds)
 }
 
 fn set_intx(
@@ -49,8 +66,8 @@ fn set_intx(
     set: &SetIrqs<'_>,
     eventfds: Vec<EventFd>,
 ) -> Result<(), RequestError> {
-    if disables_all(set) {
-        intx.set_eventfd(None);
+    if set.disables_index() {
+        intx.disconnect();
         return Ok(());
     }
     if set.start != 0 || set.count > 1 {
@@ -62,11 +79,16 @@ fn set_intx(
     let meant = match set.data {
         IrqData::None => true,
         IrqData::Bool(bools) => bools.first().is_some_and(|byte| *byte != 0),
-        IrqData::Eventfd if set.action == IrqAction::Trigger => {
-            intx.set_eventfd(eventfds.into_iter().next());
+        IrqData::Eventfd => {
+            let eventfd = eventfds.into_iter().next();
+            match set.action {
+                IrqAction::Trigger => intx.set_eventfd(eventfd),
+                IrqAction::Unmask => intx.set_unmask_eventfd(eventfd.map(Arc::new)),
+                // VFIO has no such thing for any interrupt.
+                IrqAction::Mask => return Err(RequestError::IrqAction(set.index)),
+            }
             return Ok(());
         }
-        IrqData::Eventfd => return Err(RequestError::IrqAction(set.index)),
     };
     if meant {
         match set.action {
@@ -87,7 +109,7 @@ fn set_vectors(
         // GET_IRQ_INFO does not offer masking: the capability's own mask bits do that.
         return Err(RequestError::IrqAction(set.index));
     }
-    if disables_all(set) {
+    if set.disables_index() {
         vectors.clear();
         return Ok(());
     }

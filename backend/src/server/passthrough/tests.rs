@@ -2,16 +2,16 @@ use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::{
     BarkeepExtensions, DmaAccess, DmaMap, FaultAccess, FaultReport, FaultVerdict, InfoQuery,
-    IrqAction, IrqData, IrqInfo, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
+    IrqAction, IrqData, IrqInfo, RegionAccess, RegionFlags, RegionInfo, RegionState,
     RegionStateQuery, SetIrqs, SparseArea,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-use super::PassthroughFunction;
+use super::{PassthroughFunction, RequestError};
 use crate::devices::passthrough::MapBars;
 use crate::devices::passthrough::fake::{Fake, config};
-use crate::server::served::Served;
+use crate::server::served::{Reply, Served};
 
 fn served() -> (Fake, PassthroughFunction) {
     let fake = Fake::new(config(&[]));
@@ -22,25 +22,37 @@ fn served() -> (Fake, PassthroughFunction) {
 fn write(function: &mut PassthroughFunction, region: u32, offset: u64, data: &[u8]) {
     let count = u32::try_from(data.len()).unwrap();
     let access = RegionAccess { offset, region, count };
-    function.region_write(&RegionData { access, data }).unwrap();
+    function.region_write(&access, data).unwrap();
 }
 
 fn read(function: &mut PassthroughFunction, region: u32, offset: u64) -> Vec<u8> {
-    let reply = function.region_read(&RegionAccess { offset, region, count: 4 }).unwrap();
-    reply.body[RegionAccess::SIZE..].to_vec()
+    let mut data = vec![0; 4];
+    function.region_read(&RegionAccess { offset, region, count: 4 }, &mut data).unwrap();
+    data
+}
+
+/// The payload and the descriptors of an answer.
+fn answer(
+    request: impl FnOnce(&mut Reply<'_>) -> Result<(), RequestError>,
+) -> Result<(Vec<u8>, Vec<OwnedFd>), RequestError> {
+    let (mut body, mut fds) = (Vec::new(), Vec::new());
+    request(&mut Reply::new(&mut body, &mut fds))?;
+    Ok((body, fds))
 }
 
 fn state(function: &mut PassthroughFunction) -> RegionState {
-    let reply = function.region_state(RegionStateQuery { region: 0 }).unwrap();
-    RegionState::parse(&reply.body).unwrap()
+    let query = RegionStateQuery { region: 0 };
+    let (body, _) = answer(|reply| function.region_state(query, reply)).unwrap();
+    RegionState::parse(&body).unwrap()
 }
 
 fn fault(function: &mut PassthroughFunction, offset: u64) -> FaultVerdict {
     let report = FaultReport { region: 0, access: FaultAccess::READ, offset, size: 4096 };
-    FaultVerdict::parse(&function.memory_fault(&report).unwrap().body).unwrap()
+    let (body, _) = answer(|reply| function.memory_fault(&report, reply)).unwrap();
+    FaultVerdict::parse(&body).unwrap()
 }
 
-fn errno<T>(result: Result<T, super::RequestError>) -> Option<Errno> {
+fn errno<T>(result: Result<T, RequestError>) -> Option<Errno> {
     result.err().map(|error| error.errno())
 }
 
@@ -77,7 +89,8 @@ fn a_memory_fault_is_judged_by_what_the_device_decodes_and_what_can_be_mapped() 
     assert!(matches!(fault(&mut function, 0), FaultVerdict::UnsupportedRequest { .. }));
     assert_eq!(state(&mut function).memory_faults, 4);
     let config = FaultReport { region: 7, access: FaultAccess::READ, offset: 0, size: 4096 };
-    assert_eq!(errno(function.memory_fault(&config)), Some(Errno::INVAL));
+    let answer = answer(|reply| function.memory_fault(&config, reply));
+    assert_eq!(errno(answer), Some(Errno::INVAL));
 }
 
 /// A client that forwards memory faults.
@@ -95,10 +108,11 @@ fn memory_that_may_refuse_access_is_mapped_by_clients_that_forward_faults() {
     for (map, extensions, mapped) in rows {
         let fake = Fake::new(config(&[]));
         let mut function = PassthroughFunction::new("test", fake.function(false), map);
-        let reply = function.region_info(InfoQuery { index: 0, argsz: 4096 }, extensions).unwrap();
-        let (bar, _) = RegionInfo::parse(&reply.body).unwrap();
+        let query = InfoQuery { index: 0, argsz: 4096 };
+        let (body, fds) = answer(|reply| function.region_info(query, extensions, reply)).unwrap();
+        let (bar, _) = RegionInfo::parse(&body).unwrap();
         assert_eq!(bar.flags.contains(RegionFlags::MMAP), mapped, "{map:?}");
-        assert_eq!((reply.fds.len(), bar.sparse.len()), if mapped { (1, 2) } else { (0, 0) });
+        assert_eq!((fds.len(), bar.sparse.len()), if mapped { (1, 2) } else { (0, 0) });
         write(&mut function, 7, 4, &[2, 0]);
         let trap = matches!(fault(&mut function, 0), FaultVerdict::Trap { .. });
         assert_eq!(trap, map == MapBars::Never, "{map:?}");
@@ -109,8 +123,9 @@ fn memory_that_may_refuse_access_is_mapped_by_clients_that_forward_faults() {
 fn regions_are_described_with_the_device_file_and_what_of_it_may_be_mapped() {
     let (_fake, function) = served();
     let info = |index| {
-        let reply = function.region_info(InfoQuery { index, argsz: 4096 }, FORWARDS).unwrap();
-        (RegionInfo::parse(&reply.body).unwrap().0, reply.fds.len())
+        let query = InfoQuery { index, argsz: 4096 };
+        let (body, fds) = answer(|reply| function.region_info(query, FORWARDS, reply)).unwrap();
+        (RegionInfo::parse(&body).unwrap().0, fds.len())
     };
     let (bar, fds) = info(0);
     assert!(bar.flags.contains(RegionFlags::MMAP) && fds == 1);
@@ -121,10 +136,9 @@ fn regions_are_described_with_the_device_file_and_what_of_it_may_be_mapped() {
     for absent in [1, 5, 8] {
         assert_eq!((info(absent).0.size, info(absent).1), (0, 0), "{absent}");
     }
-    assert_eq!(
-        errno(function.region_info(InfoQuery { index: 9, argsz: 32 }, FORWARDS)),
-        Some(Errno::INVAL)
-    );
+    let query = InfoQuery { index: 9, argsz: 32 };
+    let absent = answer(|reply| function.region_info(query, FORWARDS, reply));
+    assert_eq!(errno(absent), Some(Errno::INVAL));
 }
 
 #[test]
@@ -157,8 +171,8 @@ fn requests_that_make_no_sense_are_refused() {
     let map = DmaMap { access: DmaAccess::READ, file_offset: 0, address: 0, size: 4096 };
     assert_eq!(errno(function.dma_map(&map, None)), Some(Errno::NOTSUP));
     let access = RegionAccess { offset: u64::MAX, region: 0, count: 4 };
-    assert_eq!(errno(function.region_read(&access)), Some(Errno::INVAL));
-    assert_eq!(errno(function.irq_info(InfoQuery { index: 5, argsz: 16 })), Some(Errno::INVAL));
-    let msi = function.irq_info(InfoQuery { index: 1, argsz: 16 }).unwrap();
-    assert_eq!(IrqInfo::parse(&msi.body).unwrap().count, 8);
+    assert_eq!(errno(function.region_read(&access, &mut [0; 4])), Some(Errno::INVAL));
+    let info = |index| answer(|reply| function.irq_info(InfoQuery { index, argsz: 16 }, reply));
+    assert_eq!(errno(info(5)), Some(Errno::INVAL));
+    assert_eq!(IrqInfo::parse(&info(1).unwrap().0).unwrap().count, 8);
 }
