@@ -7,9 +7,12 @@ use std::cell::Cell;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use barkeep_backend::devices::{Context, Device};
+use barkeep_backend::pci::{BarIndex, BarKind, BarSpec, ClassCode, FunctionSpec, Ids};
 use barkeep_protocol::transport::{Flush, Received, Receiver, Sender};
 use barkeep_protocol::wire::{Command, MessageId, Request};
-use barkeep_tests::peer::requests::access;
+use barkeep_tests::backend::Backend;
+use barkeep_tests::peer::requests::{access, pci};
 
 /// The system's allocator, which counts for each thread how often it is asked for memory.
 struct Counting;
@@ -158,4 +161,73 @@ fn pipelined_requests_allocate_nothing() {
         }
     });
     assert_eq!(allocated, 0, "allocations in 20 batches of 200 round trips");
+}
+
+/// Its register is what its server's thread has allocated so far.
+struct Meter;
+
+impl Device for Meter {
+    fn spec(&self) -> FunctionSpec {
+        FunctionSpec {
+            bars: vec![BarSpec {
+                index: BarIndex::BAR0,
+                kind: BarKind::Memory32 { prefetchable: false },
+                size: 4096,
+            }],
+            ..FunctionSpec::new(Ids {
+                vendor: 0x1234,
+                device: 0x3e7e,
+                subsystem_vendor: 0,
+                subsystem: 0,
+                revision: 0,
+                class: ClassCode { base: 0xff, sub: 0, interface: 0 },
+            })
+        }
+    }
+
+    fn bar_read(&mut self, _: BarIndex, _: u64, data: &mut [u8], _: &mut Context<'_>) {
+        data.copy_from_slice(&COUNT.get().to_le_bytes()[..data.len()]);
+    }
+
+    fn bar_write(&mut self, _: BarIndex, _: u64, _: &[u8], _: &mut Context<'_>) {}
+
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn a_server_allocates_nothing_for_accesses_to_a_bar() {
+    let backend = Backend::host(vec![Box::new(Meter)]);
+    let mut peer = backend.client();
+    peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
+    let mut round = |count| {
+        for _ in 0..count {
+            peer.write_u32(0, 0, 1);
+            peer.read_u32(0, 0);
+            // Of configuration space, too.
+            peer.config_u16(0);
+            peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
+        }
+        peer.read_u32(0, 0)
+    };
+    // The buffers get their size.
+    let before = round(10);
+    assert_eq!(round(1000), before, "allocations in 4000 requests");
+}
+
+#[test]
+fn a_server_allocates_nothing_for_accesses_that_nobody_claims() {
+    let backend = Backend::host(vec![Box::new(Meter)]);
+    let mut peer = backend.client();
+    let mut round = |count| {
+        peer.set_config_u16(pci::COMMAND, 0);
+        for _ in 0..count {
+            assert_eq!(peer.read_u32(0, 0), 0xffff_ffff);
+            peer.write_u32(0, 0, 1);
+        }
+        peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
+        peer.read_u32(0, 0)
+    };
+    // The first of them are logged.
+    let before = round(50);
+    assert_eq!(round(1000), before, "allocations in 2000 Unsupported Requests");
 }

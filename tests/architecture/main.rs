@@ -1,6 +1,8 @@
 //! The law of the house: who may know whom, and where unsafe code may be.
 #![expect(clippy::unwrap_used, reason = "a panic in a test is a failed test")]
 
+mod coverage;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 

@@ -30,12 +30,19 @@ impl Sidecar {
         options: &[&str],
         stderr: impl Into<Stdio>,
     ) -> Self {
-        let mut child = serve(&arguments(functions))
-            .args(options)
-            .stdout(Stdio::piped())
-            .stderr(stderr)
-            .spawn()
-            .expect("barkeep starts");
+        let mut arguments = arguments(functions);
+        arguments.extend(options.iter().map(|option| (*option).to_owned()));
+        Self::start_as(&arguments, functions, stderr)
+    }
+
+    /// Starts it in words of the test's own, which serve these functions.
+    pub(crate) fn start_as(
+        arguments: &[String],
+        functions: &[(&Path, &str)],
+        stderr: impl Into<Stdio>,
+    ) -> Self {
+        let mut child =
+            serve(arguments).stdout(Stdio::piped()).stderr(stderr).spawn().expect("barkeep starts");
         let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
         let mut sidecar = Self { child, stdout };
         for (path, spec) in functions {

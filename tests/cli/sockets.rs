@@ -1,6 +1,7 @@
 //! Whose socket it is.
 
 use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 
 use barkeep_tests::edu;
 use barkeep_tests::peer::Peer;
@@ -80,4 +81,44 @@ fn a_socket_of_somebody_else_is_not_removed_at_the_end() {
     sidecar.signal(Signal::TERM);
     assert_eq!(sidecar.wait(), Some(0));
     assert!(path.exists());
+}
+
+/// `--socket-dir DIRECTORY --device SPEC` for each.
+fn in_directory(directory: &Path, specs: &[&str]) -> Vec<String> {
+    let mut arguments = vec!["--socket-dir".into(), directory.display().to_string()];
+    arguments.extend(specs.iter().flat_map(|spec| ["--device".into(), (*spec).to_owned()]));
+    arguments
+}
+
+#[test]
+fn a_directory_gets_a_socket_for_each_device_by_its_id_or_its_place() {
+    let (directory, _) = socket();
+    let directory = directory.path();
+    let specs = ["edu", "ivshmem,size=4K,id=shared", "edu"];
+    let paths = ["edu0.sock", "shared.sock", "edu2.sock"].map(|name| directory.join(name));
+    let functions: Vec<(&Path, &str)> = paths.iter().map(PathBuf::as_path).zip(specs).collect();
+    let arguments = in_directory(directory, &specs);
+    let sidecar = Sidecar::start_as(&arguments, &functions, std::process::Stdio::piped());
+    edu::assert_served(&paths[0]);
+    assert_eq!(Peer::greeted(&paths[1]).config_u16(2), 0x1110);
+    edu::assert_served(&paths[2]);
+    sidecar.signal(Signal::TERM);
+    assert_eq!(sidecar.wait(), Some(0));
+    assert!(paths.iter().all(|path| !path.exists()));
+}
+
+#[test]
+fn ids_that_cant_name_a_socket_or_name_two_are_refused() {
+    let (directory, _) = socket();
+    let directory = directory.path();
+    for (specs, reason) in [
+        (&["edu,id=a", "edu,id=a"][..], "two devices are called 'a'"),
+        (&["edu,id=edu1", "edu"], "two devices are called 'edu1'"),
+        (&["edu,id="], "'id': '' can't name a socket"),
+        (&["edu,id=../up"], "'id': '../up' can't name a socket"),
+        (&["edu,id=.hidden"], "can't name a socket"),
+    ] {
+        assert_refused(&in_directory(directory, specs), &[reason]);
+    }
+    assert_eq!(std::fs::read_dir(directory).expect("the directory").count(), 0);
 }

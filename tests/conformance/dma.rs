@@ -8,7 +8,7 @@ use barkeep_tests::backend::Backend;
 use barkeep_tests::edu;
 use barkeep_tests::event_counter::EventCounter;
 use barkeep_tests::memory::{bytes_at, sealed, shrinkable};
-use barkeep_tests::peer::message::{COMMAND, Payload, command, message};
+use barkeep_tests::peer::message::{COMMAND, Payload, REPLY, command, message, u64_at};
 use barkeep_tests::peer::requests::{dma_map, dma_unmap, pci};
 use rustix::io::Errno;
 
@@ -294,7 +294,21 @@ fn pipelined_maps_keep_their_own_descriptors() {
         // A fresh buffer, so that a read that fails shows.
         let _ = peer.call(command::RESET, &[]).success();
         edu::enable(&mut peer);
-        edu::copy(&mut peer, address, 0x10_0000, 3);
+        edu::load(&mut peer, address, 3);
+        if expected == [0; 3] {
+            // Without a descriptor, we are asked for it.
+            let asked = peer.receive();
+            assert_eq!((asked.command, u64_at(&asked.body, 0)), (command::DMA_READ, address));
+            let _ = peer.call(command::RESET, &[]).success();
+            peer.send(&message(
+                asked.id,
+                asked.command,
+                REPLY,
+                &[&asked.body[..], &[0; 3]].concat(),
+            ));
+            continue;
+        }
+        edu::store(&mut peer, 0x10_0000, 3);
         assert_eq!(bytes_at(&target, 0, 3), expected, "window {address:#x}");
     }
 }

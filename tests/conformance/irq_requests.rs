@@ -31,8 +31,8 @@ fn a_request_that_makes_no_sense_is_refused() {
         ("2^32 - 1 bools", set_irqs(DATA_BOOL | trigger, MSI, 0, u32::MAX, &[1])),
         ("MSI-X of a function without", set_irqs(DATA_NONE | trigger, 2, 0, 1, &[])),
         ("all MSI-X of a function without", set_irqs(DATA_NONE | trigger, 2, 0, 0, &[])),
-        ("an error interrupt", set_irqs(DATA_NONE | trigger, 3, 0, 1, &[])),
-        ("a request interrupt", set_irqs(DATA_NONE | trigger, 4, 0, 1, &[])),
+        ("a second error interrupt", set_irqs(DATA_NONE | trigger, 3, 1, 1, &[])),
+        ("two request interrupts", set_irqs(DATA_NONE | trigger, 4, 0, 2, &[])),
         ("index 5", set_irqs(DATA_NONE | trigger, 5, 0, 1, &[])),
         ("index 2^32 - 1", set_irqs(DATA_NONE | trigger, u32::MAX, 0, 1, &[])),
         // GET_IRQ_INFO does not offer MASKABLE for MSI.

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use barkeep_backend::config::DeviceSpec;
-use barkeep_backend::devices::{self, Device};
+use barkeep_backend::devices::{Device, Options, Registry};
 use barkeep_backend::server::{HostedFunction, Server, SocketPath};
 use tempfile::TempDir;
 
@@ -35,24 +35,32 @@ impl Backend {
     /// Serves what each of `specs` describes, as in `barkeep serve --device SPEC`.
     #[must_use]
     pub fn serve(specs: &[&str]) -> Self {
+        let mut registry = Registry::default();
         let device = |spec: &&str| {
             let spec: DeviceSpec = spec.parse().expect("the test's SPEC is well-formed");
-            devices::create(spec).expect("the test's SPEC describes a device")
+            registry.create(spec).expect("the test's SPEC describes a device")
         };
-        Self::host(specs.iter().map(device).collect())
+        Self::host_with(specs.iter().map(device).collect())
     }
 
     /// Serves devices of the test's own.
     #[must_use]
     pub fn host(devices: Vec<Box<dyn Device>>) -> Self {
+        Self::host_with(devices.into_iter().map(|device| (device, Options::default())).collect())
+    }
+
+    /// Serves devices of the test's own with options.
+    #[must_use]
+    pub fn host_with(devices: Vec<(Box<dyn Device>, Options)>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let mut server = Server::new().expect("an event loop");
         let mut sockets = Vec::new();
-        for (index, device) in devices.into_iter().enumerate() {
+        for (index, (device, options)) in devices.into_iter().enumerate() {
             let path = directory.path().join(format!("{index}.sock"));
             let socket = SocketPath::claim(&path).expect("a socket in a fresh directory");
             let name = format!("function {index}");
-            let function = HostedFunction::new(name, device).expect("a function that can exist");
+            let function = HostedFunction::with_options(name, device, options)
+                .expect("a function that can exist");
             server.add(socket, function).expect("a socket that can be watched");
             sockets.push(path);
         }

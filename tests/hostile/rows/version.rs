@@ -84,6 +84,10 @@ fn refused_data() -> Vec<Row> {
         ("half a surrogate pair", r#"{"x":"\ud800"}"#),
         ("a control character", "{\"x\":\"\u{1}\"}"),
         ("a number too large to be one", r#"{"capabilities":{"max_msg_fds":1e999}}"#),
+        (
+            "a member twice",
+            r#"{"capabilities":{"max_msg_fds":1},"capabilities":{"max_msg_fds":2}}"#,
+        ),
         ("capabilities: array", r#"{"capabilities":[]}"#),
         ("capabilities: members without names", r#"{"capabilities":[16,1048576]}"#),
         ("capabilities: number", r#"{"capabilities":1}"#),
@@ -124,10 +128,6 @@ fn accepted_data() -> Vec<Row> {
         ("empty", "{}"),
         ("empty capabilities", r#"{"capabilities":{}}"#),
         ("unknown members", r#"{"x":1,"capabilities":{"y":[null,{"z":1e3}]}}"#),
-        (
-            "a member twice",
-            r#"{"capabilities":{"max_msg_fds":1},"capabilities":{"max_msg_fds":2}}"#,
-        ),
         ("limits of 0", r#"{"capabilities":{"max_msg_fds":0,"max_data_xfer_size":0}}"#),
         (
             "limits of 2^64 - 1",

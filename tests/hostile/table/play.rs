@@ -112,20 +112,19 @@ impl Play {
     /// What has been asked is not answered yet, so the server finds all of it together.
     fn send_coalesced(&mut self, script: &[Prepared]) {
         let mut bytes = Vec::new();
-        for (index, exchange) in script.iter().enumerate() {
-            let is_last = index + 1 == script.len();
-            // Descriptors come with the first byte of what they are sent with.
-            if !exchange.fds.is_empty() && !bytes.is_empty() {
-                self.send(&std::mem::take(&mut bytes), &[]);
+        for exchange in script {
+            if exchange.fds.is_empty() {
+                bytes.extend_from_slice(&exchange.bytes);
+                continue;
             }
-            bytes.extend_from_slice(&exchange.bytes);
-            if is_last && exchange.expect != Expect::Waits {
-                bytes.extend(probe());
-            }
-            if !exchange.fds.is_empty() || is_last {
-                self.send(&std::mem::take(&mut bytes), &exchange.fds);
-            }
+            // Whose descriptors they are, the kernel tells by the call that sent them.
+            self.send(&std::mem::take(&mut bytes), &[]);
+            self.send(&exchange.bytes, &exchange.fds);
         }
+        if script.last().is_some_and(|exchange| exchange.expect != Expect::Waits) {
+            bytes.extend(probe());
+        }
+        self.send(&bytes, &[]);
     }
 
     fn send_in_pieces(&mut self, exchange: &Prepared) {

@@ -44,6 +44,14 @@ impl Peer {
         Self { socket, next_id: 0x4201 }
     }
 
+    /// Speaks over a socket that somebody else connected.
+    #[must_use]
+    pub fn over(socket: OwnedFd) -> Self {
+        let socket = UnixStream::from(socket);
+        socket.set_read_timeout(Some(DEADLINE)).expect("a deadline");
+        Self { socket, next_id: 0x4201 }
+    }
+
     /// Connects and negotiates version 0.2 with every extension.
     #[must_use]
     pub fn greeted(path: &Path) -> Self {
