@@ -2,16 +2,14 @@
 # shellcheck shell=bash disable=SC2154
 
 backend=
-# Why the checks of MSI-X can't run.
-no_doorbells=
 
-# What barkeep serves: a name for the socket and a device for each function. `doorbell` joins them if the
-# backend under test knows vectors.
+# What barkeep serves: a name for the socket and a device for each function.
 served=(
   edu edu
   ivshmem "ivshmem,size=4M,path=$work/shared"
   edu2 edu
   ivshmem2 "ivshmem,size=4M,path=$work/shared2"
+  doorbell "ivshmem,size=4M,vectors=4"
 )
 
 # start_backend: one process serves every function; `work` holds sockets, the shared files and the logs.
@@ -34,21 +32,6 @@ backend_is_ready() {
     sleep 0.05
   done
   return 1
-}
-
-# probe_doorbells: adds an ivshmem with vectors to what is served, if this backend can do it.
-probe_doorbells() {
-  local device="ivshmem,size=4M,vectors=4" status=0 every=("${served[@]}")
-  served=(doorbell "$device")
-  start_backend
-  backend_is_ready || status=$?
-  no_doorbells="this barkeep has no MSI-X: $(backend_said)"
-  stop_backend || true
-  served=("${every[@]}")
-  if [ "$status" = 0 ]; then
-    served+=(doorbell "$device")
-    no_doorbells=
-  fi
 }
 
 # backend_descriptors: what it has open, a line each, without the numbers that differ each time and without

@@ -3,16 +3,12 @@
 use std::io::Write;
 
 use super::{direct, iommu, vfio};
+use crate::Result;
 use crate::edu::{self, Edu};
-use crate::memory::{DmaPage, PAGE_SIZE};
 use crate::pci::Function;
 use crate::pci::command::{BUS_MASTER, MEMORY_SPACE};
 use crate::report::Report;
 use crate::vfio::Device;
-use crate::{Result, ensure};
-
-const PROBE: u64 = 0x0800_0000;
-const WITHOUT_MESSAGES: &str = "the backend moves nothing where it has no file";
 
 /// Runs every check of a guest without an IOMMU.
 ///
@@ -23,12 +19,6 @@ pub(crate) fn run_direct(report: &mut Report<impl Write>) -> Result<()> {
     function.set_attribute("enable", "1")?;
     function.set_command(MEMORY_SPACE | BUS_MASTER, true)?;
     let edu = &Edu { bar: function.map_bar(0)? };
-    let page = DmaPage::filled_with(0)?;
-    if !moves(edu, &page, page.physical_address()?)? {
-        report.skip("message-dma", WITHOUT_MESSAGES)?;
-        report.skip("message-dma-bus-master", WITHOUT_MESSAGES)?;
-        return Ok(());
-    }
     report.check("message-dma", || direct::dma(edu))?;
     report.check("message-dma-bus-master", || direct::dma_without_bus_master(function, edu))?;
     Ok(())
@@ -43,16 +33,6 @@ pub(crate) fn run_vfio(report: &mut Report<impl Write>, rounds: u32) -> Result<(
     let device = &Device::open(function)?;
     let edu = &Edu { bar: device.map_bar(0)? };
     device.set_command(BUS_MASTER, true)?;
-    let page = DmaPage::filled_with(0)?;
-    device.map_dma(&page, PROBE)?;
-    let moves = moves(edu, &page, PROBE);
-    device.unmap_dma(PROBE)?;
-    if !moves? {
-        for name in ["dma", "unmap", "unmapped", "read-only", "churn", "race", "msi"] {
-            report.skip(&format!("message-iommu-{name}"), WITHOUT_MESSAGES)?;
-        }
-        return Ok(());
-    }
     report.check("message-iommu-dma", || vfio::dma_through_iommu(device, edu))?;
     report.check("message-iommu-unmap", || vfio::dma_after_unmap(device, edu))?;
     report.check("message-iommu-unmapped", || iommu::check_unmapped(device, edu))?;
@@ -61,18 +41,4 @@ pub(crate) fn run_vfio(report: &mut Report<impl Write>, rounds: u32) -> Result<(
     report.check("message-iommu-race", || iommu::check_race(device, edu, rounds))?;
     report.check("message-iommu-msi", || vfio::msi_after_dma(device, edu))?;
     Ok(())
-}
-
-/// Whether anything at all moves: what a backend without this kind of DMA can't do. One that moves
-/// something has to move everything.
-fn moves(edu: &Edu, page: &DmaPage, address: u64) -> Result<bool> {
-    const SENT: u8 = 0x71;
-    const EMPTY: u8 = 0x72;
-    page.store(&[SENT; PAGE_SIZE]);
-    edu.dma_from_ram(address, PAGE_SIZE as u64)?;
-    page.store(&[EMPTY; PAGE_SIZE]);
-    edu.dma_to_ram(address, PAGE_SIZE as u64)?;
-    let contents = page.contents();
-    ensure!(contents.iter().all(|byte| *byte == contents[0]), "a part of the data moved");
-    Ok(contents[0] != EMPTY)
 }
