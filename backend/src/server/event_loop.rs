@@ -45,13 +45,15 @@ pub(super) enum Source {
     Wake(u16),
     /// Work that was left; no descriptor stands for it.
     Work,
+    /// A look at the client's socket although nothing is known to be there; likewise.
+    Look,
 }
 
 impl Token {
     const STOP: u64 = u64::MAX;
     /// Where the port's index starts; the source is below.
     const PORT_SHIFT: u32 = 20;
-    const FIRST_WAKE: u64 = 5;
+    const FIRST_WAKE: u64 = 6;
 
     fn to_raw(self) -> u64 {
         let Self::Port(port, source) = self else { return Self::STOP };
@@ -61,6 +63,7 @@ impl Token {
             Source::Twin => 2,
             Source::Unmask => 3,
             Source::Work => 4,
+            Source::Look => 5,
             Source::Wake(index) => Self::FIRST_WAKE + u64::from(index),
         };
         (port as u64) << Self::PORT_SHIFT | source
@@ -76,6 +79,7 @@ impl Token {
             2 => Source::Twin,
             3 => Source::Unmask,
             4 => Source::Work,
+            5 => Source::Look,
             wake => Source::Wake(u16::try_from(wake - Self::FIRST_WAKE).unwrap_or(u16::MAX)),
         };
         Self::Port(usize::try_from(raw >> Self::PORT_SHIFT).unwrap_or(usize::MAX), source)

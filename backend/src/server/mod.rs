@@ -50,9 +50,6 @@ pub struct Server {
     poller: Poller,
 }
 
-/// How often a busy client's socket is looked at between two looks at everything.
-const LOOKS: u32 = 32;
-
 impl Server {
     /// A server of nothing.
     ///
@@ -121,7 +118,7 @@ impl Server {
                 }
             }
             if let Some(port) = polled {
-                self.look(port, &mut unfinished)?;
+                self.turn(port, Source::Look, &mut unfinished)?;
             }
             self.expire()?;
         }
@@ -132,10 +129,9 @@ impl Server {
         index: usize,
         source: Source,
         unfinished: &mut Vec<usize>,
-    ) -> io::Result<Turn> {
-        let Some(port) = self.ports.get_mut(index) else { return Ok(Turn::Nothing) };
-        let turn = port.turn(&self.epoll, source)?;
-        match turn {
+    ) -> io::Result<()> {
+        let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
+        match port.turn(&self.epoll, source)? {
             Turn::Nothing => {}
             Turn::Served => self.poller.served(index),
             Turn::Ended => self.poller.forget(index),
@@ -147,17 +143,6 @@ impl Server {
             self.timed.insert(index);
         } else if !self.timed.is_empty() {
             self.timed.remove(&index);
-        }
-        Ok(turn)
-    }
-
-    /// Looks for a busy client's next request a few times.
-    fn look(&mut self, port: usize, unfinished: &mut Vec<usize>) -> io::Result<()> {
-        for _ in 0..LOOKS {
-            if self.turn(port, Source::Client, unfinished)? == Turn::Ended {
-                break;
-            }
-            std::hint::spin_loop();
         }
         Ok(())
     }

@@ -17,6 +17,8 @@ use crate::irq::EventFd;
 /// How long a client may take from being accepted to its VERSION message. The next one is waiting,
 /// and has patience of its own: QEMU's is 5 seconds, so it outlasts a few that stay silent.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(1);
+/// How often a busy client's socket is looked at between two looks at everything.
+const LOOKS: u32 = 32;
 /// How long accepting pauses when the process is out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -77,13 +79,14 @@ impl Port {
         match source {
             Source::Wake(index) => function.woken(usize::from(index)),
             Source::Unmask => function.unmask(),
-            Source::Listener | Source::Client | Source::Twin | Source::Work => {}
+            Source::Listener | Source::Client | Source::Twin | Source::Work | Source::Look => {}
         }
         // An event of a session that ended earlier in this round finds none.
         let Some(session) = &mut self.session else { return Ok(Turn::Nothing) };
         let greeted = session.handshake_deadline().is_none();
         let outcome = match source {
             Source::Client => session.serve(function),
+            Source::Look => session.look(LOOKS, function),
             Source::Work if session.has_more() => session.serve(function),
             Source::Twin => session.serve_twin(function).map(|()| Progress::Nothing),
             _ => session.speak(function).map(|()| Progress::Nothing),

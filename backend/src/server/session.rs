@@ -176,8 +176,30 @@ impl Session {
                 return Err(end);
             }
         }
-        self.send_commands(function);
-        self.flush()?;
+        // Nothing can have come of nothing, and a loop that polls looks often.
+        if progress == Progress::Served || self.client.sender.queued_bytes() > 0 {
+            self.send_commands(function);
+            self.flush()?;
+        }
+        Ok(progress)
+    }
+
+    /// Looks for requests so often, and answers those that come. Only while nothing waits to be sent.
+    pub(super) fn look(
+        &mut self,
+        times: u32,
+        function: &mut dyn Served,
+    ) -> Result<Progress, SessionEnd> {
+        let mut progress = Progress::Nothing;
+        for _ in 0..times {
+            if self.client.sender.queued_bytes() > 0 || self.more {
+                break;
+            }
+            match self.serve(function)? {
+                Progress::Served => progress = Progress::Served,
+                Progress::Nothing => std::hint::spin_loop(),
+            }
+        }
         Ok(progress)
     }
 
