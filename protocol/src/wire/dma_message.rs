@@ -65,9 +65,10 @@ impl DmaLayout {
 
     /// The layout to be expected of the client that proposed `version`.
     ///
-    /// QEMU up to 11.1 proposes 0.0 with a `max_bitmap_size` in its `migration` object, a name that
-    /// the specification does not have; nobody else does that. A QEMU with the specification's layout
-    /// could not be told from it, so the belief is to be checked before the first DMA_WRITE with data:
+    /// QEMU proposes 0.0 with a `max_bitmap_size` in its `migration` object, a name that the
+    /// specification does not have; nobody else does that. Versions with the specification's layout
+    /// (11.1 is one) can't be told from those without by it, so the belief is to be checked before the
+    /// first DMA_WRITE with data:
     /// a DMA_WRITE with count 0 changes nothing, and [`DmaTransfer::check_write_reply`] tells the
     /// layout from its answer.
     #[must_use]
