@@ -282,7 +282,7 @@ impl Served for HostedFunction {
     }
 
     fn next_address(&mut self) -> Option<Iova> {
-        self.work();
+        self.do_transfers();
         let asks = self.migration.is_running() && self.transfers.is_stuck();
         self.transfers.address().filter(|_| asks)
     }
@@ -295,6 +295,10 @@ impl Served for HostedFunction {
         self.unfinished
     }
 
+    fn work(&mut self) {
+        self.do_transfers();
+    }
+
     fn answered(&mut self, ticket: Ticket, answer: Result<&[u8], DmaError>) {
         // Neither the driver nor the new home of a function that moved expects anything any more.
         let answer = match answer {
@@ -303,7 +307,7 @@ impl Served for HostedFunction {
         };
         let step = self.transfers.answered(&self.dma, ticket, answer);
         self.step_taken(step);
-        self.work();
+        self.do_transfers();
     }
 
     fn wakes(&self) -> Vec<BorrowedFd<'_>> {
@@ -317,7 +321,7 @@ impl Served for HostedFunction {
         }
         let (device, mut context) = self.split();
         device.woken(index, &mut context);
-        self.work();
+        self.do_transfers();
     }
 }
 
@@ -351,6 +355,7 @@ impl HostedFunction {
     fn reset_function(&mut self) {
         self.migration = Migration::Running;
         self.missed_wakes.clear();
+        self.unfinished = false;
         let effects = self.function.reset(ResetKind::Device);
         self.apply(&effects);
     }

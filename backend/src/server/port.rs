@@ -79,7 +79,9 @@ impl Port {
         match source {
             Source::Wake(index) => function.woken(usize::from(index)),
             Source::Unmask => function.unmask(),
-            Source::Listener | Source::Client | Source::Twin | Source::Work | Source::Look => {}
+            // Whatever the client does or owes, or whether there is one.
+            Source::Work => function.work(),
+            Source::Listener | Source::Client | Source::Twin | Source::Look => {}
         }
         // An event of a session that ended earlier in this round finds none.
         let Some(session) = &mut self.session else { return Ok(Turn::Nothing) };
@@ -220,3 +222,6 @@ fn log_client(log: &mut RateLimit, socket: &SocketPath, what: &str) {
         info!(%socket, suppressed, "{what}");
     }
 }
+
+#[cfg(test)]
+mod tests;

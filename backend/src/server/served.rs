@@ -105,6 +105,8 @@ pub(super) trait Served: Send + fmt::Debug {
     fn has_work(&self) -> bool {
         false
     }
+    /// Does a share of that work.
+    fn work(&mut self) {}
 
     /// Eventfds that wake the function, by index. They stay the same.
     fn wakes(&self) -> Vec<BorrowedFd<'_>> {

@@ -44,7 +44,7 @@ pub(super) fn read(
                 }
             }
             hosted.counters(access.region).reads += 1;
-            hosted.work();
+            hosted.do_transfers();
         }
         Target::Rom => {
             data.fill(0xff);
@@ -105,7 +105,7 @@ pub(super) fn write(
         }
         Target::Rom => hosted.unsupported(access, Direction::Write),
     }
-    hosted.work();
+    hosted.do_transfers();
     Ok(())
 }
 

@@ -172,6 +172,6 @@ impl HostedFunction {
             let (device, mut context) = self.split();
             device.woken(index, &mut context);
         }
-        self.work();
+        self.do_transfers();
     }
 }

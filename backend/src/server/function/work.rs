@@ -9,7 +9,7 @@ const STEPS: usize = 256;
 
 impl HostedFunction {
     /// Does the transfers that need no message.
-    pub(super) fn work(&mut self) {
+    pub(super) fn do_transfers(&mut self) {
         self.unfinished = false;
         if self.transfers.is_empty() || !self.migration.is_running() {
             return;
