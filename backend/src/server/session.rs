@@ -31,6 +31,8 @@ pub(super) struct Session {
     twin: Option<Channel>,
     /// Messages may have been read that are not served yet: others have their turn first.
     more: bool,
+    /// The same, because the client has to read first.
+    stalled: bool,
     desk: Desk,
 }
 
@@ -83,6 +85,7 @@ impl Session {
             client: Channel::new(socket),
             twin: None,
             more: false,
+            stalled: false,
             desk: Desk {
                 state: State::Greeting(handshake_deadline),
                 commands: Commands::default(),
@@ -129,7 +132,8 @@ impl Session {
 
     /// Whether it has to be served again although nothing may happen at its socket.
     pub(super) fn has_more(&self) -> bool {
-        self.more
+        // What was read already is no event of the socket's, however the client came to have room.
+        self.more || self.stalled && !self.client.holds_too_much()
     }
 
     /// The client's socket, and whether something waits to be written.
@@ -142,11 +146,13 @@ impl Session {
     pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
         let mut progress = Progress::Nothing;
         self.more = false;
+        self.stalled = false;
         for served in 0..=BATCH {
             let sender = &self.client.sender;
             if sender.queued_bytes() > MAX_UNSENT || sender.queued_fds() > 0 {
                 self.client.flush()?;
                 if self.client.holds_too_much() {
+                    self.stalled = true;
                     break;
                 }
             }
@@ -166,8 +172,8 @@ impl Session {
                     self.desk.refuse(&header, error.into(), sender)
                 }
                 Ok(Received::Pending) => break,
-                Ok(Received::Closed) => return Err(SessionEnd::Left),
-                Err(error) => return Err(self.farewell(error)),
+                Ok(Received::Closed) => return Err(self.farewell(SessionEnd::Left)),
+                Err(error) => return Err(self.farewell(error.into())),
             };
             progress = Progress::Served;
             if let Err(end) = outcome {
@@ -240,13 +246,14 @@ impl Session {
         self.desk.commands.send(function, peer, &mut channel.sender);
     }
 
-    /// Tells a client whose stream can't be followed any more, if that is the reason.
-    fn farewell(&mut self, error: TransportError) -> SessionEnd {
-        if let TransportError::Framing { id, command, .. } = error {
+    /// Hands over the last answers: a client that says nothing more may still read. One whose stream
+    /// can't be followed any more is told.
+    fn farewell(&mut self, end: SessionEnd) -> SessionEnd {
+        if let SessionEnd::Transport(TransportError::Framing { id, command, .. }) = end {
             self.client.sender.error(id, command, Errno::INVAL);
-            let _ = self.client.flush();
         }
-        error.into()
+        let _ = self.client.flush();
+        end
     }
 }
 
