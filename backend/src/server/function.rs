@@ -333,7 +333,7 @@ impl HostedFunction {
         }
         if effects.reset.is_some() {
             self.device.quiesce();
-            self.transfers.clear();
+            self.transfers.clear(&self.dma);
             self.device.reset();
         }
         for vector in effects.msi.deliver.iter() {

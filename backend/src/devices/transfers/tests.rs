@@ -69,7 +69,7 @@ fn answers_that_nobody_waits_for_any_more_are_ignored() {
     let mut transfers = Transfers::default();
     transfers.begin(read(1, 0x1000, 4));
     let old = message(transfers.step(&dma, true, Some(4)));
-    transfers.clear();
+    transfers.clear(&dma);
     transfers.begin(read(2, 0x1000, 4));
     let new = message(transfers.step(&dma, true, Some(4)));
     assert!(matches!(transfers.answered(&dma, old.ticket, Ok(b"olds")), Step::Idle));
@@ -102,4 +102,45 @@ fn without_bus_mastering_nothing_moves_and_nobody_is_asked() {
     assert!(matches!(transfers.answered(&dma, ticket, Ok(b"part")), Step::Idle));
     let stopped = (1, Err(DmaError::BusMasterDisabled));
     assert_eq!(done(transfers.step(&dma, false, Some(4))), stopped);
+}
+
+#[test]
+fn losing_bus_mastering_ends_a_transfer_that_waits_and_its_answer_is_ignored() {
+    let dma = memory();
+    let mut transfers = Transfers::default();
+    transfers.begin(read(1, 0x1000, 4));
+    let ticket = message(transfers.step(&dma, true, Some(4))).ticket;
+    let stopped = (1, Err(DmaError::BusMasterDisabled));
+    assert_eq!(done(transfers.step(&dma, false, None)), stopped);
+    assert!(matches!(transfers.answered(&dma, ticket, Ok(b"late")), Step::Idle));
+    assert!(transfers.is_empty());
+}
+
+#[test]
+fn a_write_that_was_sent_and_given_up_is_dirty() {
+    let give_up: [fn(&mut Transfers, &DmaTable); 2] = [
+        |transfers, dma| transfers.clear(dma),
+        |transfers, dma| _ = done(transfers.step(dma, false, None)),
+    ];
+    for give_up in give_up {
+        let mut dma = memory();
+        assert_eq!(dma.start_logging(&[], 0x1000), Ok(0x1000));
+        let mut transfers = Transfers::default();
+        let payload = Payload::Write(b"sent".to_vec());
+        transfers.begin(Transfer { id: 1, address: Iova(0x1800), payload });
+        let _sent = message(transfers.step(&dma, true, Some(4)));
+        give_up(&mut transfers, &dma);
+        let mut bitmap = [0; 8];
+        dma.report(Iova(0), 0x2000, 0x1000, &mut bitmap).unwrap();
+        assert_eq!(bitmap[0], 0b10);
+    }
+}
+
+#[test]
+fn a_client_that_takes_nothing_at_once_is_not_asked() {
+    let dma = memory();
+    let mut transfers = Transfers::default();
+    transfers.begin(read(1, 0x1000, 4));
+    let refused = (1, Err(DmaError::NotShared(0x1000)));
+    assert_eq!(done(transfers.step(&dma, true, Some(0))), refused);
 }

@@ -117,7 +117,7 @@ impl HostedFunction {
             (Migration::Running, MigrationState::Stop) => {
                 self.device.quiesce();
                 // What was under way is in the device's state, which begins it anew.
-                self.transfers.clear();
+                self.transfers.clear(&self.dma);
                 Migration::Stopped
             }
             (Migration::Stopped, MigrationState::StopCopy) => Migration::Saving(self.save()?),
