@@ -166,6 +166,24 @@ fn a_stopped_function_claims_nothing_and_goes_on_when_it_runs() {
 }
 
 #[test]
+fn the_level_from_before_a_restored_state_is_forgotten() {
+    let (source, target) = (Backend::serve(&["edu"]), Backend::serve(&["edu"]));
+    let (mut old, mut new) = (source.client(), target.client());
+    go_to(&mut old, STOP_COPY);
+    let quiet = save(&mut old, 4096);
+    edu::enable(&mut new);
+    edu::raise(&mut new);
+    go_to(&mut new, RESUMING);
+    load(&mut new, &quiet, 4096);
+    go_to(&mut new, STOP);
+    // Another one is to drive the line, or the next client; here it is the same.
+    let _ = new.call(command::RESET, &[]).success();
+    let line = EventCounter::new();
+    new.set_eventfd(0, 0, line.as_fd());
+    assert_eq!(line.take(), 0);
+}
+
+#[test]
 fn states_are_reached_as_the_protocol_says() {
     let backend = Backend::serve(&["edu"]);
     let mut peer = backend.client();

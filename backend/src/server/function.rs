@@ -358,6 +358,8 @@ impl HostedFunction {
         self.unfinished = false;
         let effects = self.function.reset(ResetKind::Device);
         self.apply(&effects);
+        // A restored state may have had another level than the line, and then nothing changed.
+        self.interrupts.intx.set_level(self.function.intx_line());
     }
 
     /// A stopped function claims nothing but configuration space: what it has was given away.
