@@ -4,9 +4,9 @@ use std::os::fd::AsFd;
 
 use barkeep_tests::backend::Backend;
 use barkeep_tests::event_counter::EventCounter;
-use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::{command, u32_at, u64_at};
 use barkeep_tests::peer::requests::{CONFIG, info, irq, pci, set_irqs};
+use barkeep_tests::peer::{Peer, version_body};
 use rustix::io::Errno;
 
 const MSIX: u32 = 2;
@@ -153,6 +153,19 @@ fn doorbells_are_offered_as_eventfds_that_ring_without_a_request() {
     }
     first.peer.expect_errno(command::GET_REGION_IO_FDS, &query(15, 0), Errno::INVAL);
     first.peer.expect_errno(command::GET_REGION_IO_FDS, &query(16, 9), Errno::INVAL);
+}
+
+/// "If not specified then the receiver must assume a value of 1": others are left to be forwarded.
+#[test]
+fn no_more_doorbells_are_offered_than_the_client_takes_descriptors() {
+    let (_file, backend) = pair();
+    let proposals = [("{}", 1), (r#"{"capabilities":{"max_msg_fds":4}}"#, 4)];
+    for (json, most) in proposals {
+        let mut peer = Peer::connect(backend.socket());
+        let _ = peer.call(command::VERSION, &version_body(0, 1, json)).success();
+        let reply = peer.call(command::GET_REGION_IO_FDS, &info(4096, 0));
+        assert_eq!((u32_at(&reply.body, 12), reply.fds.len()), (most, most as usize));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu::{self, at};
 use barkeep_tests::peer::message::{ERROR, Payload, REPLY, Reply, command, message, u64_at};
-use barkeep_tests::peer::requests::{CONFIG, dma_map, dma_unmap, pci};
+use barkeep_tests::peer::requests::{CONFIG, dma_map, dma_unmap, pci, write};
 use barkeep_tests::peer::{Peer, version_body};
 use rustix::io::Errno;
 
@@ -287,4 +287,36 @@ fn a_twin_socket_carries_the_servers_commands() {
     drop(client);
     peer.expect_closed();
     edu::assert_served(backend.socket());
+}
+
+#[test]
+fn a_twin_socket_carries_them_from_the_first_one_on() {
+    let backend = Backend::serve(&["edu"]);
+    let mut peer = Peer::connect(backend.socket());
+    // Everything at once, without waiting for what was negotiated.
+    let json = r#"{"capabilities":{"twin_socket":{"supported":true}}}"#;
+    let enable = pci::MEMORY_SPACE | pci::BUS_MASTER;
+    let requests = [
+        (command::VERSION, version_body(0, 1, json)),
+        (command::DMA_MAP, dma_map(READ_WRITE, 0, WINDOW, SIZE)),
+        (command::REGION_WRITE, write(CONFIG, pci::COMMAND, &enable.to_le_bytes())),
+        (command::REGION_WRITE, write(0, at::DMA_SOURCE, &WINDOW.to_le_bytes())),
+        (command::REGION_WRITE, write(0, at::DMA_DESTINATION, &0x40000_u64.to_le_bytes())),
+        (command::REGION_WRITE, write(0, at::DMA_COUNT, &4_u64.to_le_bytes())),
+        (command::REGION_WRITE, write(0, at::DMA_COMMAND, &1_u64.to_le_bytes())),
+    ];
+    let message = |(command, body): &(u16, Vec<u8>)| message(7, *command, 0, body);
+    peer.send(&requests.iter().map(message).collect::<Vec<_>>().concat());
+    let mut twin = None;
+    for (command, _) in requests {
+        twin = peer.reply_to(7, command).fds.pop().or(twin);
+    }
+    let mut client = Client {
+        peer: Peer::over(twin.expect("the other end of the twin socket")),
+        memory: vec![0; SIZE.try_into().unwrap()],
+        layout: Layout::Spec,
+    };
+    client.serve();
+    assert_eq!(client.serve(), (command::DMA_READ, 4));
+    assert!(peer.hears_nothing());
 }

@@ -17,36 +17,32 @@ pub(super) struct Channel {
     pub(super) socket: OwnedFd,
     pub(super) receiver: Receiver,
     pub(super) sender: Sender,
-    interest: Interest,
+    /// What the event loop watches it for, once it has it.
+    watched: Option<Interest>,
 }
 
 impl Channel {
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self {
-            socket,
-            receiver: Receiver::default(),
-            sender: Sender::default(),
-            interest: Interest::Read,
-        }
+        Self { socket, receiver: Receiver::default(), sender: Sender::default(), watched: None }
     }
 
-    /// Adds it to the event loop.
-    pub(super) fn add(&self, epoll: &Epoll, token: Token) -> io::Result<()> {
-        epoll.add(self.socket.as_fd(), token, self.interest)
-    }
-
-    /// Tells the event loop what is waited for, if that has changed.
+    /// Tells the event loop what is waited for, if it does not know that.
     pub(super) fn watch(&mut self, epoll: &Epoll, token: Token) -> io::Result<()> {
         let interest = match (self.sender.queued_bytes(), self.holds_too_much()) {
             (0, _) => Interest::Read,
             (_, false) => Interest::ReadWrite,
             (_, true) => Interest::Write,
         };
-        if self.interest == interest {
-            return Ok(());
+        match self.watched.replace(interest) {
+            None => epoll.add(self.socket.as_fd(), token, interest),
+            Some(before) if before == interest => Ok(()),
+            Some(_) => epoll.modify(self.socket.as_fd(), token, interest),
         }
-        self.interest = interest;
-        epoll.modify(self.socket.as_fd(), token, interest)
+    }
+
+    /// Takes it from the event loop, if that has it.
+    pub(super) fn forget(&mut self, epoll: &Epoll) -> io::Result<()> {
+        self.watched.take().map_or(Ok(()), |_| epoll.remove(self.socket.as_fd()))
     }
 
     /// Hands over what the socket takes.

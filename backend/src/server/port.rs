@@ -162,15 +162,15 @@ impl Port {
 
     fn start_session(&mut self, epoll: &Epoll, socket: OwnedFd) -> io::Result<()> {
         epoll.remove(self.socket.listener())?;
-        let session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
-        session.add(epoll, self.index)?;
+        let mut session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
+        session.watch(epoll, self.index)?;
         self.session = Some(session);
         Ok(())
     }
 
     fn end_session(&mut self, epoll: &Epoll, end: &SessionEnd) -> io::Result<()> {
-        let session = self.session.take();
-        if let Some(session) = &session {
+        let mut session = self.session.take();
+        if let Some(session) = &mut session {
             session.remove(epoll)?;
             // A probe that connects and leaves without a word is no client.
             if session.handshake_deadline().is_none() || !matches!(end, SessionEnd::Left) {

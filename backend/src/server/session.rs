@@ -41,7 +41,7 @@ pub(super) struct Session {
 struct Desk {
     state: State,
     commands: Commands,
-    /// The end of the twin socket that is ours, until the event loop has it.
+    /// The end of the twin socket that is ours, until the session has it.
     new_twin: Option<OwnedFd>,
     /// What a request without reply would have been answered.
     unsent: (Vec<u8>, Vec<OwnedFd>),
@@ -104,30 +104,17 @@ impl Session {
         }
     }
 
-    /// Adds its sockets to the event loop.
-    pub(super) fn add(&self, epoll: &Epoll, port: usize) -> io::Result<()> {
-        self.client.add(epoll, Token::Port(port, Source::Client))
-    }
-
-    /// Tells the event loop what [`serve`](Self::serve) waits for, if that has changed.
+    /// Tells the event loop what [`serve`](Self::serve) waits for, if it does not know that.
     pub(super) fn watch(&mut self, epoll: &Epoll, port: usize) -> io::Result<()> {
         self.client.watch(epoll, Token::Port(port, Source::Client))?;
         let token = Token::Port(port, Source::Twin);
-        if let Some(socket) = self.desk.new_twin.take() {
-            let twin = Channel::new(socket);
-            twin.add(epoll, token)?;
-            self.twin = Some(twin);
-        }
-        match &mut self.twin {
-            Some(twin) => twin.watch(epoll, token),
-            None => Ok(()),
-        }
+        self.twin.as_mut().map_or(Ok(()), |twin| twin.watch(epoll, token))
     }
 
     /// Takes its sockets from the event loop.
-    pub(super) fn remove(&self, epoll: &Epoll) -> io::Result<()> {
-        epoll.remove(self.client.as_fd())?;
-        self.twin.as_ref().map_or(Ok(()), |twin| epoll.remove(twin.as_fd()))
+    pub(super) fn remove(&mut self, epoll: &Epoll) -> io::Result<()> {
+        self.client.forget(epoll)?;
+        self.twin.as_mut().map_or(Ok(()), |twin| twin.forget(epoll))
     }
 
     /// Whether it has to be served again although nothing may happen at its socket.
@@ -242,6 +229,10 @@ impl Session {
 
     fn send_commands(&mut self, function: &mut dyn Served) {
         let State::Ready(peer) = self.desk.state else { return };
+        // Negotiated in this turn, and meant for the first command already.
+        if let Some(socket) = self.desk.new_twin.take() {
+            self.twin = Some(Channel::new(socket));
+        }
         let channel = self.twin.as_mut().unwrap_or(&mut self.client);
         self.desk.commands.send(function, peer, &mut channel.sender);
     }
@@ -386,7 +377,8 @@ fn negotiate(
     reply: &mut Reply<'_>,
 ) -> Result<(Version, Peer), RequestError> {
     let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
-    if theirs.capabilities.offer().contains(Offer::TWIN_SOCKET) {
+    let twin = theirs.capabilities.offer().contains(Offer::TWIN_SOCKET);
+    if twin && theirs.capabilities.message_fds() > 0 {
         let flags = SocketFlags::CLOEXEC;
         let (ours, client) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(RequestError::Descriptor)?;
