@@ -1,5 +1,5 @@
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use barkeep_protocol::transport::{Message, Received, Sender, TransportError};
@@ -126,7 +126,7 @@ impl Session {
     /// The client's socket, and whether something waits to be written.
     #[cfg(feature = "fuzzing")]
     pub(super) fn waits(&self) -> (std::os::fd::BorrowedFd<'_>, bool) {
-        (self.client.as_fd(), self.client.sender.queued_bytes() > 0)
+        (std::os::fd::AsFd::as_fd(&self.client), self.client.sender.queued_bytes() > 0)
     }
 
     /// Reads and answers requests as long as the socket has some, up to a batch.
