@@ -316,7 +316,6 @@ fn a_twin_socket_carries_them_from_the_first_one_on() {
         memory: vec![0; SIZE.try_into().unwrap()],
         layout: Layout::Spec,
     };
-    client.serve();
     assert_eq!(client.serve(), (command::DMA_READ, 4));
     assert!(peer.hears_nothing());
 }

@@ -172,9 +172,6 @@ fn work_goes_on_while_the_client_owes_all_the_answers_it_may() {
     let mut bench = Bench::new();
     bench.start(WINDOW, 1);
     bench.turn(Source::Client);
-    let question = bench.hear();
-    bench.send(&raw(0, Command::DmaWrite, 1, &question[question.len() - 16..]));
-    bench.turn(Source::Client);
     for _ in 0..20 {
         bench.send(&message(Command::Reset, &[]));
         bench.enable();
