@@ -2,8 +2,10 @@
 
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu::{self, at};
-use barkeep_tests::peer::message::{ERROR, Payload, REPLY, Reply, command, message, u64_at};
-use barkeep_tests::peer::requests::{CONFIG, dma_map, dma_unmap, pci, write};
+use barkeep_tests::peer::message::{
+    ERROR, NO_REPLY, Payload, REPLY, Reply, command, message, u64_at,
+};
+use barkeep_tests::peer::requests::{CONFIG, access, dma_map, dma_unmap, pci, write};
 use barkeep_tests::peer::{Peer, version_body};
 use rustix::io::Errno;
 
@@ -305,8 +307,12 @@ fn a_twin_socket_carries_them_from_the_first_one_on() {
         (command::REGION_WRITE, write(0, at::DMA_COUNT, &4_u64.to_le_bytes())),
         (command::REGION_WRITE, write(0, at::DMA_COMMAND, &1_u64.to_le_bytes())),
     ];
-    let message = |(command, body): &(u16, Vec<u8>)| message(7, *command, 0, body);
-    peer.send(&requests.iter().map(message).collect::<Vec<_>>().concat());
+    let mut bytes = Vec::new();
+    for (command, body) in &requests {
+        bytes.extend(message(7, *command, 0, body));
+    }
+    bytes.extend(message(8, command::REGION_READ, NO_REPLY, &access(CONFIG, 0, 4)));
+    peer.send(&bytes);
     let mut twin = None;
     for (command, _) in requests {
         twin = peer.reply_to(7, command).fds.pop().or(twin);
@@ -318,4 +324,51 @@ fn a_twin_socket_carries_them_from_the_first_one_on() {
     };
     assert_eq!(client.serve(), (command::DMA_READ, 4));
     assert!(peer.hears_nothing());
+}
+
+/// There is no reply for the socket to travel with.
+#[test]
+fn a_version_without_reply_makes_no_twin_socket() {
+    let backend = Backend::serve(&["edu"]);
+    let mut peer = Peer::connect(backend.socket());
+    let json = r#"{"capabilities":{"twin_socket":{"supported":true}}}"#;
+    peer.send(&message(1, command::VERSION, NO_REPLY, &version_body(0, 1, json)));
+    let _ = peer.call(command::DMA_MAP, &dma_map(READ_WRITE, 0, WINDOW, SIZE)).success();
+    edu::enable(&mut peer);
+    let mut client = Client { peer, memory: vec![0; 0x2000], layout: Layout::Spec };
+    edu::load(&mut client.peer, WINDOW, 4);
+    client.serve();
+    assert_eq!(client.serve(), (command::DMA_READ, 4));
+}
+
+#[test]
+fn the_answer_to_another_command_does_not_tell_the_layout() {
+    let backend = Backend::serve(&["edu"]);
+    let mut client = Client::new(&backend, Layout::Spec);
+    edu::load(&mut client.peer, WINDOW, 8);
+    let question = client.peer.receive();
+    client.peer.send(&message(question.id, command::DMA_READ, REPLY, &question.body));
+    assert_eq!(client.peer.receive().flags, REPLY | ERROR);
+    client.peer.expect_closed();
+}
+
+/// It says what QEMU alone says, and refuses the question.
+#[test]
+fn a_refused_question_leaves_the_layout_to_what_the_client_said() {
+    let backend = Backend::serve(&["edu"]);
+    let mut peer = Peer::connect(backend.socket());
+    let json = r#"{"capabilities":{"migration":{"pgsize":4096,"max_bitmap_size":4096}}}"#;
+    let _ = peer.call(command::VERSION, &version_body(0, 0, json)).success();
+    let _ = peer.call(command::DMA_MAP, &dma_map(READ_WRITE, 0, WINDOW, SIZE)).success();
+    edu::enable(&mut peer);
+    let mut client = Client { peer, memory: vec![7; 0x2000], layout: Layout::Qemu };
+    edu::load(&mut client.peer, WINDOW, 4);
+    let question = client.peer.receive();
+    let mut error = message(question.id, question.command, REPLY | ERROR, &[]);
+    error[12..16].copy_from_slice(&Errno::FAULT.raw_os_error().to_ne_bytes());
+    client.peer.send(&error);
+    client.serve();
+    edu::store(&mut client.peer, WINDOW + 8, 4);
+    assert_eq!(client.serve(), (command::DMA_WRITE, 4));
+    assert_eq!(client.memory[..16], [7; 16]);
 }

@@ -120,10 +120,10 @@ impl Commands {
             && id == header.id
             && header.command == Command::DmaWrite.code()
         {
-            // Whoever refuses it has the specification's, as far as anyone knows.
+            // Only who looks like QEMU is asked, and what it refuses to tell is believed.
             let layout = match error {
                 None => nothing.check_write_reply(body),
-                Some(_) => Ok(DmaLayout::Spec),
+                Some(_) => Ok(DmaLayout::Qemu),
             };
             let Ok(layout) = layout else { return false };
             self.layout = Layout::Known(layout);

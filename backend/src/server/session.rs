@@ -263,9 +263,11 @@ impl Desk {
             Ok(request) if fds.len() > request.max_fds() => Err(WireError::TooManyFds.into()),
             Ok(request) if no_reply => {
                 let (body, fds_out) = &mut self.unsent;
+                // The other end would go with the reply that is not sent.
+                let mut no_twin = None;
                 let result = Self::dispatch(
                     &mut self.state,
-                    &mut self.new_twin,
+                    &mut no_twin,
                     request,
                     fds,
                     function,
