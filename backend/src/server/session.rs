@@ -20,6 +20,8 @@ use super::served::{Reply, Served};
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
+/// Bytes of requests likewise: one REGION_WRITE_MULTI can be tens of thousands of writes.
+const BATCH_BYTES: usize = 64 << 10;
 /// Bytes of replies that are collected before they are sent with one call.
 const MAX_UNSENT: usize = 64 << 10;
 
@@ -134,6 +136,7 @@ impl Session {
         let mut progress = Progress::Nothing;
         self.more = false;
         self.stalled = false;
+        let mut bytes = 0;
         for served in 0..=BATCH {
             let sender = &self.client.sender;
             if sender.queued_bytes() > MAX_UNSENT || sender.queued_fds() > 0 {
@@ -143,7 +146,7 @@ impl Session {
                     break;
                 }
             }
-            if served == BATCH {
+            if served == BATCH || bytes > BATCH_BYTES {
                 self.more = true;
                 break;
             }
@@ -154,7 +157,10 @@ impl Session {
                 _ => receiver.receive_more(&*socket),
             };
             let outcome = match received {
-                Ok(Received::Message(message)) => self.desk.handle(message, sender, function),
+                Ok(Received::Message(message)) => {
+                    bytes += message.body.len();
+                    self.desk.handle(message, sender, function)
+                }
                 Ok(Received::Refused(header, error)) => {
                     self.desk.refuse(&header, error.into(), sender)
                 }

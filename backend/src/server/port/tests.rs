@@ -59,7 +59,8 @@ impl Device for Busy {
     }
 
     fn bar_write(&mut self, _: BarIndex, offset: u64, data: &[u8], context: &mut Context<'_>) {
-        let value = u64::from_le_bytes(data.try_into().unwrap());
+        let Ok(data) = data.try_into() else { return };
+        let value = u64::from_le_bytes(data);
         if offset == 0 {
             self.address = value;
         } else {
@@ -217,4 +218,16 @@ fn a_client_that_says_no_more_still_gets_its_answers() {
     bench.client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(bench.turn(Source::Client), Turn::Ended);
     assert_eq!(bench.hear().len(), 4096 / request.len() * 32);
+}
+
+#[test]
+fn large_requests_get_fewer_of_them_into_a_turn() {
+    let mut bench = Bench::new();
+    let request = write(0, 0, &[0; 70 << 10]);
+    bench.send(&request.repeat(2));
+    bench.turn(Source::Client);
+    assert!(bench.port.has_work());
+    assert_eq!(bench.hear().len(), 32);
+    bench.turn(Source::Work);
+    assert_eq!(bench.hear().len(), 32);
 }
