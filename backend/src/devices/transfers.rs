@@ -232,11 +232,13 @@ impl Active {
             Direction::Read => DmaAccess::READ,
             Direction::Write => DmaAccess::WRITE,
         };
-        while self.done < self.length {
-            let address = self.address.0.checked_add(self.done as u64).ok_or(DmaError::Overflow)?;
-            let rest = (self.length - self.done) as u64;
-            let mut pieces = dma.pieces(Iova(address), rest, access)?;
-            let Some(piece) = pieces.next() else { break };
+        if self.done == self.length {
+            return Ok(Progress::Finished);
+        }
+        let address = self.address.0.checked_add(self.done as u64).ok_or(DmaError::Overflow)?;
+        let rest = (self.length - self.done) as u64;
+        // Checked once for all of them: a guest may make tens of thousands of windows.
+        for piece in dma.pieces(Iova(address), rest, access)? {
             let length = usize::try_from(piece.len).expect("a part of the transfer");
             let end = self.done + length;
             let part = self.done..end;
