@@ -337,14 +337,13 @@ fn a_version_without_reply_makes_no_twin_socket() {
     edu::enable(&mut peer);
     let mut client = Client { peer, memory: vec![0; 0x2000], layout: Layout::Spec };
     edu::load(&mut client.peer, WINDOW, 4);
-    client.serve();
     assert_eq!(client.serve(), (command::DMA_READ, 4));
 }
 
 #[test]
 fn the_answer_to_another_command_does_not_tell_the_layout() {
     let backend = Backend::serve(&["edu"]);
-    let mut client = Client::new(&backend, Layout::Spec);
+    let mut client = Client::new(&backend, Layout::Qemu);
     edu::load(&mut client.peer, WINDOW, 8);
     let question = client.peer.receive();
     client.peer.send(&message(question.id, command::DMA_READ, REPLY, &question.body));
