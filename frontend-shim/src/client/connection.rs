@@ -151,6 +151,8 @@ impl Connection {
 
     /// Ends the session, whoever waits or reads: they return at once.
     pub(super) fn end(&self) {
+        // Whoever sees the end finds that no more guest memory is reached for the backend.
+        self.dma.close();
         if !self.ended.swap(true, Ordering::AcqRel) {
             lock(&self.waiters).end();
             // It may be gone already, which is as good.

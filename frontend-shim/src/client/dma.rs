@@ -1,6 +1,7 @@
 //! The server's own commands: it reads and writes guest memory by messages.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use barkeep_protocol::wire::{
@@ -34,6 +35,8 @@ pub(super) struct DmaService {
     /// Sorted by address, without overlaps. Held for reading around each transfer: when a window
     /// was withdrawn, none is under way in it.
     windows: RwLock<Vec<Window>>,
+    /// The session has ended; nothing is begun any more.
+    closed: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +50,14 @@ impl Window {
     fn of(map: &DmaMap) -> Option<Self> {
         let DmaMap { access, address, size, .. } = *map;
         Some(Self { address, last: address.checked_add(size.checked_sub(1)?)?, access })
+    }
+
+    /// What lies before `address` and behind `last`.
+    fn without(self, address: u64, last: u64) -> impl Iterator<Item = Self> {
+        let before = address.checked_sub(1).map(|end| Self { last: self.last.min(end), ..self });
+        let behind =
+            last.checked_add(1).map(|start| Self { address: self.address.max(start), ..self });
+        [before, behind].into_iter().flatten().filter(|part| part.address <= part.last)
     }
 }
 
@@ -74,10 +85,16 @@ impl DmaService {
         if unmap.flags.contains(DmaUnmapFlags::ALL) {
             return windows.clear();
         }
-        let end = unmap.address.checked_add(unmap.size);
-        windows.retain(|window| {
-            window.address < unmap.address || end.is_some_and(|end| window.last >= end)
-        });
+        let Some(more) = unmap.size.checked_sub(1) else { return };
+        let last = unmap.address.saturating_add(more);
+        // A server may agree to a part of a window.
+        let left = windows.iter().flat_map(|window| window.without(unmap.address, last));
+        *windows = left.collect();
+    }
+
+    /// Serves nothing more from now on. What is under way goes on.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
     }
 
     /// Does what a command asks for; the payload of the reply.
@@ -85,6 +102,9 @@ impl DmaService {
         let target = self.target.get().ok_or(Errno::NOTSUP)?;
         let request = ServerRequest::parse(header.command, body).map_err(|error| error.errno())?;
         let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Errno::NOTCONN);
+        }
         let mut reply = Vec::new();
         match request {
             ServerRequest::DmaRead(transfer) => {

@@ -219,7 +219,8 @@ impl Client {
     /// would not be served.
     ///
     /// # Errors
-    /// [`ClientError`], as for every request.
+    /// [`ClientError`], as for every request. What a backend that refuses has announced to it, it
+    /// keeps; one whose session has ended is not served any more either.
     pub fn dma_unmap(&self, unmap: &DmaUnmap) -> Result<(), ClientError> {
         self.dma_unmap_with(unmap, |_| Ok(()))
     }
@@ -250,9 +251,12 @@ impl Client {
         parse: impl Fn(&[u8]) -> Result<T, WireError>,
     ) -> Result<T, ClientError> {
         // The server may finish what it has begun before it answers.
-        let parsed = self.call(Command::DmaUnmap, |out| unmap.write_to(out), parse)?;
-        self.connection.dma().withdraw(unmap);
-        Ok(parsed)
+        let result = self.call(Command::DmaUnmap, |out| unmap.write_to(out), parse);
+        // Another thread may be serving what came before the end.
+        if result.as_ref().map_or_else(ClientError::ends_session, |_| true) {
+            self.connection.dma().withdraw(unmap);
+        }
+        result
     }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
@@ -354,9 +358,11 @@ impl Client {
 }
 
 impl Drop for Client {
-    /// The server sees the end of the session, whoever still holds a handle on its socket.
+    /// The server sees the end of the session, whoever still holds a handle on its socket. Afterwards no
+    /// guest memory is reached, whoever still attends.
     fn drop(&mut self) {
         self.connection.end();
+        self.connection.dma().withdraw(&DmaUnmap::all());
     }
 }
 

@@ -12,6 +12,7 @@ mod commands;
 mod flight;
 mod hangup;
 mod requests;
+mod windows;
 
 /// A server that answers VERSION and then does what its script says.
 struct Script {

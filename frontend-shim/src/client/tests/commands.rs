@@ -10,10 +10,10 @@ use super::*;
 
 /// Memory from address 0 on.
 #[derive(Default)]
-struct Ram(Mutex<Vec<u8>>);
+pub(super) struct Ram(Mutex<Vec<u8>>);
 
 impl Ram {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Arc::new(Self(Mutex::new((0..=255).cycle().take(0x4000).collect())))
     }
 }
@@ -33,9 +33,9 @@ impl DmaTarget for Ram {
 }
 
 /// A command and its outcome: the payload or the errno.
-type Outcome = Result<Vec<u8>, Errno>;
+pub(super) type Outcome = Result<Vec<u8>, Errno>;
 
-fn range(address: u64, count: u64) -> Vec<u8> {
+pub(super) fn range(address: u64, count: u64) -> Vec<u8> {
     [address.to_ne_bytes(), count.to_ne_bytes()].concat()
 }
 
@@ -52,7 +52,7 @@ impl Server {
         }
     }
 
-    fn dma_read(&mut self, address: u64, count: u64) -> Outcome {
+    pub(super) fn dma_read(&mut self, address: u64, count: u64) -> Outcome {
         let reply = self.command(Command::DmaRead, range(address, count))?;
         assert_eq!(reply[..16], range(address, count));
         Ok(reply[16..].to_vec())
@@ -64,7 +64,7 @@ impl Server {
     }
 
     /// Takes the windows that the client announces.
-    fn accept(&mut self, windows: usize) {
+    pub(super) fn accept(&mut self, windows: usize) {
         for _ in 0..windows {
             let request = self.request().unwrap();
             self.send(Frame::reply(&request.header, Vec::new()));
@@ -72,15 +72,15 @@ impl Server {
     }
 }
 
-fn options(target: &Arc<Ram>) -> ClientOptions {
+pub(super) fn options(target: &Arc<Ram>) -> ClientOptions {
     ClientOptions { deadline: NEVER, dma_target: Some(target.clone() as _), twin_socket: false }
 }
 
-fn map(client: &Client, address: u64, size: u64, access: DmaAccess) {
+pub(super) fn map(client: &Client, address: u64, size: u64, access: DmaAccess) {
     client.dma_map(&DmaMap { access, file_offset: 0, address, size }, None).unwrap();
 }
 
-const BOTH: DmaAccess = DmaAccess::READ.union(DmaAccess::WRITE);
+pub(super) const BOTH: DmaAccess = DmaAccess::READ.union(DmaAccess::WRITE);
 
 #[test]
 fn the_thread_that_waits_serves_what_lies_in_the_announced_windows() {
