@@ -68,6 +68,16 @@ fn edu_computes_and_copies_guest_memory(hypervisor: HypervisorChoice) {
     assert_eq!(report.findings, [right(0), right(1)]);
 }
 
+on_both_hypervisors!(edu_copies_guest_memory_that_it_reaches_by_messages);
+fn edu_copies_guest_memory_that_it_reaches_by_messages(hypervisor: HypervisorChoice) {
+    let sidecar = Sidecar::start(&["edu", "edu"]);
+    let by_messages =
+        Arguments { dma: Dma::Messages, ..arguments(&sidecar, Program::Edu, hypervisor) };
+    let report = run(&by_messages);
+    let right = |edu| format!("edu {edu}: factorial and DMA are right");
+    assert_eq!(report.findings, [right(0), right(1)]);
+}
+
 on_both_hypervisors!(a_disabled_bar_answers_ur_when_slots_go_first);
 fn a_disabled_bar_answers_ur_when_slots_go_first(hypervisor: HypervisorChoice) {
     let sidecar = Sidecar::start(&["edu", "ivshmem,size=4M"]);
