@@ -69,6 +69,9 @@ type Take<'a> = &'a mut dyn FnMut(Reply<'_>);
 /// rounds this up to its tick.
 const SEND_TIMEOUT: Duration = Duration::from_millis(1);
 
+/// A thread that can't send looks this often whether it has to read by now.
+const READER_CHECK: Duration = Duration::from_millis(10);
+
 impl Connection {
     pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
         let flags = SocketFlags::CLOEXEC;
@@ -114,18 +117,22 @@ impl Connection {
         let ticket = lock(&self.waiters).enter(command.code()).ok_or(ClientError::Gone)?;
         let mut taken = None;
         let queue = |sender: &mut Sender| sender.command(ticket.id, command, false, fds, body);
-        let result = self.send(ticket, queue, expires).and_then(|()| {
+        let result = self.send(Some(ticket), queue, expires).and_then(|()| {
             self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
         });
-        let result = result.map_err(|error| {
-            lock(&self.waiters).leave(ticket);
+        let failed = result.err().map(|error| {
+            // Whose reply has come has left, and somebody else may have its id by now.
+            if error.ends_session() {
+                lock(&self.waiters).leave(ticket);
+            }
             let error = self.cause(error);
             self.note(&error);
             error
         });
-        result?;
-        // A reply that can't be read ends the session like one that does not come.
-        taken.unwrap_or(Err(ClientError::Gone)).inspect_err(|error| self.note(error))
+        // What has come counts, also when it was the last that came. A reply that can't be read ends the
+        // session like one that does not come.
+        let outcome = taken.unwrap_or_else(|| Err(failed.unwrap_or(ClientError::Gone)));
+        outcome.inspect_err(|error| self.note(error))
     }
 
     /// Sends a command that has no reply.
@@ -137,7 +144,7 @@ impl Connection {
         let expires = Instant::now() + self.deadline;
         let id = lock(&self.waiters).free_id();
         let queue = |sender: &mut Sender| sender.command(id, command, true, Vec::new(), body);
-        self.reply(queue, expires).map_err(|error| {
+        self.send(None, queue, expires).map_err(|error| {
             let error = self.cause(error);
             self.note(&error);
             error
@@ -167,9 +174,11 @@ impl Connection {
     }
 
     /// Serves the server's commands on a socket of their own.
-    pub(super) fn set_twin(&self, socket: OwnedFd) {
+    pub(super) fn set_twin(&self, socket: OwnedFd) -> Result<(), ClientError> {
+        let twin = Twin::new(socket).ok_or(ClientError::Protocol("strange socket for commands"))?;
         // VERSION is answered once.
-        let _ = self.twin.set(Twin::new(socket));
+        let _ = self.twin.set(twin);
+        Ok(())
     }
 
     /// The server is going to send commands of its own.
@@ -233,7 +242,12 @@ impl Connection {
     /// Reads the server's own socket once, and serves what is complete.
     pub(super) fn serve_twin(&self) -> Result<(), ClientError> {
         let Some(twin) = self.twin.get() else { return Ok(()) };
-        twin.serve(&mut lock(&self.twin_stream), &self.dma, self.deadline)
+        let stream = &mut lock(&self.twin_stream);
+        match twin.serve(stream, &self.dma, self.socket.as_fd(), self.deadline) {
+            // It was shut down in the middle of something.
+            Err(_) if self.is_stopped() => Ok(()),
+            result => result,
+        }
     }
 
     /// Sleeps while somebody else reads.
@@ -266,7 +280,7 @@ impl Connection {
 
     fn send(
         &self,
-        ticket: Ticket,
+        ticket: Option<Ticket>,
         queue: impl FnOnce(&mut Sender),
         expires: Instant,
     ) -> Result<(), ClientError> {
@@ -283,12 +297,15 @@ impl Connection {
 
     /// Goes on sending to a backend that does not read, perhaps because nobody reads what it has
     /// sent.
-    fn push(&self, ticket: Ticket, expires: Instant) -> Result<(), ClientError> {
-        while !lock(&self.waiters).is_answered(ticket) {
-            let reading = self.try_read();
-            let interest = if reading.is_some() { PollFlags::IN } else { PollFlags::empty() };
-            let found =
-                wait_for(self.socket.as_fd(), interest | PollFlags::OUT, self.left(expires)?)?;
+    fn push(&self, ticket: Option<Ticket>, expires: Instant) -> Result<(), ClientError> {
+        while !ticket.is_some_and(|ticket| lock(&self.waiters).is_answered(ticket)) {
+            let (reading, left) = (self.try_read(), self.left(expires)?);
+            let (interest, limit) = match reading {
+                Some(_) => (PollFlags::IN, left),
+                // Whoever reads may stop, and can't wake a thread that polls.
+                None => (PollFlags::empty(), left.min(READER_CHECK)),
+            };
+            let found = wait_for(self.socket.as_fd(), interest | PollFlags::OUT, limit)?;
             if let Some(reading) = reading.filter(|_| !(found - PollFlags::OUT).is_empty()) {
                 reading.receive(None, expires)?;
             }
@@ -344,6 +361,12 @@ impl Connection {
             wait_for(self.socket.as_fd(), PollFlags::OUT, self.left(expires)?)?;
         }
         Ok(())
+    }
+
+    /// How often somebody would have read, and somebody else did.
+    #[cfg(test)]
+    pub(super) fn turned_away(&self) -> usize {
+        lock(&self.waiters).turned_away
     }
 
     /// Time until `expires`.
@@ -467,7 +490,7 @@ pub(super) fn answer(sender: &mut Sender, header: &Header, result: Result<Vec<u8
 }
 
 /// Waits until a descriptor is ready, at most `timeout`; tells for what.
-pub(super) fn wait_for(
+fn wait_for(
     fd: BorrowedFd<'_>,
     interest: PollFlags,
     timeout: Duration,
@@ -477,7 +500,10 @@ pub(super) fn wait_for(
     Ok(polled[0].revents())
 }
 
-fn poll_all(polled: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<(), ClientError> {
+pub(super) fn poll_all(
+    polled: &mut [PollFd<'_>],
+    limit: Option<Duration>,
+) -> Result<(), ClientError> {
     // One that is too long for the kernel is as good as none.
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     match poll(polled, limit.as_ref()) {

@@ -99,7 +99,7 @@ impl Client {
             return Err(ClientError::Version { major: answer.major, minor: answer.minor });
         }
         if twin_socket && let Some(index) = answer.capabilities.twin_socket_fd(fds.len())? {
-            fds.into_iter().nth(index).into_iter().for_each(|socket| connection.set_twin(socket));
+            fds.into_iter().nth(index).map_or(Ok(()), |socket| connection.set_twin(socket))?;
         }
         Ok(Self {
             path: path.to_owned(),

@@ -10,6 +10,7 @@ use super::*;
 
 mod commands;
 mod flight;
+mod handover;
 mod hangup;
 mod requests;
 mod windows;

@@ -3,24 +3,25 @@ use std::time::{Duration, Instant};
 
 use barkeep_protocol::transport::{Flush, Message, Received, Receiver, Sender};
 use barkeep_protocol::wire::MessageKind;
-use rustix::event::PollFlags;
-use rustix::net::{Shutdown, shutdown};
+use rustix::event::{PollFd, PollFlags};
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, Shutdown, SocketType, shutdown};
 
 use super::ClientError;
-use super::connection::{answer, wait_for};
+use super::connection::{answer, poll_all};
 use super::dma::DmaService;
 
 /// The server's own socket for its commands ("twin_socket").
 ///
-/// Its other end is a stranger's, who may have kept a duplicate of this one: a wait in here ends at
-/// the latest when the socket is shut down.
+/// Its other end is a stranger's, who may have kept a duplicate of this one: nothing waits in a read or
+/// a write of it, whatever poll said before.
 #[derive(Debug)]
 pub(super) struct Twin {
     socket: OwnedFd,
 }
 
 /// What is under way on it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct TwinStream {
     receiver: Receiver,
     sender: Sender,
@@ -29,8 +30,11 @@ pub(super) struct TwinStream {
 }
 
 impl Twin {
-    pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket }
+    /// `None` for anything else than a UNIX stream socket. Others may not know how to be shut down.
+    pub(super) fn new(socket: OwnedFd) -> Option<Self> {
+        let is_ours = socket_domain(&socket) == Ok(AddressFamily::UNIX)
+            && socket_type(&socket) == Ok(SocketType::STREAM);
+        is_ours.then_some(Self { socket })
     }
 
     pub(super) fn shut_down(&self) {
@@ -38,11 +42,12 @@ impl Twin {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Reads once and serves what is complete.
+    /// Reads once and serves what is complete. Does not wait longer than `connection` has a peer.
     pub(super) fn serve(
         &self,
         stream: &mut TwinStream,
         service: &DmaService,
+        connection: BorrowedFd<'_>,
         deadline: Duration,
     ) -> Result<(), ClientError> {
         // All that one read brings: nobody would look for what stays in the buffer.
@@ -65,21 +70,43 @@ impl Twin {
             let result = service.serve(&header, body);
             if !no_reply {
                 answer(sender, &header, result);
-                self.flush(sender, deadline)?;
+                self.flush(sender, connection, deadline)?;
             }
         }
     }
 
-    fn flush(&self, sender: &mut Sender, deadline: Duration) -> Result<(), ClientError> {
+    fn flush(
+        &self,
+        sender: &mut Sender,
+        connection: BorrowedFd<'_>,
+        deadline: Duration,
+    ) -> Result<(), ClientError> {
         let expires = Instant::now() + deadline;
         while sender.flush(&self.socket)? == Flush::Blocked {
             let left = expires.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(ClientError::Deadline(deadline));
             }
-            wait_for(self.socket.as_fd(), PollFlags::OUT, left)?;
+            let mut polled = [
+                PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT),
+                PollFd::from_borrowed_fd(connection, PollFlags::RDHUP),
+            ];
+            poll_all(&mut polled, Some(left))?;
+            if !polled[1].revents().is_empty() {
+                return Err(ClientError::Gone);
+            }
         }
         Ok(())
+    }
+}
+
+impl Default for TwinStream {
+    fn default() -> Self {
+        Self {
+            receiver: Receiver::that_never_waits(),
+            sender: Sender::that_never_waits(),
+            closed: false,
+        }
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) struct Waiters {
     ended: bool,
     /// Attendants that want to read when nobody else does.
     attendants: Vec<Thread>,
+    #[cfg(test)]
+    pub(super) turned_away: usize,
 }
 
 /// A request that was sent, or is about to be.
@@ -118,6 +120,10 @@ impl Waiters {
 
     /// Makes the caller the one that reads, if nobody does.
     pub(super) fn lead(&mut self) -> bool {
+        #[cfg(test)]
+        if self.led {
+            self.turned_away += 1;
+        }
         !self.ended && !std::mem::replace(&mut self.led, true)
     }
 
@@ -171,8 +177,10 @@ impl Waiters {
     /// Whether somebody reads. If so, the calling thread is woken when that ends.
     pub(super) fn attend(&mut self) -> bool {
         let waits = self.led && !self.ended;
-        if waits {
-            self.attendants.push(std::thread::current());
+        let me = std::thread::current();
+        // It may have given up waiting before, and come again.
+        if waits && self.attendants.iter().all(|thread| thread.id() != me.id()) {
+            self.attendants.push(me);
         }
         waits
     }
@@ -189,5 +197,20 @@ impl Waiters {
 impl Waiter {
     fn sleeps(&self) -> bool {
         self.thread.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attendant_that_comes_again_and_again_is_remembered_once() {
+        let mut waiters = Waiters::default();
+        assert!(waiters.lead());
+        for _ in 0..10 {
+            assert!(waiters.attend());
+        }
+        assert_eq!(waiters.attendants.len(), 1);
     }
 }

@@ -54,6 +54,8 @@ pub struct Receiver {
     /// Of the message that the last byte of `held` is part of.
     latest_fds: Descriptors,
     emptied: bool,
+    /// Reads never wait, whatever the socket says.
+    never_waits: bool,
 }
 
 #[derive(Debug)]
@@ -71,6 +73,13 @@ enum Complete {
 }
 
 impl Receiver {
+    /// One whose reads never wait, also on a blocking socket: for one that a stranger has made, who may
+    /// change what it is.
+    #[must_use]
+    pub fn that_never_waits() -> Self {
+        Self { never_waits: true, ..Self::default() }
+    }
+
     /// Reads until one message is complete or the socket has no more.
     ///
     /// # Errors
@@ -208,7 +217,9 @@ impl Receiver {
         let mut parts = [IoSliceMut::new(room)];
         // A read that fails says nothing about what is there.
         self.emptied = false;
-        let read = recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let mut flags = RecvFlags::CMSG_CLOEXEC;
+        flags.set(RecvFlags::DONTWAIT, self.never_waits);
+        let read = recvmsg(socket, &mut parts, &mut ancillary, flags)?;
         // A read ends early where the socket does, and where descriptors do.
         self.emptied = read.bytes < asked;
         for item in ancillary.drain() {

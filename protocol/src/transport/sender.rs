@@ -33,6 +33,8 @@ pub struct Sender {
     /// Messages with descriptors that are not sent yet, in order.
     attached: VecDeque<Attached>,
     queued_fds: usize,
+    /// Writes never wait, whatever the socket says.
+    never_waits: bool,
 }
 
 /// Descriptors, and where in the buffer the message is that they belong to.
@@ -44,6 +46,13 @@ struct Attached {
 }
 
 impl Sender {
+    /// One whose writes never wait, also on a blocking socket: for one that a stranger has made, who may
+    /// change what it is.
+    #[must_use]
+    pub fn that_never_waits() -> Self {
+        Self { never_waits: true, ..Self::default() }
+    }
+
     /// Appends the successful reply to `command`; `body` appends its payload to what it is given.
     ///
     /// If the kernel refuses the descriptors because too many are on their way already, the reply
@@ -191,7 +200,8 @@ impl Sender {
     /// Writes once: up to the next message with descriptors, or that message.
     fn write(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
         // A peer that goes away must cost its session, not a SIGPIPE for the process.
-        let flags = SendFlags::NOSIGNAL;
+        let mut flags = SendFlags::NOSIGNAL;
+        flags.set(SendFlags::DONTWAIT, self.never_waits);
         let next = match self.attached.front() {
             None => return send(socket, &self.buffer[self.sent..], flags),
             Some(next) if self.sent < next.start => {

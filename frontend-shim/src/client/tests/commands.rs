@@ -342,3 +342,54 @@ fn a_twin_socket_that_is_promised_and_missing_is_an_error() {
     assert!(matches!(error, ClientError::Malformed(_)), "{error}");
     script.thread.join().unwrap();
 }
+
+#[test]
+fn an_attendant_that_can_not_answer_on_a_twin_socket_learns_that_the_backend_has_gone() {
+    let (learnt, told) = mpsc::channel();
+    let script = with_twin("twin-deaf", move |server, twin| {
+        server.accept(1);
+        // Answers of 4 MiB, which nobody reads. The first one shows that the others are being sent.
+        for id in 0..64 {
+            let id = MessageId(id);
+            twin.sender.queue(Frame::command(id, Command::DmaRead, range(0, 0x1_0000)));
+        }
+        twin.sender.flush(&twin.socket).unwrap();
+        let flags = rustix::net::RecvFlags::PEEK;
+        rustix::net::recv(&twin.socket, &mut [0; 1][..], flags).unwrap();
+        server.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        // The other end stays open meanwhile, as it does in another process.
+        told.recv_timeout(Duration::from_secs(10)).unwrap();
+    });
+    let ram = Arc::new(Ram(Mutex::new(vec![0; 0x1_0000])));
+    let options = ClientOptions { twin_socket: true, ..options(&ram) };
+    let client = Client::connect_with(&script.path, options).unwrap();
+    map(&client, 0, 0x1_0000, BOTH);
+    assert_eq!(client.attendant().attend(), Attended::Ended);
+    let _ = learnt.send(());
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn a_twin_socket_that_is_no_stream_between_processes_is_refused() {
+    use rustix::net::{AddressFamily, SocketType, socket};
+    let sockets = [
+        socket(AddressFamily::NETLINK, SocketType::RAW, None),
+        socket(AddressFamily::UNIX, SocketType::DGRAM, None),
+        socket(AddressFamily::INET, SocketType::STREAM, None),
+        Ok(std::fs::File::open("/dev/zero").unwrap().into()),
+    ];
+    for twin in sockets.into_iter().flatten() {
+        let script = serve("twin-strange", |server| {
+            let request = server.request().unwrap();
+            let mut answer = plain();
+            answer.capabilities.twin_socket =
+                Some(TwinSocket { supported: true, fd_index: Some(0) });
+            let reply = Frame::reply(&request.header, answer.to_bytes());
+            server.send(reply.with_fds(vec![twin]));
+            server.drain();
+        });
+        let error = Client::connect_with(&script.path, twin_options()).unwrap_err();
+        assert!(matches!(error, ClientError::Protocol(_)), "{error}");
+        script.thread.join().unwrap();
+    }
+}
