@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use barkeep_protocol::wire::{RegionInfo, SparseArea};
-use rustix::fs::{FileType, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
+use rustix::fs::{FileType, FsWord, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs};
 
 use super::written::Written;
 use crate::hypervisor::{
@@ -36,6 +36,9 @@ struct Area {
     /// Whether the hypervisor has the slot.
     present: bool,
 }
+
+/// Of a file system (statfs(2)).
+const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 
 /// More parts than any device leaves: a page of vectors cuts a BAR in two.
 const MAX_AREAS: usize = 16;
@@ -243,8 +246,12 @@ impl BarMapping {
     }
 }
 
-/// Seals a file against shrinking, unless it is; `false` if it can't be.
+/// Seals a file against shrinking, unless it is; `false` if it can't be, or if that keeps no memory
+/// behind it: pages of hugetlbfs can be punched out, and the pool need not have others then.
 fn keeps_its_length(file: &OwnedFd) -> bool {
+    if fstatfs(file).is_ok_and(|system| system.f_type == HUGETLBFS_MAGIC) {
+        return false;
+    }
     let sealed = || fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
     // What counts is what is there afterwards.
     sealed() || (fcntl_add_seals(file, SealFlags::SHRINK).is_ok() && sealed())

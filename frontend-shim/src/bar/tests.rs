@@ -520,11 +520,18 @@ fn memory_that_can_not_be_sealed_is_trapped_and_works() {
     rustix::fs::fcntl_add_seals(&sealed_against_seals, SealFlags::SEAL).unwrap();
     let regular = tempfile();
     rustix::fs::ftruncate(&regular, SIZE).unwrap();
-    let rows = [
+    let mut rows = vec![
         ("sealed against seals", sealed_against_seals),
         ("not for sealing", memory(MemfdFlags::empty())),
         ("regular file", regular),
     ];
+    // Its pages can be punched out, and the pool may have no others then, whatever the seals say. A
+    // kernel without hugetlbfs has none.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    if let Ok(huge) = rustix::fs::memfd_create("bar", flags) {
+        rustix::fs::ftruncate(&huge, 4 << 20).unwrap();
+        rows.push(("huge pages", huge));
+    }
     for (what, file) in rows {
         let board = Board::sharing(file, true);
         board.command(2);
