@@ -89,6 +89,8 @@ impl Frontend {
         routes: Arc<dyn InterruptRoutes>,
     ) -> Result<(), InterruptError> {
         let attached = self.functions.get(function).ok_or(InterruptError::NoFunction)?;
+        // Those of an earlier call take their vectors with them, so they go first.
+        drop(self.interrupts.remove(&function));
         let interrupts = Interrupts::connect(function, attached.client(), routes)?;
         self.interrupts.insert(function, interrupts);
         Ok(())

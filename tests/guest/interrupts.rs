@@ -102,3 +102,38 @@ fn a_hypervisor_without_irqfds_refuses_and_the_function_works_on() {
     assert!(matches!(error, InterruptError::Host(_)), "{error}");
     assert_ne!(config(&frontend, 0), 0xff);
 }
+
+/// Which vectors somebody listens to.
+#[derive(Default)]
+struct Listening(Mutex<Vec<InterruptVector>>);
+
+impl InterruptRoutes for Listening {
+    fn connect(&self, vector: InterruptVector, _: BorrowedFd<'_>) -> io::Result<()> {
+        let mut vectors = self.0.lock().unwrap();
+        assert!(!vectors.contains(&vector), "{vector:?} is connected already");
+        vectors.push(vector);
+        Ok(())
+    }
+
+    fn disconnect(&self, vector: InterruptVector, _: BorrowedFd<'_>) {
+        self.0.lock().unwrap().retain(|other| *other != vector);
+    }
+
+    fn route(&self, _: InterruptVector, _: Option<MsiMessage>) {}
+}
+
+#[test]
+fn interrupts_that_are_connected_again_are_connected_once_and_stay_so() {
+    let sidecar = Sidecar::start(&["edu"]);
+    let listening = Arc::new(Listening::default());
+    let mut frontend = Frontend::new(Arc::new(Model::new()), Vec::new(), SlotId(0));
+    let deadline = Duration::from_secs(20);
+    frontend.attach(&sidecar.socket(0), deadline, SuspendOrder::SlotsFirst).unwrap();
+    frontend.connect_interrupts(0, listening.clone() as _).unwrap();
+    let before = listening.0.lock().unwrap().clone();
+    assert!(!before.is_empty());
+    frontend.connect_interrupts(0, listening.clone() as _).unwrap();
+    assert_eq!(*listening.0.lock().unwrap(), before);
+    drop(frontend);
+    assert!(listening.0.lock().unwrap().is_empty());
+}
