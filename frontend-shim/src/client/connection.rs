@@ -69,11 +69,15 @@ type Take<'a> = &'a mut dyn FnMut(Reply<'_>);
 /// rounds this up to its tick.
 const SEND_TIMEOUT: Duration = Duration::from_millis(1);
 
+/// Longer than any VM runs, and short enough for the clock and the kernel.
+const LONGEST_DEADLINE: Duration = Duration::from_secs(1 << 32);
+
 /// A thread that can't send looks this often whether it has to read by now.
 const READER_CHECK: Duration = Duration::from_millis(10);
 
 impl Connection {
     pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, ClientError> {
+        let deadline = deadline.min(LONGEST_DEADLINE);
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(ClientError::Connect)?;

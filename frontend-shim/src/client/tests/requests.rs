@@ -207,3 +207,21 @@ fn doorbells_come_with_their_eventfds() {
     drop(client);
     script.thread.join().unwrap();
 }
+
+#[test]
+fn a_deadline_beyond_all_time_is_as_good_as_none() {
+    for deadline in [Duration::MAX, Duration::from_secs(u64::MAX / 2), Duration::from_secs(1 << 40)]
+    {
+        let script = serve("patient", |server| {
+            server.answer_version(&plain());
+            let request = server.request().unwrap();
+            server.echo(&request);
+            server.drain();
+        });
+        let client = Client::connect(&script.path, deadline).unwrap();
+        assert_eq!(read(&client).unwrap(), 0);
+        client.region_write_posted(0, 0, &[1]).unwrap();
+        drop(client);
+        script.thread.join().unwrap();
+    }
+}
