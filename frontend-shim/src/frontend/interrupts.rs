@@ -232,13 +232,18 @@ struct MsiMessages {
 
 impl MsiMessages {
     fn read(backend: &impl Backend, at: u16) -> Result<Option<Self>, ClientError> {
-        let mut bytes = [0; 16];
-        backend.region_read(PciRegion::Config.index(), at.into(), &mut bytes)?;
-        let control = u16::from_le_bytes([bytes[2], bytes[3]]);
+        let config = PciRegion::Config.index();
+        let mut control = [0; 2];
+        backend.region_read(config, u64::from(at) + 2, &mut control)?;
+        let control = u16::from_le_bytes(control);
         if control & 1 == 0 {
             return Ok(None);
         }
         let wide = control & 1 << 7 != 0;
+        // No more than there is: it may be the last thing in configuration space.
+        let mut bytes = [0; 16];
+        let end = if wide { 14 } else { 10 };
+        backend.region_read(config, u64::from(at) + 4, &mut bytes[4..end])?;
         let half = |at: usize| u64::from(word(&bytes, at));
         let address = half(4) | if wide { half(8) << 32 } else { 0 };
         let data = word(&bytes, if wide { 12 } else { 8 }) & 0xffff;
@@ -347,3 +352,6 @@ impl fmt::Debug for HypervisorRoutes {
         f.debug_struct("HypervisorRoutes").field("numbers", &self.numbers).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
