@@ -30,6 +30,9 @@ pub struct StateV1 {
     pub(super) msix_table: Vec<u8>,
     /// The MSI-X pending bits: vector n is bit n % 64 of word n / 64.
     pub(super) msix_pending: Vec<u64>,
+    /// Whether the MSI-X table was ever written since the last reset, even if it reads as at power-on
+    /// again: vectors of one that was not have no masks.
+    pub(super) msix_programmed: bool,
 }
 
 /// A register without its name: two functions with the same list of these are alike to software.

@@ -257,12 +257,18 @@ impl MsixStructures {
         &self.pending
     }
 
+    /// Whether the table has held anything but its power-on contents since the last reset.
+    pub(in crate::pci) fn programmed(&self) -> bool {
+        self.programmed
+    }
+
     /// The structures with these contents, unless none of this size could come to hold them.
     /// `can_send` tells whether the function sends what is not masked.
     pub(in crate::pci) fn restored(
         &self,
         table: &[u8],
         pending: &[u64],
+        programmed: bool,
         can_send: bool,
     ) -> Option<Self> {
         let mut restored = Self::new(self.vectors);
@@ -271,6 +277,8 @@ impl MsixStructures {
         }
         // Reserved bits keep their values, so the difference shows.
         restored.write_table(0, table);
+        // A table that was written may read as if it was not.
+        restored.programmed |= programmed;
         restored.pending.copy_from_slice(pending);
         let last = u32::from(self.vectors.count() - 1) % 64;
         let beyond = pending.last().is_some_and(|word| word & !(u64::MAX >> (63 - last)) != 0);

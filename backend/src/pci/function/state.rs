@@ -2,6 +2,7 @@
 
 use super::{Events, Function};
 use crate::pci::capabilities::Capabilities;
+use crate::pci::capabilities::msix::MsixStructures;
 use crate::pci::effects::Effects;
 use crate::pci::state::{FunctionState, StateError, StateV1};
 
@@ -17,6 +18,7 @@ impl Function {
             config: space.bytes().to_vec(),
             msix_table: msix.as_ref().map_or_else(Vec::new, |msix| msix.table().to_vec()),
             msix_pending: msix.as_ref().map_or_else(Vec::new, |msix| msix.pending().to_vec()),
+            msix_programmed: msix.as_ref().is_some_and(MsixStructures::programmed),
         })
     }
 
@@ -41,9 +43,10 @@ impl Function {
         let can_send = restored.can_send_msix();
         match &mut restored.msix {
             Some(msix) => {
-                *msix = msix
-                    .restored(&state.msix_table, &state.msix_pending, can_send)
-                    .ok_or(StateError::Msix)?;
+                let StateV1 { msix_table: table, msix_pending: pending, .. } = state;
+                let programmed = state.msix_programmed;
+                *msix =
+                    msix.restored(table, pending, programmed, can_send).ok_or(StateError::Msix)?;
             }
             None if state.msix_table.is_empty() && state.msix_pending.is_empty() => {}
             None => return Err(StateError::Msix),

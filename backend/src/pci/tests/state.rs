@@ -62,6 +62,21 @@ fn a_restored_function_is_the_one_that_was_saved() {
 }
 
 #[test]
+fn a_table_that_reads_as_at_power_on_again_has_its_masks_once_restored() {
+    let mut saved = everything();
+    let _ = command(&mut saved, Command::MEMORY_SPACE | Command::BUS_MASTER);
+    let _ = write16(&mut saved, MSIX_CONTROL, spec::msix::CONTROL_ENABLE);
+    let mask = |function: &mut Function, bit| function.msix_table_write(12, &[bit]);
+    let _ = mask(&mut saved, 0);
+    let _ = mask(&mut saved, 1);
+    assert_eq!(saved.raise_msix(0), MsiOutcome::Pending);
+    let mut restored = everything();
+    let _ = restored.restore(&saved.save()).unwrap();
+    assert_eq!(restored.raise_msix(1), MsiOutcome::Pending);
+    assert!(mask(&mut restored, 0).msix.deliver.contains(0));
+}
+
+#[test]
 fn restoring_what_a_function_already_is_changes_nothing() {
     let mut function = busy();
     let epoch = function.epoch();
