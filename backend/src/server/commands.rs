@@ -78,6 +78,20 @@ impl Commands {
         }
     }
 
+    /// Answers in the place of a client that serves no commands any more.
+    pub(super) fn refuse(&mut self, function: &mut dyn Served) {
+        let refused = |address: u64| DmaError::Refused { address, errno: Errno::PIPE };
+        for Outstanding { ticket, transfer, .. } in self.outstanding.drain(..) {
+            function.answered(ticket, Err(refused(transfer.address)));
+        }
+        // A device may begin the next transfer whenever one fails; the rest waits for the next turn.
+        for _ in 0..MAX_OUTSTANDING {
+            let Some(address) = function.next_address() else { return };
+            let Some(message) = function.next_message(usize::MAX) else { return };
+            function.answered(message.ticket, Err(refused(address.0)));
+        }
+    }
+
     fn ask_for_layout(&mut self, address: Iova, sender: &mut Sender) {
         let id = self.take_id();
         let nothing = DmaTransfer { address: address.0, count: 0 };

@@ -31,6 +31,9 @@ pub(super) struct Session {
     client: Channel,
     /// Where our own commands go, if the client wanted them apart.
     twin: Option<Channel>,
+    /// The client has closed its end of the twin socket: it serves no commands any more, and may go on
+    /// with everything else.
+    twin_closed: bool,
     /// Messages may have been read that are not served yet: others have their turn first.
     more: bool,
     /// The same, because the client has to read first.
@@ -86,6 +89,7 @@ impl Session {
         Self {
             client: Channel::new(socket),
             twin: None,
+            twin_closed: false,
             more: false,
             stalled: false,
             desk: Desk {
@@ -110,6 +114,11 @@ impl Session {
     pub(super) fn watch(&mut self, epoll: &Epoll, port: usize) -> io::Result<()> {
         self.client.watch(epoll, Token::Port(port, Source::Client))?;
         let token = Token::Port(port, Source::Twin);
+        if self.twin_closed
+            && let Some(mut twin) = self.twin.take()
+        {
+            return twin.forget(epoll);
+        }
         self.twin.as_mut().map_or(Ok(()), |twin| twin.watch(epoll, token))
     }
 
@@ -206,13 +215,18 @@ impl Session {
     pub(super) fn serve_twin(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
         for _ in 0..BATCH {
             let Some(Channel { socket, receiver, sender, .. }) = &mut self.twin else { break };
-            match receiver.receive(&*socket)? {
-                Received::Message(message) => self.desk.handle_twin(message, sender, function)?,
-                Received::Refused(header, error) => {
+            match receiver.receive(&*socket) {
+                Ok(Received::Message(message)) => {
+                    self.desk.handle_twin(message, sender, function)?;
+                }
+                Ok(Received::Refused(header, error)) => {
                     self.desk.refuse(&header, error.into(), sender)?;
                 }
-                Received::Pending => break,
-                Received::Closed => return Err(SessionEnd::Left),
+                Ok(Received::Pending) => break,
+                Ok(Received::Closed) | Err(_) => {
+                    self.twin_closed = true;
+                    break;
+                }
             }
         }
         self.send_commands(function);
@@ -230,7 +244,10 @@ impl Session {
     /// Hands over what the sockets take of what still waits.
     pub(super) fn flush(&mut self) -> Result<(), TransportError> {
         self.client.flush()?;
-        self.twin.as_mut().map_or(Ok(()), |twin| twin.flush().map(|_| ()))
+        if let Some(twin) = &mut self.twin {
+            self.twin_closed |= twin.flush().is_err();
+        }
+        Ok(())
     }
 
     fn send_commands(&mut self, function: &mut dyn Served) {
@@ -238,6 +255,9 @@ impl Session {
         // Negotiated in this turn, and meant for the first command already.
         if let Some(socket) = self.desk.new_twin.take() {
             self.twin = Some(Channel::new(socket));
+        }
+        if self.twin_closed {
+            return self.desk.commands.refuse(function);
         }
         let channel = self.twin.as_mut().unwrap_or(&mut self.client);
         self.desk.commands.send(function, peer, &mut channel.sender);
