@@ -56,10 +56,12 @@ pub struct HypervisorRoutes {
     numbers: Mutex<Numbers>,
 }
 
-/// Interrupt numbers that were given out, and the next one.
+/// Interrupt numbers that were given out, and those that are free: some that came back, and all from
+/// the next one on.
 #[derive(Debug)]
 struct Numbers {
     given: HashMap<InterruptVector, u32>,
+    returned: Vec<u32>,
     next: u32,
 }
 
@@ -67,7 +69,7 @@ impl HypervisorRoutes {
     /// Gives out interrupt numbers from `first` on.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>, first: u32) -> Self {
-        let numbers = Numbers { given: HashMap::new(), next: first };
+        let numbers = Numbers { given: HashMap::new(), returned: Vec::new(), next: first };
         Self { hypervisor, numbers: Mutex::new(numbers) }
     }
 
@@ -79,17 +81,25 @@ impl HypervisorRoutes {
 impl InterruptRoutes for HypervisorRoutes {
     fn connect(&self, vector: InterruptVector, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         let mut numbers = locked(&self.numbers);
-        let number = numbers.next;
+        let number = numbers.returned.last().copied().unwrap_or(numbers.next);
         self.hypervisor.add_irqfd(number, eventfd).map_err(io::Error::other)?;
+        if numbers.returned.pop().is_none() {
+            numbers.next += 1;
+        }
         numbers.given.insert(vector, number);
-        numbers.next += 1;
         Ok(())
     }
 
     fn disconnect(&self, vector: InterruptVector, eventfd: BorrowedFd<'_>) {
-        let Some(number) = locked(&self.numbers).given.remove(&vector) else { return };
-        if let Err(error) = self.hypervisor.remove_irqfd(number, eventfd) {
-            tracing::debug!(function = vector.function, vector = vector.vector, "irqfd: {error}");
+        let mut numbers = locked(&self.numbers);
+        let Some(number) = numbers.given.remove(&vector) else { return };
+        match self.hypervisor.remove_irqfd(number, eventfd) {
+            Ok(()) => numbers.returned.push(number),
+            // Something may still raise it: nobody else gets it.
+            Err(error) => {
+                let InterruptVector { function, vector, .. } = vector;
+                tracing::debug!(function, vector, "irqfd: {error}");
+            }
         }
     }
 

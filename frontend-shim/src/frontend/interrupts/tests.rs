@@ -3,6 +3,7 @@ use barkeep_protocol::wire::{
 };
 
 use super::*;
+use crate::hypervisor::{HypervisorError, HypervisorKind, SlotId, SlotMapping};
 
 /// The 256 bytes of a conventional function.
 #[derive(Debug)]
@@ -61,5 +62,47 @@ fn msi_is_read_up_to_the_end_of_configuration_space() {
         config[usize::from(at)..][..capability.len()].copy_from_slice(capability);
         let messages = MsiMessages::read(&Conventional(config), at).unwrap().unwrap();
         assert_eq!(messages.of(0), Some(MsiMessage { address, data: 0x41 }), "{at:#x}");
+    }
+}
+
+/// Which interrupt numbers are in use.
+#[derive(Debug, Default)]
+struct InUse(Mutex<Vec<u32>>);
+
+impl Hypervisor for InUse {
+    fn kind(&self) -> HypervisorKind {
+        HypervisorKind::Model
+    }
+    fn map_slot(&self, _: SlotId, _: SlotMapping) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+    fn unmap_slot(&self, _: SlotId) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+    fn add_irqfd(&self, gsi: u32, _: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        let mut used = self.0.lock().unwrap();
+        assert!(!used.contains(&gsi), "{gsi} is in use");
+        used.push(gsi);
+        Ok(())
+    }
+    fn remove_irqfd(&self, gsi: u32, _: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        self.0.lock().unwrap().retain(|other| *other != gsi);
+        Ok(())
+    }
+}
+
+#[test]
+fn interrupt_numbers_are_given_out_again() {
+    let numbers = Arc::new(InUse::default());
+    let routes = HypervisorRoutes::new(numbers.clone() as _, 24);
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let vector = |vector| InterruptVector { function: 0, kind: MsiKind::MsiX, vector };
+    for _ in 0..3 {
+        (0..4).for_each(|number| routes.connect(vector(number), event.as_fd()).unwrap());
+        let mut used = numbers.0.lock().unwrap().clone();
+        used.sort_unstable();
+        assert_eq!(used, [24, 25, 26, 27], "a kernel has few thousand");
+        (0..4).for_each(|number| routes.disconnect(vector(number), event.as_fd()));
+        assert!(numbers.0.lock().unwrap().is_empty());
     }
 }
