@@ -7,6 +7,7 @@ use barkeep_protocol::wire::{
     FeatureRequest, IoFd, IoFdKind, IoFds, LoggingRange, MigData, MigDeviceState, MigrationFlags,
     MigrationState, Offer, RegionWrites, Request, SmallWrite,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::*;
 
@@ -224,4 +225,60 @@ fn a_deadline_beyond_all_time_is_as_good_as_none() {
         drop(client);
         script.thread.join().unwrap();
     }
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_closed() {
+    let script = serve("unasked", |server| {
+        server.answer_version(&plain());
+        let request = server.request().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let writers = |count| (0..count).map(|_| writer.try_clone().unwrap()).collect();
+        let command = Frame::command(MessageId(1), Command::DmaRead, vec![0; 16]);
+        server.send(command.with_fds(writers(5)));
+        server.request().unwrap();
+        let mut body = request.body.clone();
+        body.extend_from_slice(&[0; 4]);
+        server.send(Frame::reply(&request.header, body).with_fds(writers(5)));
+        let request = server.request().unwrap();
+        let header = request.header;
+        let mut refusal = Frame::error(header.id, header.command, Errno::INVAL);
+        refusal.fds = writers(5);
+        server.send(refusal);
+        // By the next request, the client is done with all of them.
+        server.request().unwrap();
+        drop(writer);
+        let mut polled = [PollFd::new(&reader, PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec::default())).unwrap();
+        assert!(polled[0].revents().contains(PollFlags::HUP), "the last writer has gone");
+    });
+    let client = connect(&script);
+    assert_eq!(read(&client).unwrap(), 0);
+    assert!(matches!(read(&client), Err(ClientError::Refused(Errno::INVAL))));
+    assert!(matches!(read(&client), Err(ClientError::Gone)));
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn an_id_that_is_in_flight_is_given_out_to_nobody_else() {
+    const POSTED: u32 = 70_000;
+    let script = serve("wraps", |server| {
+        server.answer_version(&plain());
+        let held = server.request().unwrap();
+        for _ in 0..POSTED {
+            assert_ne!(server.request().unwrap().header.id, held.header.id);
+        }
+        server.echo(&held);
+        server.drain();
+    });
+    let client = Client::connect(&script.path, NEVER).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(read(&client).unwrap(), 0));
+        while client.connection.try_read().is_some() {
+            std::thread::yield_now();
+        }
+        (0..POSTED).for_each(|_| client.region_write_posted(0, 0, &[1]).unwrap());
+    });
+    drop(client);
+    script.thread.join().unwrap();
 }
