@@ -71,8 +71,8 @@ impl Attendant {
         }
     }
 
-    /// Has all attendants of this connection return. The server's socket for its own commands, if
-    /// it has one, is closed for good.
+    /// Has all attendants of this connection return, for good. The session goes on; the server's socket
+    /// for its own commands, if it has one, is open still and not served any more.
     pub fn stop(&self) {
         self.connection.stop();
     }

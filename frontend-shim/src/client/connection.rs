@@ -202,7 +202,6 @@ impl Connection {
         self.stopped.store(true, Ordering::Release);
         self.ring();
         lock(&self.waiters).wake_attendants();
-        self.twin.get().inspect(|twin| twin.shut_down());
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -247,8 +246,13 @@ impl Connection {
     pub(super) fn serve_twin(&self) -> Result<(), ClientError> {
         let Some(twin) = self.twin.get() else { return Ok(()) };
         let stream = &mut lock(&self.twin_stream);
-        match twin.serve(stream, &self.dma, self.socket.as_fd(), self.deadline) {
-            // It was shut down in the middle of something.
+        // With a socket for commands, the bell rings for nothing else than the end of attending.
+        let ends = [
+            PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP),
+            PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
+        ];
+        match twin.serve(stream, &self.dma, ends, self.deadline) {
+            // It was left in the middle of something.
             Err(_) if self.is_stopped() => Ok(()),
             result => result,
         }

@@ -42,12 +42,12 @@ impl Twin {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Reads once and serves what is complete. Does not wait longer than `connection` has a peer.
+    /// Reads once and serves what is complete. Waits no longer when one of `ends` is ready.
     pub(super) fn serve(
         &self,
         stream: &mut TwinStream,
         service: &DmaService,
-        connection: BorrowedFd<'_>,
+        ends: [PollFd<'_>; 2],
         deadline: Duration,
     ) -> Result<(), ClientError> {
         // All that one read brings: nobody would look for what stays in the buffer.
@@ -70,7 +70,7 @@ impl Twin {
             let result = service.serve(&header, body);
             if !no_reply {
                 answer(sender, &header, result);
-                self.flush(sender, connection, deadline)?;
+                self.flush(sender, &ends, deadline)?;
             }
         }
     }
@@ -78,7 +78,7 @@ impl Twin {
     fn flush(
         &self,
         sender: &mut Sender,
-        connection: BorrowedFd<'_>,
+        ends: &[PollFd<'_>; 2],
         deadline: Duration,
     ) -> Result<(), ClientError> {
         let expires = Instant::now() + deadline;
@@ -87,12 +87,11 @@ impl Twin {
             if left.is_zero() {
                 return Err(ClientError::Deadline(deadline));
             }
-            let mut polled = [
-                PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT),
-                PollFd::from_borrowed_fd(connection, PollFlags::RDHUP),
-            ];
+            let [closed, stopped] = ends.clone();
+            let ours = PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT);
+            let mut polled = [closed, stopped, ours];
             poll_all(&mut polled, Some(left))?;
-            if !polled[1].revents().is_empty() {
+            if polled[..2].iter().any(|end| !end.revents().is_empty()) {
                 return Err(ClientError::Gone);
             }
         }

@@ -393,3 +393,23 @@ fn a_twin_socket_that_is_no_stream_between_processes_is_refused() {
         script.thread.join().unwrap();
     }
 }
+
+#[test]
+fn a_session_with_a_twin_socket_goes_on_when_its_attendant_is_stopped() {
+    let script = with_twin("twin-stopped", |server, twin| {
+        let request = server.request().unwrap();
+        twin.socket.set_nonblocking(true).unwrap();
+        let error = std::io::Read::read(&mut twin.socket, &mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "it is open");
+        server.echo(&request);
+        server.drain();
+    });
+    let client = Client::connect_with(&script.path, twin_options()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(client.attendant().attend(), Attended::Stopped));
+        client.attendant().stop();
+    });
+    assert_eq!(read(&client).unwrap(), 0);
+    drop(client);
+    script.thread.join().unwrap();
+}
