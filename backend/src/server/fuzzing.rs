@@ -1,44 +1,65 @@
-//! A session without an event loop, for the fuzz targets: what it does depends on its bytes alone.
+//! A session without a server around it, for the fuzz targets: what it does depends on its bytes alone.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use super::ServedFunction;
-use super::session::Session;
+use super::event_loop::{Epoll, Interest, Source, Token, Wait};
+use super::session::{Session, SessionEnd};
+use crate::irq::EventFd;
 
 /// A client cannot be late here.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(3600);
+/// It has one function.
+const PORT: usize = 0;
 
 /// One client's connection to a function.
 #[derive(Debug)]
 pub struct Connection {
     session: Session,
+    epoll: Epoll,
+    unmask: Option<Arc<EventFd>>,
 }
 
 impl Connection {
     /// A connection on a non-blocking socket.
-    #[must_use]
-    pub fn new(socket: OwnedFd) -> Self {
-        Self { session: Session::new(socket, Instant::now() + HANDSHAKE_TIME) }
+    ///
+    /// # Errors
+    /// Those of epoll.
+    pub fn new(socket: OwnedFd, function: &ServedFunction) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        for (index, eventfd) in function.0.wakes().into_iter().enumerate() {
+            let wake = Source::Wake(u16::try_from(index).unwrap_or(u16::MAX));
+            epoll.add(eventfd, Token::Port(PORT, wake), Interest::Edge)?;
+        }
+        let session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
+        session.add(&epoll, PORT)?;
+        Ok(Self { session, epoll, unmask: None })
     }
 
-    /// Serves as long as the socket has something to read, or takes what waits to be written.
-    /// Returns whether the session goes on.
-    pub fn serve(&mut self, function: &mut ServedFunction) -> bool {
+    /// Serves until nothing is left to read, to write or to do. Returns whether the session goes on.
+    ///
+    /// # Errors
+    /// Those of epoll.
+    pub fn serve(&mut self, function: &mut ServedFunction) -> io::Result<bool> {
+        let mut tokens = Vec::new();
         loop {
-            if self.session.serve(function.0.as_mut()).is_err() {
-                return false;
+            self.epoll.wait(Wait::None, &mut tokens)?;
+            if self.session.has_more() || function.0.has_work() {
+                tokens.push(Token::Port(PORT, Source::Work));
             }
-            if self.session.has_more() {
-                continue;
+            if tokens.is_empty() {
+                return Ok(true);
             }
-            let (socket, writes) = self.session.waits();
-            let events = if writes { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-            let mut socket = [PollFd::from_borrowed_fd(socket, events)];
-            if poll(&mut socket, Some(&Timespec::default())) != Ok(1) {
-                return true;
+            for token in &tokens {
+                let Token::Port(_, source) = *token else { continue };
+                if self.turn(source, function).is_err() {
+                    return Ok(false);
+                }
+                self.session.watch(&self.epoll, PORT)?;
+                self.watch_unmask(function)?;
             }
         }
     }
@@ -46,5 +67,38 @@ impl Connection {
     /// Ends the session, as when the client has left: the function is as at power-on.
     pub fn end(self, function: &mut ServedFunction) {
         function.0.client_left();
+    }
+
+    fn turn(&mut self, source: Source, function: &mut ServedFunction) -> Result<(), SessionEnd> {
+        let (session, function) = (&mut self.session, function.0.as_mut());
+        match source {
+            Source::Client => session.serve(function).map(|_| ()),
+            Source::Work if session.has_more() => session.serve(function).map(|_| ()),
+            Source::Twin => session.serve_twin(function),
+            Source::Wake(index) => {
+                function.woken(usize::from(index));
+                session.speak(function)
+            }
+            Source::Unmask => {
+                function.unmask();
+                session.speak(function)
+            }
+            Source::Work | Source::Listener => session.speak(function),
+        }
+    }
+
+    fn watch_unmask(&mut self, function: &ServedFunction) -> io::Result<()> {
+        let wanted = function.0.unmask_eventfd();
+        if wanted.map(Arc::as_ptr) == self.unmask.as_ref().map(Arc::as_ptr) {
+            return Ok(());
+        }
+        if let Some(watched) = self.unmask.take() {
+            self.epoll.remove(watched.as_fd())?;
+        }
+        let token = Token::Port(PORT, Source::Unmask);
+        self.unmask = wanted
+            .cloned()
+            .filter(|unmask| self.epoll.add(unmask.as_fd(), token, Interest::Edge).is_ok());
+        Ok(())
     }
 }

@@ -134,12 +134,6 @@ impl Session {
         self.more || self.stalled && !self.client.holds_too_much()
     }
 
-    /// The client's socket, and whether something waits to be written.
-    #[cfg(feature = "fuzzing")]
-    pub(super) fn waits(&self) -> (std::os::fd::BorrowedFd<'_>, bool) {
-        (std::os::fd::AsFd::as_fd(&self.client), self.client.sender.queued_bytes() > 0)
-    }
-
     /// Reads and answers requests as long as the socket has some, up to a batch.
     pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
         let mut progress = Progress::Nothing;

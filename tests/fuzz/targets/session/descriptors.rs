@@ -12,6 +12,9 @@ use rustix::fs::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::pipe;
 
+/// Of the file that comes first.
+const SHARED_SIZE: u64 = 1 << 16;
+
 pub(crate) struct Descriptors(Vec<OwnedFd>);
 
 impl Descriptors {
@@ -27,13 +30,23 @@ impl Descriptors {
     pub(crate) fn of_kind(&self, kind: u8) -> BorrowedFd<'_> {
         self.0[usize::from(kind) % self.0.len()].as_fd()
     }
+
+    /// Gives the file that can shrink another length, under whoever mapped it.
+    pub(crate) fn truncate(&self, pages: u8) {
+        ftruncate(&self.0[0], u64::from(pages) << 12).expect("room for a memfd");
+    }
+
+    /// As they were opened.
+    pub(crate) fn restore(&self) {
+        ftruncate(&self.0[0], SHARED_SIZE).expect("room for a memfd");
+    }
 }
 
 /// In the order that the corpus knows them by.
 fn open_all() -> Vec<OwnedFd> {
     let sealed = memory(1 << 16);
     fcntl_add_seals(&sealed, SealFlags::SHRINK | SealFlags::SEAL).expect("a memfd can be sealed");
-    let shared = memory(1 << 16);
+    let shared = memory(SHARED_SIZE);
     let socket_flags = SocketFlags::CLOEXEC;
     let (socket, _) =
         socketpair(AddressFamily::UNIX, SocketType::STREAM, socket_flags, None).expect("a pair");
