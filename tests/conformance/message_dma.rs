@@ -3,7 +3,7 @@
 use barkeep_tests::backend::Backend;
 use barkeep_tests::edu::{self, at};
 use barkeep_tests::peer::message::{
-    ERROR, NO_REPLY, Payload, REPLY, Reply, command, message, u64_at,
+    ERROR, NO_REPLY, Payload, REPLY, Reply, command, header, message, u64_at,
 };
 use barkeep_tests::peer::requests::{CONFIG, access, dma_map, dma_unmap, pci, write};
 use barkeep_tests::peer::{Peer, version_body};
@@ -258,9 +258,8 @@ fn replies_that_answer_nothing_or_not_the_question_end_the_session() {
     edu::assert_served(backend.socket());
 }
 
-#[test]
-fn a_twin_socket_carries_the_servers_commands() {
-    let backend = Backend::serve(&["edu"]);
+/// A client's first socket and its twin.
+fn connect_twins(backend: &Backend) -> (Peer, Peer) {
     let mut peer = Peer::connect(backend.socket());
     let json = r#"{"capabilities":{"max_msg_fds":2,"twin_socket":{"supported":true}}}"#;
     let mut reply = peer.call(command::VERSION, &version_body(0, 1, json));
@@ -270,10 +269,47 @@ fn a_twin_socket_carries_the_servers_commands() {
         serde_json::from_slice(reply.body[4..].strip_suffix(&[0]).unwrap()).unwrap();
     let expected = serde_json::json!({ "supported": true, "fd_index": 0 });
     assert_eq!(answer["capabilities"]["twin_socket"], expected);
+    (peer, Peer::over(fd))
+}
+
+#[test]
+fn each_of_many_commands_over_a_twin_socket_is_refused_at_once() {
+    let backend = Backend::serve(&["edu"]);
+    let (mut peer, mut twin) = connect_twins(&backend);
+    let ids = 0..200;
+    let commands = ids.clone().map(|id| message(id, command::RESET, 0, &[]));
+    twin.send(&commands.flatten().collect::<Vec<_>>());
+    for id in ids {
+        twin.reply_to(id, command::RESET).failure(Errno::INVAL);
+    }
+    let _ = peer.call(command::RESET, &[]).success();
+}
+
+#[test]
+fn what_is_no_answer_ends_the_session_over_a_twin_socket_with_a_farewell_too() {
+    let backend = Backend::serve(&["edu"]);
+    let nonsense = [
+        message(7, command::DMA_READ, REPLY, &[0; 16]),
+        header(7, command::DMA_READ, 15, REPLY),
+        header(7, command::DMA_READ, 16, 2),
+    ];
+    for bytes in nonsense {
+        let (mut peer, mut twin) = connect_twins(&backend);
+        twin.send(&bytes);
+        twin.reply_to(7, command::DMA_READ).failure(Errno::INVAL);
+        twin.expect_closed();
+        peer.expect_closed();
+    }
+    edu::assert_served(backend.socket());
+}
+
+#[test]
+fn a_twin_socket_carries_the_servers_commands() {
+    let backend = Backend::serve(&["edu"]);
+    let (mut peer, twin) = connect_twins(&backend);
     let _ = peer.call(command::DMA_MAP, &dma_map(READ_WRITE, 0, WINDOW, SIZE)).success();
     edu::enable(&mut peer);
 
-    let twin = Peer::over(fd);
     let memory = vec![0x5a; SIZE.try_into().unwrap()];
     let mut client = Client { peer: twin, memory, layout: Layout::Spec };
     edu::load(&mut peer, WINDOW, 4);

@@ -38,6 +38,8 @@ pub(super) struct Session {
     more: bool,
     /// The same, because the client has to read first.
     stalled: bool,
+    /// The same, over the twin socket.
+    more_from_twin: bool,
     desk: Desk,
 }
 
@@ -92,6 +94,7 @@ impl Session {
             twin_closed: false,
             more: false,
             stalled: false,
+            more_from_twin: false,
             desk: Desk {
                 state: State::Greeting(handshake_deadline),
                 commands: Commands::default(),
@@ -131,11 +134,14 @@ impl Session {
     /// Whether it has to be served again although nothing may happen at its socket.
     pub(super) fn has_more(&self) -> bool {
         // What was read already is no event of the socket's, however the client came to have room.
-        self.more || self.stalled && !self.client.holds_too_much()
+        self.more || self.more_from_twin || self.stalled && !self.client.holds_too_much()
     }
 
     /// Reads and answers requests as long as the socket has some, up to a batch.
     pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
+        if self.more_from_twin {
+            self.serve_twin(function)?;
+        }
         let mut progress = Progress::Nothing;
         self.more = false;
         self.stalled = false;
@@ -168,8 +174,8 @@ impl Session {
                     self.desk.refuse(&header, error.into(), sender)
                 }
                 Ok(Received::Pending) => break,
-                Ok(Received::Closed) => return Err(self.farewell(SessionEnd::Left)),
-                Err(error) => return Err(self.farewell(error.into())),
+                Ok(Received::Closed) => return Err(farewell(&mut self.client, SessionEnd::Left)),
+                Err(error) => return Err(farewell(&mut self.client, error.into())),
             };
             progress = Progress::Served;
             if let Err(end) = outcome {
@@ -207,20 +213,34 @@ impl Session {
 
     /// Reads what came over the twin socket: answers to our own commands, nothing else.
     pub(super) fn serve_twin(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
+        self.more_from_twin = true;
         for _ in 0..BATCH {
-            let Some(Channel { socket, receiver, sender, .. }) = &mut self.twin else { break };
-            match receiver.receive(&*socket) {
-                Ok(Received::Message(message)) => {
-                    self.desk.handle_twin(message, sender, function)?;
-                }
+            let Some(twin) = self.twin.as_mut().filter(|_| !self.twin_closed) else {
+                self.more_from_twin = false;
+                break;
+            };
+            let Channel { socket, receiver, sender, .. } = &mut *twin;
+            let outcome = match receiver.receive(&*socket) {
+                Ok(Received::Message(message)) => self.desk.handle_twin(message, sender, function),
                 Ok(Received::Refused(header, error)) => {
-                    self.desk.refuse(&header, error.into(), sender)?;
+                    self.desk.refuse(&header, error.into(), sender)
                 }
-                Ok(Received::Pending) => break,
-                Ok(Received::Closed) | Err(_) => {
-                    self.twin_closed = true;
+                Ok(Received::Pending) => {
+                    self.more_from_twin = false;
                     break;
                 }
+                Err(error @ TransportError::Framing { .. }) => {
+                    return Err(farewell(twin, error.into()));
+                }
+                Ok(Received::Closed) | Err(_) => {
+                    self.twin_closed = true;
+                    self.more_from_twin = false;
+                    break;
+                }
+            };
+            if let Err(end) = outcome {
+                let _ = twin.flush();
+                return Err(end);
             }
         }
         self.send_commands(function);
@@ -256,16 +276,16 @@ impl Session {
         let channel = self.twin.as_mut().unwrap_or(&mut self.client);
         self.desk.commands.send(function, peer, &mut channel.sender);
     }
+}
 
-    /// Hands over the last answers: a client that says nothing more may still read. One whose stream
-    /// can't be followed any more is told.
-    fn farewell(&mut self, end: SessionEnd) -> SessionEnd {
-        if let SessionEnd::Transport(TransportError::Framing { id, command, .. }) = end {
-            self.client.sender.error(id, command, Errno::INVAL);
-        }
-        let _ = self.client.flush();
-        end
+/// Hands over the last answers: a client that says nothing more may still read. One whose stream can't
+/// be followed any more is told.
+fn farewell(channel: &mut Channel, end: SessionEnd) -> SessionEnd {
+    if let SessionEnd::Transport(TransportError::Framing { id, command, .. }) = end {
+        channel.sender.error(id, command, Errno::INVAL);
     }
+    let _ = channel.flush();
+    end
 }
 
 impl Desk {

@@ -116,10 +116,7 @@ impl Expected {
             self.may_end = true;
             return;
         }
-        // The twin socket has no farewell for bytes that are no message.
-        if socket == Socket::Main || header.is_believed() {
-            self.owe(socket, message, false);
-        }
+        self.owe(socket, message, false);
         self.must_end = true;
     }
 
