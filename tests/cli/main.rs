@@ -1,6 +1,7 @@
 //! The binary `barkeep`, as an operator and a service manager see it.
 
 mod demo;
+mod idle;
 mod logs;
 mod process;
 mod signals;

@@ -54,6 +54,12 @@ impl Sidecar {
         sidecar
     }
 
+    /// What its main thread does in the kernel: the system call's number and arguments, or "running".
+    /// `None` where the kernel does not tell.
+    pub(crate) fn system_call(&self) -> Option<String> {
+        std::fs::read_to_string(format!("/proc/{}/syscall", self.child.id())).ok()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("it is our child");
     }
