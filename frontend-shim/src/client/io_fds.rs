@@ -27,22 +27,45 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request. Servers without doorbells may refuse.
     pub fn doorbells(&self, region: u32) -> Result<Vec<Doorbell>, ClientError> {
-        let query = IoFdsQuery { region, argsz: ROOM };
+        let mut argsz = room(DOORBELLS);
+        // The first answer may tell that a complete one is larger; the second one is complete.
+        for _ in 0..2 {
+            match self.doorbells_within(IoFdsQuery { region, argsz })? {
+                Answer::Complete(doorbells) => return Ok(doorbells),
+                Answer::TooSmall(needed) => argsz = needed.min(room(MAX_DOORBELLS)),
+            }
+        }
+        // Nobody has as many: the writes are forwarded.
+        Ok(Vec::new())
+    }
+
+    fn doorbells_within(&self, query: IoFdsQuery) -> Result<Answer, ClientError> {
         let body = |out: &mut Vec<u8>| query.write_to(out);
         self.call_with_fds(Command::GetRegionIoFds, body, Vec::new(), |reply| {
             let Reply { body, fds } = reply;
-            match IoFds::parse_reply(&query, body, fds.len())? {
-                IoFdsReply::Complete(found) => Ok(of(found, fds)),
-                // There was room for more than a message has descriptors, and than KVM likes.
-                IoFdsReply::TooSmall { .. } => Err(ClientError::Protocol("too many doorbells")),
-            }
+            Ok(match IoFds::parse_reply(&query, body, fds.len())? {
+                IoFdsReply::Complete(found) => Answer::Complete(of(found, fds)),
+                IoFdsReply::TooSmall { argsz } => Answer::TooSmall(argsz),
+            })
         })
     }
 }
 
+enum Answer {
+    Complete(Vec<Doorbell>),
+    /// The `argsz` that it needs.
+    TooSmall(u32),
+}
+
 /// Several doorbells may share a descriptor; not many do.
-const MAX_DOORBELLS: u32 = 64;
-const ROOM: u32 = IoFdsQuery::FIXED_SIZE + MAX_DOORBELLS * IoFdLayout::Spec.entry_size();
+const DOORBELLS: u32 = 64;
+/// More than any device has, in libvfio-user's longer entries.
+const MAX_DOORBELLS: u32 = 4096;
+
+/// `argsz` for so many.
+const fn room(doorbells: u32) -> u32 {
+    IoFdsQuery::FIXED_SIZE + doorbells * IoFdLayout::Spec.entry_size()
+}
 
 fn of(found: IoFds, fds: Vec<OwnedFd>) -> Vec<Doorbell> {
     let fds: Vec<_> = fds.into_iter().map(Arc::new).collect();

@@ -269,6 +269,9 @@ impl Client {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), ClientError> {
+        if data.is_empty() {
+            return Ok(());
+        }
         let access = self.access(region, offset, data.len())?;
         self.call_with_fds(
             Command::RegionRead,
@@ -290,6 +293,9 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+        if data.is_empty() {
+            return Ok(());
+        }
         let access = self.access(region, offset, data.len())?;
         let write = RegionData { access, data };
         self.call(Command::RegionWrite, |out| write.write_to(out), |_| Ok(()))

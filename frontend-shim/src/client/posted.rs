@@ -22,6 +22,9 @@ impl Client {
         offset: u64,
         data: &[u8],
     ) -> Result<(), ClientError> {
+        if data.is_empty() {
+            return Ok(());
+        }
         let access = self.access(region, offset, data.len())?;
         let write = RegionData { access, data };
         self.connection.post(Command::RegionWrite, |out| write.write_to(out))

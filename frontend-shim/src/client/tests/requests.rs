@@ -210,6 +210,38 @@ fn doorbells_come_with_their_eventfds() {
 }
 
 #[test]
+fn many_doorbells_are_asked_for_again_and_endless_ones_are_left() {
+    let (script, client) = serving("belfry", plain(), |request, out| match request {
+        Request::GetRegionIoFds(query) => {
+            let kind = IoFdKind::Eventfd { datamatch: None, pio: false };
+            let entry = |offset| IoFd { offset, size: 4, fd_index: Some(0), kind };
+            let count = if query.region == 0 { 70 } else { 10_000 };
+            let whole = IoFds { region: query.region, entries: (0..count).map(entry).collect() }
+                .write_to(&query, out);
+            let file = || rustix::fs::memfd_create("bell", rustix::fs::MemfdFlags::empty());
+            Ok(whole.then(|| file().unwrap()).into_iter().collect())
+        }
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(client.doorbells(0).unwrap().len(), 70);
+    assert!(client.doorbells(2).unwrap().is_empty());
+    assert!(!client.is_dead());
+    drop(client);
+    script.thread.join().unwrap();
+}
+
+/// A server need not have an answer to it: libvfio-user sends a header alone.
+#[test]
+fn an_access_to_nothing_is_not_sent() {
+    let (script, client) = serving("nothing", plain(), |request, _| panic!("{request:?}"));
+    client.region_read(0, 0, &mut []).unwrap();
+    client.region_write(0, 0, &[]).unwrap();
+    client.region_write_posted(0, 0, &[]).unwrap();
+    drop(client);
+    script.thread.join().unwrap();
+}
+
+#[test]
 fn a_deadline_beyond_all_time_is_as_good_as_none() {
     for deadline in [Duration::MAX, Duration::from_secs(u64::MAX / 2), Duration::from_secs(1 << 40)]
     {
