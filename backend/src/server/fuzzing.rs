@@ -34,8 +34,8 @@ impl Connection {
             let wake = Source::Wake(u16::try_from(index).unwrap_or(u16::MAX));
             epoll.add(eventfd, Token::Port(PORT, wake), Interest::Edge)?;
         }
-        let session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
-        session.add(&epoll, PORT)?;
+        let mut session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
+        session.watch(&epoll, PORT)?;
         Ok(Self { session, epoll, unmask: None })
     }
 
@@ -73,7 +73,13 @@ impl Connection {
         let (session, function) = (&mut self.session, function.0.as_mut());
         match source {
             Source::Client => session.serve(function).map(|_| ()),
-            Source::Work if session.has_more() => session.serve(function).map(|_| ()),
+            Source::Work => {
+                function.work();
+                if session.has_more() {
+                    return session.serve(function).map(|_| ());
+                }
+                session.speak(function)
+            }
             Source::Twin => session.serve_twin(function),
             Source::Wake(index) => {
                 function.woken(usize::from(index));
@@ -83,7 +89,7 @@ impl Connection {
                 function.unmask();
                 session.speak(function)
             }
-            Source::Work | Source::Listener => session.speak(function),
+            Source::Listener | Source::Look => Ok(()),
         }
     }
 
