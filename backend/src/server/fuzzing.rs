@@ -12,6 +12,9 @@ use crate::irq::EventFd;
 
 /// A client cannot be late here.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(3600);
+/// Rounds in a row in which nothing but eventfds spoke. One that is the signal of an interrupt and
+/// its end wakes itself for ever, which a server bears round by round.
+const MAX_EVENTFD_ROUNDS: usize = 64;
 /// It has one function.
 const PORT: usize = 0;
 
@@ -45,7 +48,8 @@ impl Connection {
     /// Those of epoll.
     pub fn serve(&mut self, function: &mut ServedFunction) -> io::Result<bool> {
         let mut tokens = Vec::new();
-        loop {
+        let mut eventfd_rounds = 0;
+        while eventfd_rounds < MAX_EVENTFD_ROUNDS {
             self.epoll.wait(Wait::None, &mut tokens)?;
             if self.session.has_more() || function.0.has_work() {
                 tokens.push(Token::Port(PORT, Source::Work));
@@ -53,6 +57,9 @@ impl Connection {
             if tokens.is_empty() {
                 return Ok(true);
             }
+            let eventfd =
+                |token: &Token| matches!(token, Token::Port(_, Source::Wake(_) | Source::Unmask));
+            eventfd_rounds = if tokens.iter().all(eventfd) { eventfd_rounds + 1 } else { 0 };
             for token in &tokens {
                 let Token::Port(_, source) = *token else { continue };
                 if self.turn(source, function).is_err() {
@@ -62,6 +69,7 @@ impl Connection {
                 self.watch_unmask(function)?;
             }
         }
+        Ok(true)
     }
 
     /// Ends the session, as when the client has left: the function is as at power-on.

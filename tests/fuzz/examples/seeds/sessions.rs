@@ -247,6 +247,15 @@ fn memory() {
     let shrunk = transfer(transfer(shrunk, 1), 3).truncate(16);
     save("session", "shrunk", &transfer(shrunk, 3).done());
 
+    let unmask = irqs(IrqAction::Unmask, IrqData::Eventfd, 0, 0, 1);
+    let unmasks_itself = Script::new(EDU | GREETED)
+        .message(&[EVENTFD], code(Command::SetIrqs), 0, &eventfd(0, 1))
+        .message(&[EVENTFD], code(Command::SetIrqs), 0, &unmask)
+        .message(&[], code(Command::RegionWrite), 0, &write(7, 4, &[2, 0]))
+        .message(&[], code(Command::RegionWrite), 0, &write(0, 0x60, &[1, 0, 0, 0]))
+        .message(&[], code(Command::RegionWrite), 0, &write(0, 0x64, &[1, 0, 0, 0]));
+    save("session", "unmasks_itself", &unmasks_itself.done());
+
     let mut rings = working(DOORBELL);
     for argsz in [16, 16 + 4 * 40, 16 + 4 * 48, 4096] {
         rings = rings.message(&[], code(Command::GetRegionIoFds), 0, &io_fds(0, argsz));

@@ -31,6 +31,9 @@ const DEVICES: [&str; 4] = [
     "edu,dma_mask=0xffffffffffffffff,decode=always",
 ];
 
+/// Each takes the time of many messages.
+const MAX_MIGRATIONS: u32 = 4;
+
 fuzz_target!(|bytes: &[u8]| {
     let descriptors = Descriptors::get();
     let before = descriptors::open();
@@ -47,7 +50,7 @@ fn run(mut input: Input<'_>, descriptors: &Descriptors) {
         let version = version(kind & WITH_TWIN != 0, kind & LIKE_QEMU != 0);
         client.send(Socket::Main, &version, &[], &mut function);
     }
-    let mut id = 0;
+    let (mut id, mut migrations) = (0, 0);
     while client.settle(&mut function).is_continue()
         && let Some(step) = Step::take(&mut input)
     {
@@ -68,7 +71,11 @@ fn run(mut input: Input<'_>, descriptors: &Descriptors) {
                 let fd = descriptors.of_kind(byte);
                 let _ = client.answer(how, byte, Some(fd), &mut function);
             }
-            Step::Migrate { at, flip } => migrate(&mut client, at, flip, &mut function),
+            Step::Migrate { at, flip } if migrations < MAX_MIGRATIONS => {
+                migrate(&mut client, at, flip, &mut function);
+                migrations += 1;
+            }
+            Step::Migrate { .. } => {}
             Step::Truncate { pages } => descriptors.truncate(pages),
             Step::HangUp => client.hang_up(),
         }

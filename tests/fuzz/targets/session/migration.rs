@@ -43,7 +43,7 @@ pub(crate) fn migrate(client: &mut Client, at: u16, flip: u8, function: &mut Ser
     }
     set_state(client, RESUMING, function).expect("it stands still");
     let mut taken = true;
-    for part in state.chunks(usize::from(at).max(64)) {
+    for part in state.chunks(usize::from(at).max(1 << 10)) {
         let size = u32::try_from(part.len()).expect("a part of it");
         let body = [&words(&[8 + size, size]), part].concat();
         taken = taken && client.ask(MIG_DATA_WRITE, &body, function).is_some();
