@@ -1,10 +1,13 @@
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use barkeep_protocol::wire::{RegionInfo, SparseArea};
-use rustix::fs::{FileType, FsWord, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs};
+use rustix::fs::{
+    FileType, FsWord, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, readlink,
+};
+use rustix::io::Errno;
 
 use super::written::Written;
 use crate::hypervisor::{
@@ -55,7 +58,7 @@ impl BarMapping {
         file: &OwnedFd,
         slots: &mut dyn FnMut() -> SlotId,
     ) -> io::Result<Option<Self>> {
-        if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::CharacterDevice {
+        if !is_device(file)? {
             if !keeps_its_length(file) {
                 return Ok(None);
             }
@@ -244,6 +247,20 @@ impl BarMapping {
         }
         Ok(())
     }
+}
+
+/// Whether the memory is a device's, which keeps its length. A device of VFIO has a character device's
+/// file, or one of no type at all that only its name in /proc tells from others.
+fn is_device(file: &OwnedFd) -> Result<bool, Errno> {
+    Ok(match FileType::from_raw_mode(fstat(file)?.st_mode) {
+        FileType::CharacterDevice => true,
+        FileType::Unknown => {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            readlink(path, Vec::new())
+                .is_ok_and(|name| name.to_bytes() == b"anon_inode:[vfio-device]")
+        }
+        _ => false,
+    })
 }
 
 /// Seals a file against shrinking, unless it is; `false` if it can't be, or if that keeps no memory
