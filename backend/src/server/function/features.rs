@@ -159,13 +159,8 @@ impl HostedFunction {
 
     fn resume(&mut self) {
         self.interrupts.intx.set_level(self.function.intx_line());
-        let mut context = crate::devices::Context::new(
-            &mut self.function,
-            &mut self.interrupts,
-            &self.dma,
-            &mut self.transfers,
-        );
-        if let Some(saved) = self.device.saved() {
+        let (device, mut context) = self.split();
+        if let Some(saved) = device.saved() {
             saved.resume(&mut context);
         }
         for index in std::mem::take(&mut self.missed_wakes) {
