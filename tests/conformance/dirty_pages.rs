@@ -8,14 +8,11 @@ use barkeep_tests::edu;
 use barkeep_tests::memory::sealed;
 use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::{Payload, REPLY, command, message, u64_at};
+use barkeep_tests::peer::requests::feature::{
+    GET, LOGGING_REPORT as REPORT, LOGGING_START as START, LOGGING_STOP as STOP, SET,
+};
 use barkeep_tests::peer::requests::{dma_map, dma_unmap};
 use rustix::io::Errno;
-
-const GET: u32 = 1 << 16;
-const SET: u32 = 1 << 17;
-const START: u32 = 6;
-const STOP: u32 = 7;
-const REPORT: u32 = 8;
 
 const PAGE: u64 = 4096;
 const WINDOW: u64 = 0x10_0000;

@@ -8,22 +8,10 @@ use barkeep_tests::event_counter::EventCounter;
 use barkeep_tests::memory::{bytes_at, sealed};
 use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::{Payload, REPLY, command, message, u32_at, u64_at};
+use barkeep_tests::peer::requests::feature::{GET, MIGRATION, PROBE, SET, STATE};
+use barkeep_tests::peer::requests::migration::*;
 use barkeep_tests::peer::requests::{CONFIG, access, dma_map, pci};
 use rustix::io::Errno;
-
-const GET: u32 = 1 << 16;
-const SET: u32 = 1 << 17;
-const PROBE: u32 = 1 << 18;
-const MIGRATION: u32 = 1;
-const STATE: u32 = 2;
-
-const ERROR: u32 = 0;
-const STOP: u32 = 1;
-const RUNNING: u32 = 2;
-const STOP_COPY: u32 = 3;
-const RESUMING: u32 = 4;
-const RUNNING_P2P: u32 = 5;
-const PRE_COPY: u32 = 6;
 
 fn set_state(state: u32) -> Vec<u8> {
     Payload::new().u32(16).u32(SET | STATE).u32(state).u32(0).done()

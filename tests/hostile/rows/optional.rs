@@ -6,25 +6,11 @@
 //! the migration state that is refused EINVAL, migration data in the wrong state EINVAL.
 
 use barkeep_tests::peer::message::{Payload, command::*};
+use barkeep_tests::peer::requests::feature::*;
+use barkeep_tests::peer::requests::migration::{ERROR, RESUMING, STOP};
 use rustix::io::Errno;
 
 use crate::table::{Expect, Fd, Row, msg, refused, row};
-
-const GET: u32 = 1 << 16;
-const SET: u32 = 1 << 17;
-const PROBE: u32 = 1 << 18;
-
-/// Features of `<linux/vfio.h>`.
-const MIGRATION: u32 = 1;
-const STATE: u32 = 2;
-const LOGGING_START: u32 = 6;
-const LOGGING_STOP: u32 = 7;
-const LOGGING_REPORT: u32 = 8;
-
-/// States of `enum vfio_device_mig_state`.
-const ERROR: u32 = 0;
-const STOP: u32 = 1;
-const RESUMING: u32 = 4;
 
 pub(crate) fn rows() -> Vec<Row> {
     [io_fds(), write_multi(), features(), migration_data(), other_direction()].concat()

@@ -37,6 +37,31 @@ pub mod irq {
     pub const MSI: u32 = 1;
 }
 
+/// Flags and indices of DEVICE_FEATURE.
+pub mod feature {
+    #![expect(missing_docs, reason = "the names of linux/vfio.h")]
+    pub const GET: u32 = 1 << 16;
+    pub const SET: u32 = 1 << 17;
+    pub const PROBE: u32 = 1 << 18;
+    pub const MIGRATION: u32 = 1;
+    pub const STATE: u32 = 2;
+    pub const LOGGING_START: u32 = 6;
+    pub const LOGGING_STOP: u32 = 7;
+    pub const LOGGING_REPORT: u32 = 8;
+}
+
+/// States of `enum vfio_device_mig_state`.
+pub mod migration {
+    #![expect(missing_docs, reason = "the names of linux/vfio.h")]
+    pub const ERROR: u32 = 0;
+    pub const STOP: u32 = 1;
+    pub const RUNNING: u32 = 2;
+    pub const STOP_COPY: u32 = 3;
+    pub const RESUMING: u32 = 4;
+    pub const RUNNING_P2P: u32 = 5;
+    pub const PRE_COPY: u32 = 6;
+}
+
 /// The payload of a DMA_MAP.
 #[must_use]
 pub fn dma_map(flags: u32, offset: u64, address: u64, size: u64) -> Vec<u8> {
