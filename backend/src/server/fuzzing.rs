@@ -1,14 +1,13 @@
 //! A session without a server around it, for the fuzz targets: what it does depends on its bytes alone.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::ServedFunction;
-use super::event_loop::{Epoll, Interest, Source, Token, Wait};
-use super::session::{Session, SessionEnd};
-use crate::irq::EventFd;
+use super::event_loop::{Epoll, Source, Token, Wait};
+use super::session::Session;
+use super::unmask_watch::UnmaskWatch;
 
 /// A client cannot be late here.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(3600);
@@ -23,7 +22,7 @@ const PORT: usize = 0;
 pub struct Connection {
     session: Session,
     epoll: Epoll,
-    unmask: Option<Arc<EventFd>>,
+    unmask: UnmaskWatch,
 }
 
 impl Connection {
@@ -33,13 +32,10 @@ impl Connection {
     /// Those of epoll.
     pub fn new(socket: OwnedFd, function: &ServedFunction) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        for (index, eventfd) in function.0.wakes().into_iter().enumerate() {
-            let wake = Source::Wake(u16::try_from(index).unwrap_or(u16::MAX));
-            epoll.add(eventfd, Token::Port(PORT, wake), Interest::Edge)?;
-        }
+        function.watch_wakes(&epoll, PORT)?;
         let mut session = Session::new(socket, Instant::now() + HANDSHAKE_TIME);
         session.watch(&epoll, PORT)?;
-        Ok(Self { session, epoll, unmask: None })
+        Ok(Self { session, epoll, unmask: UnmaskWatch::default() })
     }
 
     /// Serves until nothing is left to read, to write or to do. Returns whether the session goes on.
@@ -62,11 +58,12 @@ impl Connection {
             eventfd_rounds = if tokens.iter().all(eventfd) { eventfd_rounds + 1 } else { 0 };
             for token in &tokens {
                 let Token::Port(_, source) = *token else { continue };
-                if self.turn(source, function).is_err() {
+                function.hear(source);
+                if self.session.turn(source, function.0.as_mut()).is_err() {
                     return Ok(false);
                 }
                 self.session.watch(&self.epoll, PORT)?;
-                self.watch_unmask(function)?;
+                self.unmask.follow(function.0.unmask_eventfd(), &self.epoll, PORT)?;
             }
         }
         Ok(true)
@@ -75,44 +72,5 @@ impl Connection {
     /// Ends the session, as when the client has left: the function is as at power-on.
     pub fn end(self, function: &mut ServedFunction) {
         function.0.client_left();
-    }
-
-    fn turn(&mut self, source: Source, function: &mut ServedFunction) -> Result<(), SessionEnd> {
-        let (session, function) = (&mut self.session, function.0.as_mut());
-        match source {
-            Source::Client => session.serve(function).map(|_| ()),
-            Source::Work => {
-                function.work();
-                if session.has_more() {
-                    return session.serve(function).map(|_| ());
-                }
-                session.speak(function)
-            }
-            Source::Twin => session.serve_twin(function),
-            Source::Wake(index) => {
-                function.woken(usize::from(index));
-                session.speak(function)
-            }
-            Source::Unmask => {
-                function.unmask();
-                session.speak(function)
-            }
-            Source::Listener | Source::Look => Ok(()),
-        }
-    }
-
-    fn watch_unmask(&mut self, function: &ServedFunction) -> io::Result<()> {
-        let wanted = function.0.unmask_eventfd();
-        if wanted.map(Arc::as_ptr) == self.unmask.as_ref().map(Arc::as_ptr) {
-            return Ok(());
-        }
-        if let Some(watched) = self.unmask.take() {
-            self.epoll.remove(watched.as_fd())?;
-        }
-        let token = Token::Port(PORT, Source::Unmask);
-        self.unmask = wanted
-            .cloned()
-            .filter(|unmask| self.epoll.add(unmask.as_fd(), token, Interest::Edge).is_ok());
-        Ok(())
     }
 }

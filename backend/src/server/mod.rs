@@ -18,6 +18,7 @@ mod requests;
 mod served;
 mod session;
 mod socket_path;
+mod unmask_watch;
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,5 @@
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -12,13 +11,11 @@ use super::rate_limit::RateLimit;
 use super::served::ServedFunction;
 use super::session::{Progress, Session, SessionEnd};
 use super::socket_path::SocketPath;
-use crate::irq::EventFd;
+use super::unmask_watch::UnmaskWatch;
 
 /// How long a client may take from being accepted to its VERSION message. The next one is waiting,
 /// and has patience of its own: QEMU's is 5 seconds, so it outlasts a few that stay silent.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(1);
-/// How often a busy client's socket is looked at between two looks at everything.
-const LOOKS: u32 = 32;
 /// How long accepting pauses when the process is out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -29,9 +26,7 @@ pub(super) struct Port {
     socket: SocketPath,
     function: ServedFunction,
     session: Option<Session>,
-    /// The eventfd that is watched for unmasking INTx. Kept here until it is taken from the event
-    /// loop: as long as the client has a copy, closing ours would not do that.
-    unmask: Option<Arc<EventFd>>,
+    unmask: UnmaskWatch,
     accept_again_at: Option<Instant>,
     client_log: RateLimit,
     accept_log: RateLimit,
@@ -54,7 +49,7 @@ impl Port {
             socket,
             function,
             session: None,
-            unmask: None,
+            unmask: UnmaskWatch::default(),
             accept_again_at: None,
             client_log: RateLimit::default(),
             accept_log: RateLimit::default(),
@@ -63,10 +58,7 @@ impl Port {
 
     /// Adds it to the event loop.
     pub(super) fn add(&self, epoll: &Epoll) -> io::Result<()> {
-        for (index, eventfd) in self.function.0.wakes().into_iter().enumerate() {
-            let wake = u16::try_from(index).expect("a device keeps to its limit of wakes");
-            epoll.add(eventfd, self.token(Source::Wake(wake)), Interest::Edge)?;
-        }
+        self.function.watch_wakes(epoll, self.index)?;
         self.listen(epoll)
     }
 
@@ -75,25 +67,11 @@ impl Port {
         if source == Source::Listener {
             return self.accept(epoll).map(|()| Turn::Nothing);
         }
-        let function = self.function.0.as_mut();
-        match source {
-            Source::Wake(index) => function.woken(usize::from(index)),
-            Source::Unmask => function.unmask(),
-            // Whatever the client does or owes, or whether there is one.
-            Source::Work => function.work(),
-            Source::Listener | Source::Client | Source::Twin | Source::Look => {}
-        }
+        self.function.hear(source);
         // An event of a session that ended earlier in this round finds none.
         let Some(session) = &mut self.session else { return Ok(Turn::Nothing) };
         let greeted = session.handshake_deadline().is_none();
-        let outcome = match source {
-            Source::Client => session.serve(function),
-            Source::Look => session.look(LOOKS, function),
-            Source::Work if session.has_more() => session.serve(function),
-            Source::Twin => session.serve_twin(function).map(|()| Progress::Nothing),
-            _ => session.speak(function).map(|()| Progress::Nothing),
-        };
-        let progress = match outcome {
+        let progress = match session.turn(source, self.function.0.as_mut()) {
             Ok(progress) => progress,
             Err(end) => return self.end_session(epoll, &end).map(|()| Turn::Ended),
         };
@@ -184,27 +162,8 @@ impl Port {
         self.listen(epoll)
     }
 
-    /// Follows the client's choice of the eventfd that unmasks INTx.
     fn watch_unmask(&mut self, epoll: &Epoll) -> io::Result<()> {
-        let wanted = self.function.0.unmask_eventfd();
-        let same = match (wanted, &self.unmask) {
-            (None, None) => true,
-            (Some(wanted), Some(watched)) => Arc::ptr_eq(wanted, watched),
-            _ => false,
-        };
-        if same {
-            return Ok(());
-        }
-        let wanted = wanted.cloned();
-        if let Some(watched) = self.unmask.take() {
-            epoll.remove(watched.as_fd())?;
-        }
-        // What the client calls an eventfd may be something that can't be watched; then nothing that it
-        // does unmasks the pin, which is its own loss.
-        self.unmask = wanted.filter(|eventfd| {
-            epoll.add(eventfd.as_fd(), self.token(Source::Unmask), Interest::Edge).is_ok()
-        });
-        Ok(())
+        self.unmask.follow(self.function.0.unmask_eventfd(), epoll, self.index)
     }
 
     fn listen(&self, epoll: &Epoll) -> io::Result<()> {

@@ -1,4 +1,5 @@
 use std::fmt;
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use barkeep_protocol::wire::{
     IrqData, RegionAccess, RegionFlags, RegionInfo, RegionStateQuery, SetIrqs,
 };
 
+use super::event_loop::{Epoll, Interest, Source, Token};
 use super::function::HostedFunction;
 use super::request_error::RequestError;
 use crate::devices::{MemoryMessage, Ticket};
@@ -15,6 +17,28 @@ use crate::irq::EventFd;
 
 /// A function of any kind that a server serves.
 pub struct ServedFunction(pub(super) Box<dyn Served>);
+
+impl ServedFunction {
+    /// Has the event loop report what wakes the function.
+    pub(super) fn watch_wakes(&self, epoll: &Epoll, port: usize) -> io::Result<()> {
+        for (index, eventfd) in self.0.wakes().into_iter().enumerate() {
+            let wake = u16::try_from(index).expect("a device keeps to its limit of wakes");
+            epoll.add(eventfd, Token::Port(port, Source::Wake(wake)), Interest::Edge)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the function of an event that is its own, whether there is a client or not.
+    pub(super) fn hear(&mut self, source: Source) {
+        match source {
+            Source::Wake(index) => self.0.woken(usize::from(index)),
+            Source::Unmask => self.0.unmask(),
+            // Whatever the client does or owes.
+            Source::Work => self.0.work(),
+            Source::Listener | Source::Client | Source::Twin | Source::Look => {}
+        }
+    }
+}
 
 impl fmt::Debug for ServedFunction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -20,6 +20,8 @@ use super::served::{Reply, Served};
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
+/// How often a busy client's socket is looked at between two looks at everything.
+const LOOKS: u32 = 32;
 /// Bytes of requests likewise: one REGION_WRITE_MULTI can be tens of thousands of writes.
 const BATCH_BYTES: usize = 64 << 10;
 /// Bytes of replies that are collected before they are sent with one call.
@@ -137,8 +139,23 @@ impl Session {
         self.more || self.more_from_twin || self.stalled && !self.client.holds_too_much()
     }
 
+    /// Does what an event asks of the session, after the function has heard of it.
+    pub(super) fn turn(
+        &mut self,
+        source: Source,
+        function: &mut dyn Served,
+    ) -> Result<Progress, SessionEnd> {
+        match source {
+            Source::Client => self.serve(function),
+            Source::Look => self.look(LOOKS, function),
+            Source::Work if self.has_more() => self.serve(function),
+            Source::Twin => self.serve_twin(function).map(|()| Progress::Nothing),
+            _ => self.speak(function).map(|()| Progress::Nothing),
+        }
+    }
+
     /// Reads and answers requests as long as the socket has some, up to a batch.
-    pub(super) fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
+    fn serve(&mut self, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
         if self.more_from_twin {
             self.serve_twin(function)?;
         }
@@ -193,11 +210,7 @@ impl Session {
     }
 
     /// Looks for requests so often, and answers those that come. Only while nothing waits to be sent.
-    pub(super) fn look(
-        &mut self,
-        times: u32,
-        function: &mut dyn Served,
-    ) -> Result<Progress, SessionEnd> {
+    fn look(&mut self, times: u32, function: &mut dyn Served) -> Result<Progress, SessionEnd> {
         let mut progress = Progress::Nothing;
         for _ in 0..times {
             if self.client.sender.queued_bytes() > 0 || self.more {
@@ -212,7 +225,7 @@ impl Session {
     }
 
     /// Reads what came over the twin socket: answers to our own commands, nothing else.
-    pub(super) fn serve_twin(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
+    fn serve_twin(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
         self.more_from_twin = true;
         for _ in 0..BATCH {
             let Some(twin) = self.twin.as_mut().filter(|_| !self.twin_closed) else {
@@ -249,7 +262,7 @@ impl Session {
     }
 
     /// Sends what the function has to say by itself: after a wake, for instance.
-    pub(super) fn speak(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
+    fn speak(&mut self, function: &mut dyn Served) -> Result<(), SessionEnd> {
         self.send_commands(function);
         self.flush()?;
         Ok(())
