@@ -1,0 +1,19 @@
+//! virtio devices (virtio 1.2).
+//!
+//! A [`Core`] is a device without a transport: it works on queues in guest memory, whoever found
+//! them. `pci` makes a function of it, and the vhost-user server lends it to a VMM's own function.
+
+mod chain;
+mod core;
+pub mod models;
+mod queue;
+pub mod spec;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use chain::{Buffers, Chain};
+pub use core::{Core, DeviceError, InFlight, Io, MemoryGuard};
+pub use queue::{QueueAccess, QueueError, needs_interrupt};

@@ -1,0 +1,151 @@
+use std::num::Wrapping;
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::chain::Chain;
+use super::core::MemoryGuard;
+use super::spec::{avail, feature};
+
+/// A queue for as long as a device works on it.
+#[derive(Debug)]
+pub struct QueueAccess<'a, G> {
+    queue: &'a mut Queue,
+    memory: &'a G,
+    indirect: bool,
+    /// Whether buffers were given back that the driver has not been told of.
+    used: &'a mut bool,
+}
+
+impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
+    /// For transports: a queue that is ready, and guest memory. `features` are those negotiated.
+    /// `used` is set when buffers are given back; the transport [notifies](needs_interrupt) then.
+    pub fn new(queue: &'a mut Queue, memory: &'a G, features: u64, used: &'a mut bool) -> Self {
+        Self { queue, memory, indirect: features & feature::INDIRECT_DESC != 0, used }
+    }
+
+    /// Guest memory. A clone of the guard keeps it mapped.
+    #[must_use]
+    pub fn memory(&self) -> &'a G {
+        self.memory
+    }
+
+    /// Takes the next request, if the driver made one available.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the ring or the chain is malformed, or not in memory. The request is not
+    /// taken.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let memory: &G::Target = self.memory;
+        let size = self.queue.size();
+        let next = Wrapping(self.queue.next_avail());
+        let available = self.queue.avail_idx(memory, Ordering::Acquire)? - next;
+        if available.0 == 0 {
+            return Ok(false);
+        }
+        if available.0 > size {
+            return Err(QueueError::TooManyAvailable(available.0));
+        }
+        let entry = avail::RING + 2 * u64::from(next.0 % size);
+        let address = self.queue.avail_ring().checked_add(entry).ok_or(QueueError::Overflow)?;
+        let head = u16::from_le(memory.load(GuestAddress(address), Ordering::Relaxed)?);
+        self.chain(head, chain)?;
+        self.queue.set_next_avail((next + Wrapping(1)).0);
+        Ok(true)
+    }
+
+    /// Reads the request that starts at `head`, which was taken before.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the chain is malformed, or not in memory.
+    pub fn chain(&self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+        let table = GuestAddress(self.queue.desc_table());
+        chain.follow::<G::Target>(self.memory, table, self.queue.size(), head, self.indirect)
+    }
+
+    /// Gives the last taken request back as if it had not been taken. Only the last one.
+    pub fn unpop(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
+    /// Gives a request back, with the number of bytes that were written to it, from the first on.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the used ring is not in memory.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.queue.add_used::<G::Target>(self.memory, head, written)?;
+        *self.used = true;
+        Ok(())
+    }
+
+    /// Asks the driver not to kick until [`rearm`](Self::rearm). It may kick all the same.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the used ring is not in memory.
+    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification::<G::Target>(self.memory)?)
+    }
+
+    /// Asks for a kick when the next request is available. Returns whether there is one already, for
+    /// which no kick may come.
+    ///
+    /// # Errors
+    /// [`QueueError`]: a ring is not in memory.
+    pub fn rearm(&mut self) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification::<G::Target>(self.memory)?)
+    }
+}
+
+/// Whether the driver wants to be interrupted for the buffers that were given back since this was
+/// last asked (2.7.7).
+///
+/// # Errors
+/// [`QueueError`]: the available ring is not in memory.
+pub fn needs_interrupt<G: MemoryGuard>(queue: &mut Queue, memory: &G) -> Result<bool, QueueError> {
+    let memory: &G::Target = memory;
+    if !queue.needs_notification(memory)? {
+        return Ok(false);
+    }
+    if queue.event_idx_enabled() {
+        return Ok(true);
+    }
+    let flags: u16 = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)?;
+    Ok(u16::from_le(flags) & avail::NO_INTERRUPT == 0)
+}
+
+/// What is wrong with a queue.
+#[derive(Debug, Error)]
+pub enum QueueError {
+    /// More requests than the queue has room for.
+    #[error("{0} requests are available, more than the queue's size")]
+    TooManyAvailable(u16),
+    /// A descriptor outside of its table.
+    #[error("descriptor {0} is outside of its table")]
+    Index(u16),
+    /// A chain that is longer than its table.
+    #[error("descriptors form a loop")]
+    Loop,
+    /// A table of descriptors that may not be there, or that is malformed.
+    #[error("an indirect descriptor is not allowed there, or malformed")]
+    Indirect,
+    /// A buffer to read behind one to write.
+    #[error("a buffer to read follows a buffer to write")]
+    Order,
+    /// Buffers of more than 4 GiB.
+    #[error("the buffers of a request are longer than 4 GiB")]
+    TooLong,
+    /// An address wraps around.
+    #[error("a ring exceeds the address space")]
+    Overflow,
+    /// The buffers of a request are shorter than what they must hold.
+    #[error("a request's buffers are too short")]
+    Short,
+    /// Memory that is not there or does not allow the access.
+    #[error("memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    /// What the crate found.
+    #[error(transparent)]
+    Ring(#[from] virtio_queue::Error),
+}
