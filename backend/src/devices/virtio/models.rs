@@ -1,3 +1,5 @@
+//! The virtio devices that an operator can name.
+
 use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
 
