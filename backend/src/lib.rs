@@ -13,5 +13,6 @@ pub mod config;
 pub mod devices;
 pub mod dma;
 pub mod irq;
+mod log_limit;
 pub mod pci;
 pub mod server;

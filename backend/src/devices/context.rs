@@ -1,5 +1,5 @@
 use super::transfers::{Transfer, Transfers};
-use crate::dma::{DmaError, DmaTable, Iova};
+use crate::dma::{DmaError, DmaGuard, DmaTable, Iova};
 use crate::irq::Interrupts;
 use crate::pci::{Function, MsiOutcome};
 
@@ -13,6 +13,7 @@ pub struct Context<'a> {
     interrupts: &'a mut Interrupts,
     dma: &'a DmaTable,
     transfers: &'a mut Transfers,
+    running: bool,
 }
 
 impl<'a> Context<'a> {
@@ -23,7 +24,36 @@ impl<'a> Context<'a> {
         dma: &'a DmaTable,
         transfers: &'a mut Transfers,
     ) -> Self {
-        Self { function, interrupts, dma, transfers }
+        Self { function, interrupts, dma, transfers, running: true }
+    }
+
+    /// The same while the function is stopped, or not: a stopped one masters nothing.
+    #[must_use]
+    pub fn running(self, running: bool) -> Self {
+        Self { running, ..self }
+    }
+
+    /// The same for a while, to be given away.
+    pub fn reborrow(&mut self) -> Context<'_> {
+        let Self { function, interrupts, dma, transfers, running } = self;
+        Context { function, interrupts, dma, transfers, running: *running }
+    }
+
+    /// Whether the function may access memory and send messages: Bus Master Enable is set, it is in
+    /// D0, and it runs.
+    #[must_use]
+    pub fn bus_master(&self) -> bool {
+        self.running && self.function.bus_master()
+    }
+
+    /// Guest memory as it is now, for a device that accesses it through `vm-memory`. The guard may
+    /// be held until [`Device::quiesce`](super::Device::quiesce), across accesses.
+    ///
+    /// # Errors
+    /// [`DmaError::BusMasterDisabled`].
+    pub fn memory(&self) -> Result<DmaGuard, DmaError> {
+        self.check_bus_master()?;
+        Ok(self.dma.handle().memory())
     }
 
     /// Begins a transfer, whatever kind of memory it is about. Its end is told through
@@ -40,7 +70,7 @@ impl<'a> Context<'a> {
     /// [`DmaError`] when bus mastering is off or the address can't be read. `data` may then be
     /// partly filled.
     pub fn dma_read(&self, address: Iova, data: &mut [u8]) -> Result<(), DmaError> {
-        self.bus_master()?;
+        self.check_bus_master()?;
         self.dma.read(address, data)
     }
 
@@ -49,7 +79,7 @@ impl<'a> Context<'a> {
     /// # Errors
     /// [`DmaError`] when bus mastering is off or the address can't be written.
     pub fn dma_write(&self, address: Iova, data: &[u8]) -> Result<(), DmaError> {
-        self.bus_master()?;
+        self.check_bus_master()?;
         self.dma.write(address, data)
     }
 
@@ -89,7 +119,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    fn bus_master(&self) -> Result<(), DmaError> {
-        if self.function.bus_master() { Ok(()) } else { Err(DmaError::BusMasterDisabled) }
+    fn check_bus_master(&self) -> Result<(), DmaError> {
+        if self.bus_master() { Ok(()) } else { Err(DmaError::BusMasterDisabled) }
     }
 }

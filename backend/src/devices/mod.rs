@@ -35,6 +35,9 @@ pub trait Device: Send {
     /// What the function is: ids, BARs and capabilities. Asked once.
     fn spec(&self) -> FunctionSpec;
 
+    /// What logs call the function. Told once, before anything else happens.
+    fn set_name(&mut self, _name: &str) {}
+
     /// Memory that the VMM may map in place of a BAR, if it has any. The pages of an MSI-X table or
     /// pending bit array in it stay trapped.
     ///
@@ -74,6 +77,20 @@ pub trait Device: Send {
     /// The function changed: decode, bus mastering, interrupt enables or power. Resets are told
     /// through [`reset`](Self::reset) alone.
     fn effects_applied(&mut self, _effects: &Effects, _context: &mut Context<'_>) {}
+
+    /// What the client set up changed: windows of guest memory, eventfds of interrupts, the MSI-X
+    /// table, or the capability's enable and mask. Not told while the function is stopped, but when
+    /// it goes on.
+    fn rewired(&mut self, _context: &mut Context<'_>) {}
+
+    /// The operator wants the device to look at its surroundings anew: the size of an image, for
+    /// instance.
+    ///
+    /// # Errors
+    /// What is wrong with them, in one line. The device goes on as before.
+    fn reload(&mut self, _context: &mut Context<'_>) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Finish or abandon all work of threads of the device's own that touches guest memory. When
     /// this returns, nothing is in flight; the client's windows may go away. Transfers are not meant,

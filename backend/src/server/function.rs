@@ -10,12 +10,12 @@ use barkeep_protocol::wire::{
 };
 
 use super::migration::Migration;
-use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::served::{Reply, Served, absent_region, checked_end, dma_access, duplicate};
 use crate::devices::{Context, Device, MAX_WAKES, MemoryMessage, Options, Ticket, Transfers};
 use crate::dma::{DmaError, DmaTable, Iova};
 use crate::irq::{EventFd, Interrupts};
+use crate::log_limit::RateLimit;
 use crate::pci::{BarIndex, Effects, Function, FunctionSpec, ResetKind, RomSpec, SpecError, spec};
 
 mod accesses;

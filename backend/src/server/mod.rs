@@ -12,7 +12,6 @@ mod passthrough;
 mod peer;
 mod poller;
 mod port;
-mod rate_limit;
 mod request_error;
 mod requests;
 mod served;

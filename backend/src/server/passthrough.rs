@@ -8,7 +8,6 @@ use barkeep_protocol::wire::{
 };
 use tracing::{error, info, warn};
 
-use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::served::{
     Reply, Served, absent_region, check_descriptors, checked_end, dma_access, duplicate,
@@ -18,6 +17,7 @@ use crate::devices::passthrough::{
 };
 use crate::dma::{DmaError, Iova};
 use crate::irq::{EventFd, IrqError};
+use crate::log_limit::RateLimit;
 
 /// A real function, served: [`VfioFunction`] in the words of the wire.
 #[derive(Debug)]

@@ -13,10 +13,10 @@ use super::channel::Channel;
 use super::commands::Commands;
 use super::event_loop::{Epoll, Source, Token};
 use super::peer::Peer;
-use super::rate_limit::RateLimit;
 use super::request_error::RequestError;
 use super::requests::serve_request;
 use super::served::{Reply, Served};
+use crate::log_limit::RateLimit;
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;

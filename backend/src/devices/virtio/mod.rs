@@ -6,6 +6,7 @@
 mod chain;
 mod core;
 pub mod models;
+pub mod pci;
 mod queue;
 pub mod spec;
 

@@ -1,8 +1,10 @@
+//! Bounds what a guest, a client or another peer can make this process write to its log.
+
 use std::time::{Duration, Instant};
 
 /// Bounds log lines that a guest or client can cause at will: ten at once, then one a second.
 #[derive(Debug)]
-pub(super) struct RateLimit {
+pub(crate) struct RateLimit {
     /// Lines that may still be written at once.
     credit: u32,
     refilled: Instant,
@@ -20,7 +22,7 @@ impl Default for RateLimit {
 
 impl RateLimit {
     /// Whether a line may be written now; with the number of those that were not since the last.
-    pub(super) fn admit(&mut self) -> Option<u64> {
+    pub(crate) fn admit(&mut self) -> Option<u64> {
         self.admit_at(Instant::now())
     }
 

@@ -1,0 +1,117 @@
+use tracing::warn;
+use virtio_queue::{Queue, QueueT};
+
+use crate::devices::Context;
+use crate::devices::virtio::spec::status;
+use crate::log_limit::RateLimit;
+
+/// What the driver has set up, and what it is told.
+#[derive(Debug)]
+pub(super) struct DriverState {
+    /// What logs call the function.
+    pub(super) name: String,
+    /// Feature bits that the device offers.
+    pub(super) offered: u64,
+    /// `device_feature_select` and `driver_feature_select`.
+    pub(super) feature_select: [u32; 2],
+    /// What the driver wrote to `driver_feature`: 128 bits, most of which nothing defines.
+    pub(super) accepted: u128,
+    pub(super) status: u8,
+    pub(super) generation: u8,
+    /// `None` is VIRTIO_MSI_NO_VECTOR.
+    pub(super) config_vector: Option<u16>,
+    pub(super) queue_select: u16,
+    pub(super) isr: u8,
+    slots: Vec<Slot>,
+    log: RateLimit,
+}
+
+/// A queue as the driver sets it up.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// Ready while the driver has it enabled.
+    pub(super) queue: Queue,
+    /// `None` is VIRTIO_MSI_NO_VECTOR.
+    pub(super) vector: Option<u16>,
+    /// Addresses of descriptors, available and used ring, as they were written.
+    pub(super) rings: [u64; 3],
+}
+
+/// What the driver is interrupted for: a bit of the ISR status (4.1.4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Interrupt {
+    Queue = 1,
+    Config = 2,
+}
+
+impl DriverState {
+    pub(super) fn new(offered: u64, queue_sizes: &[u16]) -> Self {
+        let slot = |&size: &u16| Slot {
+            queue: Queue::new(size).expect("a device's queue sizes are powers of two"),
+            vector: None,
+            rings: [0; 3],
+        };
+        Self {
+            name: String::new(),
+            offered,
+            feature_select: [0; 2],
+            accepted: 0,
+            status: 0,
+            generation: 0,
+            config_vector: None,
+            queue_select: 0,
+            isr: 0,
+            slots: queue_sizes.iter().map(slot).collect(),
+            log: RateLimit::default(),
+        }
+    }
+
+    pub(super) fn slot(&self, index: u16) -> Option<&Slot> {
+        self.slots.get(usize::from(index))
+    }
+
+    pub(super) fn slot_mut(&mut self, index: u16) -> Option<&mut Slot> {
+        self.slots.get_mut(usize::from(index))
+    }
+
+    /// See [`World::features`](super::World::features).
+    pub(super) fn negotiated(&self) -> u64 {
+        let agreed = self.status & status::FEATURES_OK != 0;
+        if agreed { u64::try_from(self.accepted).unwrap_or(0) } else { 0 }
+    }
+
+    /// See [`World::is_started`](super::World::is_started).
+    pub(super) fn is_started(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::DEVICE_NEEDS_RESET) == status::DRIVER_OK
+    }
+
+    /// Sets DEVICE_NEEDS_RESET; returns whether that is new.
+    pub(super) fn fail(&mut self, reason: &str) -> bool {
+        if self.status & status::DEVICE_NEEDS_RESET != 0 {
+            return false;
+        }
+        self.status |= status::DEVICE_NEEDS_RESET;
+        if let Some(suppressed) = self.log.admit() {
+            warn!(function = self.name, suppressed, "device needs a reset: {reason}");
+        }
+        true
+    }
+
+    /// Sends an interrupt, by a message if MSI-X is enabled and by the pin otherwise.
+    pub(super) fn interrupt(
+        &mut self,
+        interrupt: Interrupt,
+        vector: Option<u16>,
+        context: &mut Context<'_>,
+    ) {
+        let by_message = context.msix_enabled();
+        if !by_message || interrupt == Interrupt::Config {
+            self.isr |= interrupt as u8;
+        }
+        if !by_message {
+            context.set_intx(true);
+        } else if let Some(vector) = vector {
+            context.raise_msix(vector);
+        }
+    }
+}
