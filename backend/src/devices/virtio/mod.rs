@@ -8,6 +8,7 @@ mod core;
 pub mod models;
 pub mod pci;
 mod queue;
+pub mod rate_limit;
 pub mod spec;
 
 #[cfg(test)]
