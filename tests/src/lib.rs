@@ -2,7 +2,8 @@
 //!
 //! [`backend`] serves functions in this process, [`peer`] speaks to them in bytes of its own making,
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
-//! tests proves nothing, so none of these uses `barkeep_protocol`. [`binary`] finds what was built,
+//! tests proves nothing, so none of these uses `barkeep_protocol`. [`virtio`] drives virtio devices
+//! through the shim's client, for which that protocol is a means. [`binary`] finds what was built,
 //! and [`skip`](skip()) says what this machine can't test.
 
 pub mod backend;
@@ -12,5 +13,6 @@ pub mod event_counter;
 pub mod memory;
 pub mod peer;
 mod skip;
+pub mod virtio;
 
 pub use skip::skip;

@@ -1,0 +1,260 @@
+//! A device that was set up by a driver (3.1.1), with its queues and interrupts.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use barkeep_protocol::wire::{IrqAction, IrqData, PciIrq, SetIrqs};
+use barkeep_shim::client::Doorbell;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::feature;
+use super::function::{Function, common, status};
+use super::memory::Memory;
+use super::queue::{Part, Queue, Used};
+use crate::event_counter::EventCounter;
+
+/// An interrupt that takes so long is lost.
+pub const DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
+
+/// How a driver sets its device up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// The features that it accepts if they are offered. VERSION_1 comes on top, and what the device
+    /// says of the platform.
+    pub features: u64,
+    /// The most queues that it uses.
+    pub queues: u16,
+    /// The most descriptors of a queue.
+    pub size: u16,
+    /// How it notifies the device.
+    pub kicks: Kicks,
+}
+
+/// How a device is notified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kicks {
+    /// By a write to the queue's notification address.
+    Write,
+    /// By the eventfd that stands for it.
+    Eventfd,
+}
+
+impl Default for Setup {
+    /// Everything that queues have, one queue of up to 256, eventfds.
+    fn default() -> Self {
+        let features = feature::EVENT_IDX | feature::INDIRECT_DESC | feature::RING_RESET;
+        Self { features, queues: 1, size: 256, kicks: Kicks::Eventfd }
+    }
+}
+
+/// A driver with its device.
+#[derive(Debug)]
+pub struct Driver {
+    /// The device.
+    pub function: Arc<Function>,
+    /// What the device may reach.
+    pub memory: Arc<Memory>,
+    /// The features that were negotiated.
+    pub features: u64,
+    queues: Vec<Queue>,
+    kicks: Vec<Kick>,
+    /// The configuration's vector, then those of the queues.
+    vectors: Vec<EventCounter>,
+}
+
+#[derive(Debug)]
+enum Kick {
+    Write(u64),
+    Eventfd(Arc<OwnedFd>),
+}
+
+/// Something that the device did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// It gave back a request of this queue.
+    Used(u16, Used),
+    /// It said that its configuration changed, or that it needs a reset.
+    Config,
+}
+
+impl Driver {
+    /// Resets the device and sets it up. Its memory is mapped already.
+    ///
+    /// # Panics
+    /// If the device does not agree.
+    #[must_use]
+    pub fn start(function: &Arc<Function>, memory: &Arc<Memory>, setup: Setup) -> Self {
+        function.reset();
+        function.set_status(status::ACKNOWLEDGE);
+        function.set_status(status::ACKNOWLEDGE | status::DRIVER);
+        let wanted = setup.features | feature::VERSION_1 | feature::ACCESS_PLATFORM;
+        let features = function.features() & wanted;
+        assert_ne!(features & feature::VERSION_1, 0, "a modern device");
+        function.accept(features);
+        let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
+        function.set_status(ready);
+        assert_eq!(function.status(), ready, "the device agrees to {features:#x}");
+
+        let count = setup.queues.min(function.queues());
+        let vectors: Vec<_> = (0..=count).map(|_| EventCounter::new()).collect();
+        let mut driver = Self {
+            function: Arc::clone(function),
+            memory: Arc::clone(memory),
+            features,
+            queues: Vec::new(),
+            kicks: Vec::new(),
+            vectors,
+        };
+        driver.connect_vectors();
+        driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
+        for index in 0..count {
+            driver.add_queue(index, setup);
+        }
+        function.set_status(ready | status::DRIVER_OK);
+        driver
+    }
+
+    fn connect_vectors(&self) {
+        let fd = |vector: &EventCounter| vector.as_fd().try_clone_to_owned().expect("a descriptor");
+        let set = SetIrqs {
+            action: IrqAction::Trigger,
+            data: IrqData::Eventfd,
+            index: PciIrq::Msix.index(),
+            start: 0,
+            count: u32::try_from(self.vectors.len()).expect("a few"),
+        };
+        let eventfds = self.vectors.iter().map(fd).collect();
+        self.function.client.set_irqs(&set, eventfds).expect("as many vectors");
+    }
+
+    fn set_vector(&self, register: u64, vector: u16) {
+        let common = self.function.common;
+        self.function.write(common, register, &vector.to_le_bytes());
+        let read = u16::from_le_bytes(self.function.read(common, register));
+        assert_eq!(read, vector, "the device has the vector");
+    }
+
+    fn add_queue(&mut self, index: u16, setup: Setup) {
+        let function = Arc::clone(&self.function);
+        let area = function.common;
+        function.select(index);
+        let largest = u16::from_le_bytes(function.read(area, common::QUEUE_SIZE));
+        assert!(largest.is_power_of_two(), "queue {index} has {largest} descriptors");
+        let size = largest.min(setup.size);
+        let has = |bit: u64| self.features & bit != 0;
+        let (event_idx, indirect) = (has(feature::EVENT_IDX), has(feature::INDIRECT_DESC));
+        let queue = Queue::new(&self.memory, index, size, event_idx, indirect);
+        function.write(area, common::QUEUE_SIZE, &size.to_le_bytes());
+        self.set_vector(common::QUEUE_MSIX_VECTOR, index + 1);
+        let registers = [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE];
+        for (register, address) in registers.into_iter().zip(queue.addresses()) {
+            function.write(area, register, &address.to_le_bytes());
+        }
+        function.write(area, common::QUEUE_ENABLE, &1_u16.to_le_bytes());
+        let place = u16::from_le_bytes(function.read(area, common::QUEUE_NOTIFY_OFF));
+        let offset = u64::from(place) * u64::from(function.notify_multiplier);
+        self.queues.push(queue);
+        self.kicks.push(match setup.kicks {
+            Kicks::Write => Kick::Write(offset),
+            Kicks::Eventfd => Kick::Eventfd(doorbell(&function, offset).eventfd),
+        });
+    }
+
+    /// A queue.
+    pub fn queue(&mut self, index: u16) -> &mut Queue {
+        &mut self.queues[usize::from(index)]
+    }
+
+    /// How many queues are set up.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.queues.len()).expect("a few")
+    }
+
+    /// Makes a request available and notifies the device if it wants that; the request's head.
+    ///
+    /// # Panics
+    /// If the queue is full.
+    pub fn send(&mut self, queue: u16, parts: &[Part]) -> u16 {
+        let head = self.queue(queue).add(parts).expect("the test leaves room in the queue");
+        if self.queue(queue).needs_kick() {
+            self.kick(queue);
+        }
+        head
+    }
+
+    /// Notifies the device, whether it wants that or not.
+    pub fn kick(&self, queue: u16) {
+        match &self.kicks[usize::from(queue)] {
+            Kick::Write(offset) => {
+                self.function.write(self.function.notify, *offset, &queue.to_le_bytes());
+            }
+            Kick::Eventfd(eventfd) => {
+                let written = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
+                assert_eq!(written, Ok(8), "a counter far from its end");
+            }
+        }
+    }
+
+    /// What the device does next. Without an interrupt for it, it is never seen.
+    ///
+    /// # Panics
+    /// If nothing happens for [`DEADLINE`].
+    pub fn wait(&mut self) -> Event {
+        self.next_before(&DEADLINE).unwrap_or_else(|| {
+            let waiting: Vec<_> = self.queues.iter().map(Queue::outstanding).collect();
+            let status = self.function.status();
+            unreachable!("no interrupt, with {waiting:?} requests; status {status:#x}")
+        })
+    }
+
+    /// What the device has done already, if there was an interrupt for it.
+    pub fn look(&mut self) -> Option<Event> {
+        self.next_before(&Timespec::default())
+    }
+
+    fn next_before(&mut self, deadline: &Timespec) -> Option<Event> {
+        loop {
+            for (index, queue) in (0..).zip(&mut self.queues) {
+                if let Some(used) = queue.used() {
+                    return Some(Event::Used(index, used));
+                }
+            }
+            if self.vectors[0].take() > 0 {
+                return Some(Event::Config);
+            }
+            let more: Vec<bool> = self.queues.iter().map(Queue::arm).collect();
+            if more.contains(&true) {
+                continue;
+            }
+            let mut fds: Vec<_> =
+                self.vectors.iter().map(|vector| PollFd::new(vector, PollFlags::IN)).collect();
+            if poll(&mut fds, Some(deadline)).expect("eventfds") == 0 {
+                return None;
+            }
+            self.vectors[1..].iter().for_each(|vector| _ = vector.take());
+        }
+    }
+
+    /// The next request that the device gives back.
+    ///
+    /// # Panics
+    /// If something else happens.
+    pub fn next_used(&mut self, queue: u16) -> Used {
+        match self.wait() {
+            Event::Used(index, used) if index == queue => used,
+            other => unreachable!("{other:?} came before a request of queue {queue}"),
+        }
+    }
+}
+
+/// The eventfd that stands for a write of 2 bytes to the notification structure.
+///
+/// # Panics
+/// If there is none.
+fn doorbell(function: &Function, offset: u64) -> Doorbell {
+    let at = function.notify.offset + offset;
+    let doorbells = function.client.doorbells(function.notify.bar).expect("a served function");
+    let found = doorbells.iter().find(|doorbell| doorbell.offset == at);
+    found.unwrap_or_else(|| unreachable!("no eventfd for {at:#x}: {doorbells:?}")).clone()
+}

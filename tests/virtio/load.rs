@@ -1,0 +1,252 @@
+//! Random writes and reads of a block device, as many at a time as there are slots. Each block that
+//! is written carries its own place and a number of its own, so that a lost write, one that was done
+//! twice or late, and one in the wrong place show.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use barkeep_tests::virtio::requests::{BlkData, blk};
+use barkeep_tests::virtio::{DATA, Driver, Event};
+
+/// What blocks hold, and what is under way.
+pub(crate) struct Load {
+    block: u64,
+    random: u64,
+    /// The last number given to a write.
+    number: u64,
+    /// What each block may hold: one number, or several when a write was interrupted.
+    blocks: Vec<BTreeSet<u64>>,
+    busy: BTreeSet<u64>,
+    /// Requests by queue and head.
+    under_way: BTreeMap<(u16, u16), Request>,
+    free: Vec<usize>,
+    /// Requests that ended well.
+    pub(crate) done: u64,
+    /// Requests that ended with an error.
+    pub(crate) failed: u64,
+}
+
+struct Request {
+    slot: usize,
+    kind: Kind,
+    first: u64,
+    count: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The number of its first block.
+    Write(u64),
+    Read,
+    Flush,
+}
+
+/// What a request may move at most, in bytes.
+const SLOT: u64 = 16 << 10;
+
+impl Load {
+    /// For an image that is all zeros, with so many requests at a time.
+    pub(crate) fn new(capacity: u64, block: u64, depth: usize) -> Self {
+        let blocks = usize::try_from(capacity / block).unwrap();
+        Self {
+            block,
+            random: 0x9e37_79b9_7f4a_7c15,
+            number: 0,
+            blocks: vec![BTreeSet::from([0]); blocks],
+            busy: BTreeSet::new(),
+            under_way: BTreeMap::new(),
+            free: (0..depth).collect(),
+            done: 0,
+            failed: 0,
+        }
+    }
+
+    /// Runs until so many more requests ended, with all slots in use until then.
+    pub(crate) fn run(&mut self, driver: &mut Driver, requests: u64) {
+        let end = self.done + self.failed + requests;
+        while self.done + self.failed < end {
+            self.fill(driver);
+            self.one(driver);
+        }
+    }
+
+    /// Waits for everything that is under way.
+    pub(crate) fn finish(&mut self, driver: &mut Driver) {
+        while !self.under_way.is_empty() {
+            self.one(driver);
+        }
+    }
+
+    /// Makes requests available until no slot is free.
+    pub(crate) fn fill(&mut self, driver: &mut Driver) {
+        let queues = u64::from(driver.queues());
+        while let Some(slot) = self.free.pop() {
+            let queue = u16::try_from(self.next_random() % queues).unwrap();
+            let request = self.choose(slot);
+            let (length, at) = (request.count * self.block, address_of(slot));
+            let bytes = u32::try_from(length).unwrap();
+            let (kind, data) = match request.kind {
+                Kind::Write(number) => {
+                    for index in 0..request.count {
+                        let block = self.content(request.first + index, number + index);
+                        driver.memory.data.write(at + index * self.block, &block);
+                    }
+                    (blk::T_OUT, BlkData::Out(at, bytes))
+                }
+                Kind::Read => (blk::T_IN, BlkData::In(at, bytes)),
+                Kind::Flush => (blk::T_FLUSH, BlkData::None),
+            };
+            let sector = request.first * self.block / blk::SECTOR;
+            let head = driver.send_blk(queue, slot, kind, sector, data);
+            self.under_way.insert((queue, head), request);
+        }
+    }
+
+    /// Waits for one request.
+    fn one(&mut self, driver: &mut Driver) {
+        match driver.wait() {
+            Event::Used(queue, used) => self.ended(driver, queue, used.head),
+            Event::Config => unreachable!("status {:#x}", driver.function.status()),
+        }
+    }
+
+    /// Takes note of the end of a request.
+    pub(crate) fn ended(&mut self, driver: &Driver, queue: u16, head: u16) {
+        let request = self.under_way.remove(&(queue, head)).expect("it is under way");
+        match driver.blk_status(request.slot) {
+            blk::S_OK => self.succeeded(driver, &request),
+            blk::S_IOERR => {
+                self.failed += 1;
+                self.in_doubt(&request);
+            }
+            status => unreachable!("status {status}"),
+        }
+        self.settle(&request);
+    }
+
+    fn succeeded(&mut self, driver: &Driver, request: &Request) {
+        self.done += 1;
+        for index in 0..request.count {
+            let block = request.first + index;
+            match request.kind {
+                Kind::Write(number) => {
+                    *self.at(block) = BTreeSet::from([number + index]);
+                }
+                Kind::Read => {
+                    let length = usize::try_from(self.block).unwrap();
+                    let at = address_of(request.slot) + index * self.block;
+                    let found = driver.memory.data.bytes(at, length);
+                    self.check(block, &found);
+                }
+                Kind::Flush => {}
+            }
+        }
+    }
+
+    /// What was under way is with nobody any more: the device was reset, or is gone.
+    pub(crate) fn abandon(&mut self) {
+        for (_, request) in std::mem::take(&mut self.under_way) {
+            self.in_doubt(&request);
+            self.settle(&request);
+        }
+    }
+
+    /// How many requests the device has.
+    pub(crate) fn under_way(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Looks at the whole image. What it holds is certain afterwards.
+    pub(crate) fn verify(&mut self, image: &File) {
+        let mut found = vec![0; usize::try_from(self.block).unwrap()];
+        for block in 0..self.blocks.len() as u64 {
+            image.read_exact_at(&mut found, block * self.block).unwrap();
+            self.check(block, &found);
+        }
+        assert_eq!(image.metadata().unwrap().len(), self.blocks.len() as u64 * self.block);
+    }
+
+    fn check(&mut self, block: u64, found: &[u8]) {
+        let number = u64::from_le_bytes(found[8..16].try_into().unwrap());
+        let expected = self.at(block);
+        assert!(expected.contains(&number), "block {block} has {number}, not of {expected:?}");
+        *expected = BTreeSet::from([number]);
+        assert!(self.content(block, number) == found, "block {block} of write {number} is torn");
+    }
+
+    fn in_doubt(&mut self, request: &Request) {
+        if let Kind::Write(number) = request.kind {
+            for index in 0..request.count {
+                self.at(request.first + index).insert(number + index);
+            }
+        }
+    }
+
+    fn settle(&mut self, request: &Request) {
+        for block in request.first..request.first + request.count {
+            self.busy.remove(&block);
+        }
+        self.free.push(request.slot);
+    }
+
+    /// What comes next: three writes in five, and now and then a flush. Requests at a time do not
+    /// touch the same blocks.
+    fn choose(&mut self, slot: usize) -> Request {
+        let kind = self.next_random() % 40;
+        if kind == 0 {
+            return Request { slot, kind: Kind::Flush, first: 0, count: 0 };
+        }
+        let (mut first, mut count);
+        loop {
+            count = 1 + self.next_random() % (SLOT / self.block).min(8);
+            first = self.next_random() % (self.blocks.len() as u64 - count);
+            if self.busy.range(first..first + count).next().is_none() {
+                break;
+            }
+        }
+        self.busy.extend(first..first + count);
+        if kind < 25 {
+            let number = self.number + 1;
+            self.number += count;
+            Request { slot, kind: Kind::Write(number), first, count }
+        } else {
+            Request { slot, kind: Kind::Read, first, count }
+        }
+    }
+
+    /// What a write with this number leaves in a block; number 0 is the image's beginning.
+    fn content(&self, block: u64, number: u64) -> Vec<u8> {
+        let length = usize::try_from(self.block).unwrap();
+        if number == 0 {
+            return vec![0; length];
+        }
+        let words = (0..self.block / 8).map(|index| match index {
+            0 => block,
+            1 => number,
+            index => scramble(number ^ index << 48),
+        });
+        words.flat_map(u64::to_le_bytes).collect()
+    }
+
+    fn at(&mut self, block: u64) -> &mut BTreeSet<u64> {
+        &mut self.blocks[usize::try_from(block).unwrap()]
+    }
+
+    fn next_random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        scramble(self.random)
+    }
+}
+
+/// Where the data of a slot's request is.
+fn address_of(slot: usize) -> u64 {
+    DATA + slot as u64 * SLOT
+}
+
+/// The finaliser of splitmix64.
+fn scramble(value: u64) -> u64 {
+    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ value >> 31
+}
