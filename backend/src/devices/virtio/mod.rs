@@ -9,6 +9,7 @@ pub mod models;
 pub mod pci;
 mod queue;
 pub mod rate_limit;
+pub mod rng;
 pub mod spec;
 
 #[cfg(test)]
