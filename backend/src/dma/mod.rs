@@ -15,6 +15,7 @@ mod handle;
 mod iommu;
 mod logging;
 mod mapping;
+mod shared;
 mod sigbus;
 mod table;
 mod view;
@@ -29,6 +30,7 @@ pub use iommu::{HostMemory, Iommu};
 pub use logging::{
     DirtyLog, DirtySlice, LoggingError, MAX_BITMAP_SIZE, MAX_LOGGED_RANGES, bitmap_size,
 };
+pub use shared::SharedMemory;
 pub use table::DmaTable;
 pub use view::{GuestView, Piece, Pieces, Reach};
 

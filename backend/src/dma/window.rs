@@ -117,7 +117,7 @@ fn map(fd: &OwnedFd, offset: u64, size: u64, access: DmaAccess) -> Result<Mappin
 }
 
 /// The size of the pages that a file of this file system is mapped in.
-fn page_size(file_system: &StatFs) -> usize {
+pub(super) fn page_size(file_system: &StatFs) -> usize {
     let huge = usize::try_from(file_system.f_bsize).ok();
     huge.filter(|size| file_system.f_type == libc::HUGETLBFS_MAGIC && size.is_power_of_two())
         .unwrap_or(PAGE_SIZE)
