@@ -1,6 +1,8 @@
+use std::sync::Arc;
+
 use super::transfers::{Transfer, Transfers};
-use crate::dma::{DmaError, DmaGuard, DmaTable, Iova};
-use crate::irq::Interrupts;
+use crate::dma::{DmaError, DmaGuard, DmaTable, Iova, WindowInfo};
+use crate::irq::{EventFd, Interrupts};
 use crate::pci::{Function, MsiOutcome};
 
 /// The world as a device reaches it during one access.
@@ -117,6 +119,22 @@ impl<'a> Context<'a> {
         if self.function.raise_msix(vector) == MsiOutcome::Deliver {
             self.interrupts.msix.signal(usize::from(vector));
         }
+    }
+
+    /// The eventfd that stands for an MSI-X message of this vector: the client's own. Somebody else
+    /// may signal it in this function's place for as long as it is so, which ends when the device is
+    /// [rewired](super::Device::rewired). `None` while the message would not be delivered at once, or
+    /// the client connected nothing: then [`raise_msix`](Self::raise_msix) knows what to do.
+    #[must_use]
+    pub fn msix_route(&self, vector: u16) -> Option<&Arc<EventFd>> {
+        let delivers = self.bus_master() && self.function.msix_delivers(vector);
+        delivers.then(|| self.interrupts.msix.eventfd(vector.into())).flatten()
+    }
+
+    /// The client's windows, whether bus mastering is on or not. Their files are there for devices
+    /// that [need them](super::Device::needs_window_files).
+    pub fn windows(&self) -> impl Iterator<Item = WindowInfo<'_>> {
+        self.dma.windows()
     }
 
     fn check_bus_master(&self) -> Result<(), DmaError> {

@@ -38,6 +38,12 @@ pub trait Device: Send {
     /// What logs call the function. Told once, before anything else happens.
     fn set_name(&mut self, _name: &str) {}
 
+    /// Whether the device shows the files of guest memory to somebody else
+    /// ([`Context::windows`]). Asked once.
+    fn needs_window_files(&self) -> bool {
+        false
+    }
+
     /// Memory that the VMM may map in place of a BAR, if it has any. The pages of an MSI-X table or
     /// pending bit array in it stay trapped.
     ///

@@ -54,18 +54,14 @@ impl Bench {
         let _ = self.function.config_write(spec::header::COMMAND, &value.to_le_bytes());
     }
 
+    fn split(&mut self) -> (&mut dyn Device, Context<'_>) {
+        let context =
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
+        (self.device.as_mut(), context)
+    }
+
     fn enable_msi(&mut self) {
-        let mut at = [0];
-        self.function.config_read(0x34, &mut at);
-        loop {
-            let mut header = [0; 2];
-            self.function.config_read(at[0].into(), &mut header);
-            if header[0] == 0x05 {
-                break;
-            }
-            at[0] = header[1];
-        }
-        let effects = self.function.config_write(usize::from(at[0]) + 2, &[1]);
+        let effects = self.function.config_write(capability(self, 0x05) + 2, &[1]);
         if let Some(level) = effects.intx {
             self.interrupts.intx.set_level(level);
         }
@@ -123,6 +119,20 @@ impl Bench {
         }
         self.write(BarIndex::BAR0, 0x98, command | 1, 8);
     }
+}
+
+/// Where a capability is in configuration space.
+fn capability(bench: &Bench, id: u8) -> usize {
+    let byte = |at: usize| {
+        let mut byte = [0];
+        bench.function.config_read(at, &mut byte);
+        byte[0]
+    };
+    let mut at = byte(0x34);
+    while byte(at.into()) != id {
+        at = byte(usize::from(at) + 1);
+    }
+    at.into()
 }
 
 fn signals(fd: &OwnedFd) -> u64 {
@@ -308,4 +318,42 @@ fn a_truncated_shared_file_reads_as_all_ones() {
     assert_eq!(ivshmem.read(BarIndex::BAR2, 4096, 4), 5);
     file.as_file().set_len(4096).unwrap();
     assert_eq!(ivshmem.read(BarIndex::BAR2, 4096, 4), 0xffff_ffff);
+}
+
+#[test]
+fn an_interrupt_has_the_clients_eventfd_for_its_route_while_the_message_could_be_sent() {
+    let mut bench = Bench::enabled("ivshmem,size=4K,vectors=4");
+    let route = |bench: &mut Bench, vector| {
+        let (_, context) = bench.split();
+        context.msix_route(vector).cloned()
+    };
+    let control = capability(&bench, 0x11) + 2;
+    let _ = bench.function.config_write(control, &0x8000_u16.to_le_bytes());
+    assert!(route(&mut bench, 1).is_none(), "nothing is connected");
+
+    let client = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let ours = EventFd::new(client.try_clone().unwrap()).unwrap();
+    bench.interrupts.msix.set_eventfd(1, Some(ours)).unwrap();
+    route(&mut bench, 1).unwrap().signal();
+    assert_eq!(signals(&client), 1);
+    assert!(route(&mut bench, 2).is_none(), "another vector");
+
+    bench.command(0b010);
+    assert!(route(&mut bench, 1).is_none(), "bus mastering is off");
+    bench.command(0b110);
+    let (_, context) = bench.split();
+    assert!(context.running(false).msix_route(1).is_none(), "stopped");
+    let _ = bench.function.config_write(control, &0xc000_u16.to_le_bytes());
+    assert!(route(&mut bench, 1).is_none(), "masked");
+}
+
+#[test]
+fn windows_are_seen_whether_the_function_masters_the_bus_or_not() {
+    let mut bench = Bench::new("edu");
+    bench.dma.keep_files(1);
+    bench.share_memory(0x4000);
+    let (_, context) = bench.split();
+    let windows: Vec<_> = context.windows().map(|window| (window.iova, window.size)).collect();
+    assert_eq!(windows, [(Iova(0x4000), 0x2000)]);
+    assert!(context.windows().all(|window| window.file.is_some()));
 }

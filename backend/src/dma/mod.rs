@@ -33,6 +33,7 @@ pub use logging::{
 pub use shared::SharedMemory;
 pub use table::DmaTable;
 pub use view::{GuestView, Piece, Pieces, Reach};
+pub use window::{WindowFile, WindowInfo};
 
 use bitflags::bitflags;
 use rustix::io::Errno;

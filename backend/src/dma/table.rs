@@ -2,7 +2,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::handle::Shared;
-use super::window::{PAGE_SIZE, Window};
+use super::window::{FileBudget, PAGE_SIZE, Window, WindowInfo};
 use super::windows::Windows;
 use super::{DmaAccess, DmaError, DmaHandle, GuestView, Iommu, Iova, LoggingError, Pieces};
 
@@ -17,6 +17,7 @@ pub struct DmaTable {
     max_windows: usize,
     /// Of a real device, which every window is mapped for.
     iommu: Option<Box<dyn Iommu>>,
+    files: FileBudget,
 }
 
 impl DmaTable {
@@ -24,7 +25,13 @@ impl DmaTable {
     #[must_use]
     pub fn new(max_windows: usize) -> Self {
         let view = GuestView { windows: Arc::default(), log: Arc::default() };
-        Self { view, shared: Arc::default(), max_windows, iommu: None }
+        Self {
+            view,
+            shared: Arc::default(),
+            max_windows,
+            iommu: None,
+            files: FileBudget::default(),
+        }
     }
 
     /// The same for a real device: its windows are mapped in its IOMMU, and need a file.
@@ -33,6 +40,18 @@ impl DmaTable {
         let mut table = Self::new(max_windows);
         table.iommu = Some(iommu);
         table
+    }
+
+    /// Lets the windows that come from now on keep their files, for somebody else to map: at most so
+    /// many at a time, because a process may have far fewer descriptors than a client windows. Those
+    /// beyond have none to [show](Self::windows).
+    pub fn keep_files(&mut self, most: usize) {
+        self.files = FileBudget::new(most);
+    }
+
+    /// The windows there are, in order of addresses.
+    pub fn windows(&self) -> impl Iterator<Item = WindowInfo<'_>> {
+        self.view.windows.infos()
     }
 
     /// Adds a window of `size` bytes at `iova`, backed by a file from an offset on; without a file,
@@ -59,7 +78,7 @@ impl DmaTable {
         if self.view.windows.count() >= self.max_windows {
             return Err(DmaError::TooMany);
         }
-        let window = Window::new(size, access, file)?;
+        let window = Window::new(size, access, file, &self.files)?;
         if let Some(iommu) = &self.iommu {
             let memory = window.host_memory().ok_or(DmaError::Unreachable)?;
             iommu.map(iova, memory, access).map_err(DmaError::Iommu)?;

@@ -1,4 +1,5 @@
 mod extent;
+mod files;
 mod lost;
 mod model;
 mod threads;

@@ -1,4 +1,5 @@
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{StatFs, fstat, fstatfs};
 use rustix::io::Errno;
@@ -7,7 +8,7 @@ use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Bytes, VolatileSlice};
 
 use super::mapping::Mapping;
-use super::{DmaAccess, DmaError, HostMemory};
+use super::{DmaAccess, DmaError, HostMemory, Iova};
 
 /// The granularity of windows, and the page size of x86-64.
 pub(super) const PAGE_SIZE: usize = 4096;
@@ -19,6 +20,64 @@ pub(super) struct Window {
     access: DmaAccess,
     /// `None` without a file: it is reached with messages to the client.
     memory: Option<Mapping>,
+    /// Its file, for as long as the window is there, if somebody else is to map it too.
+    file: Option<KeptFile>,
+}
+
+/// A window as it was announced.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowInfo<'a> {
+    /// Its first address.
+    pub iova: Iova,
+    /// Its length in bytes.
+    pub size: u64,
+    /// What the function may do with it.
+    pub access: DmaAccess,
+    /// What backs it; `None` if it came without a file, or if files are not
+    /// [kept](super::DmaTable::keep_files).
+    pub file: Option<WindowFile<'a>>,
+}
+
+/// The file that backs a window.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowFile<'a> {
+    /// As the client sent it.
+    pub fd: BorrowedFd<'a>,
+    /// Where the window starts in it, in bytes.
+    pub offset: u64,
+    /// Which file it is, whatever descriptor it came with: device and inode.
+    pub id: (u64, u64),
+}
+
+/// How many windows may keep their files.
+#[derive(Clone, Debug, Default)]
+pub(super) struct FileBudget {
+    most: usize,
+    /// Every kept file has a clone of it.
+    taken: Arc<()>,
+}
+
+#[derive(Debug)]
+struct KeptFile {
+    fd: OwnedFd,
+    offset: u64,
+    id: (u64, u64),
+    _taken: Arc<()>,
+}
+
+impl FileBudget {
+    pub(super) fn new(most: usize) -> Self {
+        Self { most, taken: Arc::default() }
+    }
+
+    fn keep(&self, fd: OwnedFd, offset: u64) -> Option<KeptFile> {
+        if Arc::strong_count(&self.taken) > self.most {
+            return None;
+        }
+        let stat = fstat(&fd).ok()?;
+        let taken = Arc::clone(&self.taken);
+        Some(KeptFile { fd, offset, id: (stat.st_dev, stat.st_ino), _taken: taken })
+    }
 }
 
 impl Window {
@@ -26,9 +85,23 @@ impl Window {
         size: u64,
         access: DmaAccess,
         file: Option<(OwnedFd, u64)>,
+        budget: &FileBudget,
     ) -> Result<Self, DmaError> {
-        let memory = file.map(|(fd, offset)| map(&fd, offset, size, access)).transpose()?;
-        Ok(Self { size, access, memory })
+        let Some((fd, offset)) = file else {
+            return Ok(Self { size, access, memory: None, file: None });
+        };
+        let memory = Some(map(&fd, offset, size, access)?);
+        Ok(Self { size, access, memory, file: budget.keep(fd, offset) })
+    }
+
+    pub(super) fn info(&self, iova: Iova) -> WindowInfo<'_> {
+        let Self { size, access, file, .. } = self;
+        let file = file.as_ref().map(|file| WindowFile {
+            fd: file.fd.as_fd(),
+            offset: file.offset,
+            id: file.id,
+        });
+        WindowInfo { iova, size: *size, access: *access, file }
     }
 
     pub(super) fn size(&self) -> u64 {

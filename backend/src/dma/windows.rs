@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::window::Window;
+use super::window::{Window, WindowInfo};
 use super::{DmaAccess, DmaError, Iova};
 
 /// Windows by their first address, none overlapping another.
@@ -23,6 +23,11 @@ pub(super) struct Share<'a> {
 impl Windows {
     pub(super) fn count(&self) -> usize {
         self.0.len()
+    }
+
+    /// All of them, in order of addresses.
+    pub(super) fn infos(&self) -> impl Iterator<Item = WindowInfo<'_>> {
+        self.0.iter().map(|(iova, window)| window.info(*iova))
     }
 
     pub(super) fn insert(&mut self, iova: Iova, window: Window) {

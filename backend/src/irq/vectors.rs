@@ -1,11 +1,12 @@
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{EventFd, IrqError};
 
 /// The vectors of MSI or MSI-X: edges, each with an eventfd of its own.
 #[derive(Debug, Default)]
 pub struct Vectors {
-    eventfds: Vec<Option<EventFd>>,
+    eventfds: Vec<Option<Arc<EventFd>>>,
 }
 
 impl Vectors {
@@ -40,13 +41,19 @@ impl Vectors {
     pub fn set_eventfd(&mut self, vector: usize, fd: Option<EventFd>) -> Result<(), IrqError> {
         let start = u32::try_from(vector).unwrap_or(u32::MAX);
         let slot = self.eventfds.get_mut(vector).ok_or(IrqError::Range { start, count: 1 })?;
-        *slot = fd;
+        *slot = fd.map(Arc::new);
         Ok(())
+    }
+
+    /// The eventfd of a vector, if it has one.
+    #[must_use]
+    pub fn eventfd(&self, vector: usize) -> Option<&Arc<EventFd>> {
+        self.eventfds.get(vector)?.as_ref()
     }
 
     /// Signals a vector. One without an eventfd is lost, as a message to no address is.
     pub fn signal(&self, vector: usize) {
-        if let Some(Some(eventfd)) = self.eventfds.get(vector) {
+        if let Some(eventfd) = self.eventfd(vector) {
             eventfd.signal();
         }
     }

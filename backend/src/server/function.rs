@@ -53,6 +53,10 @@ impl std::fmt::Debug for HostedFunction {
     }
 }
 
+/// The most files of windows that are kept for a device to show: more than a peer takes regions of
+/// memory.
+const MAX_WINDOW_FILES: usize = 512;
+
 /// A region that exists, by what serves it.
 #[derive(Clone, Copy)]
 enum Target {
@@ -93,13 +97,17 @@ impl HostedFunction {
         let spec = function.spec();
         let msi = spec.msi.map_or(0, |msi| msi.vectors.count());
         let msix = spec.msix.map_or(0, |msix| msix.vectors.count());
+        let mut dma = DmaTable::new(MAX_DMA_MAPS);
+        if device.needs_window_files() {
+            dma.keep_files(MAX_WINDOW_FILES);
+        }
         Ok(Self {
             name: name.into(),
             interrupts: Interrupts::new(msi.into(), msix.into()),
             function,
             device,
             rom,
-            dma: DmaTable::new(MAX_DMA_MAPS),
+            dma,
             transfers: Transfers::default(),
             unfinished: false,
             migration: Migration::default(),

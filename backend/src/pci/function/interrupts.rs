@@ -66,6 +66,11 @@ impl Function {
         self.msix.as_mut().map_or(MsiOutcome::Dropped, |msix| msix.raise(vector, function_masked))
     }
 
+    /// Whether an MSI-X interrupt raised now would be delivered.
+    pub fn msix_delivers(&self, vector: u16) -> bool {
+        self.can_send_msix() && self.msix.as_ref().is_some_and(|msix| msix.lets_out(vector))
+    }
+
     /// Reads the MSI-X table from `offset` of it on, at any alignment and of any length. Bytes past
     /// its end are all ones.
     pub fn msix_table_read(&self, offset: u64, data: &mut [u8]) {

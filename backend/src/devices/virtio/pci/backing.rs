@@ -17,6 +17,11 @@ pub trait Backing: Send {
     /// The largest size of each of its queues: powers of two. Asked once.
     fn queue_sizes(&self) -> Vec<u16>;
 
+    /// Whether it shows the files of guest memory to somebody else. Asked once.
+    fn needs_window_files(&self) -> bool {
+        false
+    }
+
     /// The eventfd that stands for a notification of a queue that there is: the queue's doorbell.
     fn kick(&self, queue: u16) -> &Arc<EventFd>;
 
