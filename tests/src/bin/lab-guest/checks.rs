@@ -7,6 +7,7 @@ pub(crate) mod messages;
 pub(crate) mod msix;
 pub(crate) mod reboot;
 pub(crate) mod vfio;
+pub(crate) mod virtio;
 
 mod decode;
 mod identity;

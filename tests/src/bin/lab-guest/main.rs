@@ -6,13 +6,17 @@
 //! `tests/lab/checks` lists every name. It trusts nothing it reads: a check that cannot be carried
 //! out fails and says why.
 //!
-//! On the host it can be the server that QEMU's own `ivshmem-doorbell` needs.
+//! On the host it can be the server that QEMU's own `ivshmem-doorbell` needs, and the other end of a
+//! network or of a console.
 
 mod checks;
+mod console_peer;
 mod doorbell_server;
 mod edu;
 mod memory;
 mod mmio;
+mod net_peer;
+mod pattern;
 mod pci;
 mod report;
 mod requests;
@@ -41,7 +45,9 @@ use ensure;
 
 const USAGE: &str = "usage: lab-guest BOOT NONCE ROUNDS
        lab-guest worker edu|ivshmem INDEX PART ROUNDS
-       lab-guest doorbell-server SOCKET FILE VECTORS";
+       lab-guest doorbell-server SOCKET FILE VECTORS
+       lab-guest net-peer ADDRESS
+       lab-guest console-peer SOCKET";
 
 /// What the exit status tells the script that runs this program: how the guest goes on.
 const REBOOT: u8 = 3;
@@ -66,6 +72,8 @@ fn run(arguments: &[&str]) -> Result<Next> {
         ["doorbell-server", socket, file, vectors] => {
             doorbell_server::serve(socket, file, vectors.parse()?)?;
         }
+        ["net-peer", address] => net_peer::serve(address)?,
+        ["console-peer", socket] => console_peer::answer(socket)?,
         [boot, nonce, rounds] => return run_checks(boot, nonce, rounds.parse()?),
         _ => return Err(USAGE.into()),
     }
@@ -83,6 +91,11 @@ fn run_checks(boot: &str, nonce: &str, rounds: u32) -> Result<Next> {
         "reboot" => return checks::reboot::run(report, rounds),
         "message" => checks::messages::run_direct(report)?,
         "message-vfio" => checks::messages::run_vfio(report, rounds)?,
+        "vfio-user" => checks::virtio::run_devices(report, nonce, rounds)?,
+        "vhost-user" => checks::virtio::run_vhost_user(report, nonce, rounds)?,
+        "memory-off" => checks::virtio::run_memory(report, nonce, rounds)?,
+        "master-off" => checks::virtio::run_master(report, nonce, rounds)?,
+        "bridge" => checks::virtio::run_bridge(report, nonce, rounds)?,
         _ => return Err(USAGE.into()),
     }
     Ok(Next::PowerOff)

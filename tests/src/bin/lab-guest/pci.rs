@@ -40,6 +40,7 @@ pub(crate) mod status {
 pub(crate) enum Capability {
     PowerManagement = 0x01,
     Msi = 0x05,
+    Vendor = 0x09,
     PciExpress = 0x10,
     MsiX = 0x11,
 }
@@ -83,7 +84,8 @@ impl Function {
         found.into_iter().map(Self::at).collect()
     }
 
-    fn at(directory: PathBuf) -> Result<Self> {
+    /// The function at a directory of sysfs.
+    pub(crate) fn at(directory: PathBuf) -> Result<Self> {
         let config = OpenOptions::new().read(true).write(true).open(directory.join("config"))?;
         Ok(Self { directory, config })
     }
@@ -182,15 +184,27 @@ impl Function {
     /// # Errors
     /// The function does not have it, or its list does not end.
     pub(crate) fn capability(&self, wanted: Capability) -> Result<u64> {
+        let first = self.capabilities(wanted)?.into_iter().next();
+        Ok(first.ok_or_else(|| format!("no {wanted:?} capability"))?)
+    }
+
+    /// Where each capability of a kind starts, in the order of the list.
+    ///
+    /// # Errors
+    /// The list does not end.
+    pub(crate) fn capabilities(&self, wanted: Capability) -> Result<Vec<u64>> {
         const HAS_CAPABILITIES: u16 = 1 << 4;
         // 192 bytes of capabilities, each of 4 bytes at least.
         const MOST: usize = 48;
         ensure!(self.read_u16(STATUS)? & HAS_CAPABILITIES != 0, "no capability list");
         let mut at = self.read_u8(CAPABILITIES_POINTER)? & !3;
+        let mut found = Vec::new();
         for _ in 0..MOST {
-            ensure!(at != 0, "no {wanted:?} capability");
+            if at == 0 {
+                return Ok(found);
+            }
             if self.read_u8(u64::from(at))? == wanted as u8 {
-                return Ok(u64::from(at));
+                found.push(u64::from(at));
             }
             at = self.read_u8(u64::from(at) + 1)? & !3;
         }

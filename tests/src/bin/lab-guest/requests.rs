@@ -1,9 +1,9 @@
 //! What the guest asks the host to do, a word a line on a serial port of its own.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 
-use crate::Result;
+use crate::{Result, ensure};
 
 /// The port. The host answers by doing it.
 #[derive(Debug)]
@@ -14,6 +14,7 @@ pub(crate) struct Requests {
 impl Requests {
     pub(crate) fn open() -> Result<Self> {
         let port = OpenOptions::new()
+            .read(true)
             .write(true)
             .open("/dev/ttyS2")
             .map_err(|error| format!("/dev/ttyS2: {error}"))?;
@@ -23,5 +24,18 @@ impl Requests {
     pub(crate) fn ask(&mut self, what: &str) -> Result<()> {
         writeln!(self.port, "{what}")?;
         Ok(self.port.flush()?)
+    }
+
+    /// The same for what has to be done before the guest goes on: the host says `done`.
+    pub(crate) fn ask_and_await(&mut self, what: &str) -> Result<()> {
+        self.ask(what)?;
+        let (mut answer, mut byte) = (Vec::new(), [0]);
+        while byte != *b"\n" {
+            self.port.read_exact(&mut byte)?;
+            answer.extend(byte);
+        }
+        let answer = String::from_utf8_lossy(&answer);
+        ensure!(answer == "done\n", "the host answers '{}' to '{what}'", answer.trim());
+        Ok(())
     }
 }

@@ -1,0 +1,65 @@
+//! Virtio devices, driven by Linux's own drivers.
+
+mod blk;
+mod bridge;
+mod console;
+mod disk;
+mod net;
+mod rng;
+mod toggle;
+mod verified;
+
+use std::io::Write;
+
+use crate::Result;
+use crate::report::Report;
+use toggle::Bit;
+
+/// A disk, a network interface, a source of entropy and a console.
+///
+/// # Errors
+/// The report can't be written.
+pub(crate) fn run_devices(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
+    rng::run_all(report)?;
+    net::run_all(report, nonce, 2)?;
+    blk::run_all(report, nonce, rounds.into())?;
+    console::run_all(report)
+}
+
+/// Those of them that QEMU has a vhost-user device for.
+///
+/// # Errors
+/// The report can't be written.
+pub(crate) fn run_vhost_user(
+    report: &mut Report<impl Write>,
+    nonce: &str,
+    rounds: u32,
+) -> Result<()> {
+    blk::run_all(report, nonce, rounds.into())?;
+    rng::run_all(report)?;
+    net::run_all(report, nonce, 2)
+}
+
+/// A disk whose memory is switched off under load.
+///
+/// # Errors
+/// The report can't be written.
+pub(crate) fn run_memory(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
+    toggle::run_all(report, nonce, Bit::MemorySpace, rounds)
+}
+
+/// A disk that is kept from memory under load.
+///
+/// # Errors
+/// The report can't be written.
+pub(crate) fn run_master(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
+    toggle::run_all(report, nonce, Bit::BusMaster, rounds)
+}
+
+/// Disks and a file system of vhost-user daemons.
+///
+/// # Errors
+/// The report or the host can't be reached.
+pub(crate) fn run_bridge(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
+    bridge::run_all(report, nonce, rounds)
+}
