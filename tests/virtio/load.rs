@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use barkeep_tests::virtio::requests::{BlkData, blk};
@@ -21,6 +22,7 @@ pub(crate) struct Load {
     /// Requests by queue and head.
     under_way: BTreeMap<(u16, u16), Request>,
     free: Vec<usize>,
+    data_is_gone: bool,
     /// Requests that ended well.
     pub(crate) done: u64,
     /// Requests that ended with an error.
@@ -48,6 +50,11 @@ const SLOT: u64 = 16 << 10;
 impl Load {
     /// For an image that is all zeros, with so many requests at a time.
     pub(crate) fn new(capacity: u64, block: u64, depth: usize) -> Self {
+        Self::with_slots(capacity, block, 0..depth)
+    }
+
+    /// With the memory of these slots.
+    pub(crate) fn with_slots(capacity: u64, block: u64, slots: Range<usize>) -> Self {
         let blocks = usize::try_from(capacity / block).unwrap();
         Self {
             block,
@@ -56,7 +63,8 @@ impl Load {
             blocks: vec![BTreeSet::from([0]); blocks],
             busy: BTreeSet::new(),
             under_way: BTreeMap::new(),
-            free: (0..depth).collect(),
+            free: slots.collect(),
+            data_is_gone: false,
             done: 0,
             failed: 0,
         }
@@ -133,6 +141,7 @@ impl Load {
                 Kind::Write(number) => {
                     *self.at(block) = BTreeSet::from([number + index]);
                 }
+                Kind::Read if self.data_is_gone => {}
                 Kind::Read => {
                     let length = usize::try_from(self.block).unwrap();
                     let at = address_of(request.slot) + index * self.block;
@@ -144,12 +153,42 @@ impl Load {
         }
     }
 
+    /// Goes on with the memory of other slots. Nothing is under way.
+    pub(crate) fn use_slots(&mut self, slots: Range<usize>) {
+        assert!(self.under_way.is_empty());
+        self.free = slots.collect();
+    }
+
+    /// Waits for everything that is under way, without a look at what was read: its memory is gone.
+    /// Whether the device goes on.
+    pub(crate) fn finish_without_data(&mut self, driver: &mut Driver) -> bool {
+        self.data_is_gone = true;
+        while !self.under_way.is_empty() {
+            match driver.wait() {
+                Event::Used(queue, used) => self.ended(driver, queue, used.head),
+                Event::Config => break,
+            }
+        }
+        self.data_is_gone = false;
+        self.under_way.is_empty()
+    }
+
     /// What was under way is with nobody any more: the device was reset, or is gone.
     pub(crate) fn abandon(&mut self) {
         for (_, request) in std::mem::take(&mut self.under_way) {
             self.in_doubt(&request);
             self.settle(&request);
         }
+    }
+
+    /// What was under way on one queue is with nobody any more.
+    pub(crate) fn abandon_queue(&mut self, queue: u16) {
+        let (gone, left) = std::mem::take(&mut self.under_way)
+            .into_iter()
+            .partition::<BTreeMap<_, _>, _>(|((of, _), _)| *of == queue);
+        self.under_way = gone;
+        self.abandon();
+        self.under_way = left;
     }
 
     /// How many requests the device has.

@@ -12,9 +12,12 @@ use tempfile::TempDir;
 
 /// Serves one function; ends when it is dropped.
 pub(crate) struct Sidecar {
-    child: Child,
+    process: Process,
+    device: String,
     directory: TempDir,
 }
+
+struct Process(Child);
 
 impl Sidecar {
     /// Ready when this returns.
@@ -24,13 +27,15 @@ impl Sidecar {
 
     /// With a directory that may hold the device's own files, and goes away with it.
     pub(crate) fn start_in(directory: TempDir, device: &str) -> Self {
-        let socket = directory.path().join("function.sock");
-        let mut command = Command::new(binary::barkeep());
-        command.args(["--log", "warn", "serve", "--device", device, "--socket"]).arg(socket);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert_eq!(lines.take(1).count(), 1, "the sidecar starts: {device}");
-        Self { child, directory }
+        let process = Process::start(directory.path(), device);
+        Self { process, device: device.to_owned(), directory }
+    }
+
+    /// Ends the process as a crash would, and starts another one in its place.
+    pub(crate) fn killed_and_started_anew(self) -> Self {
+        let Self { process, device, directory } = self;
+        drop(process);
+        Self::start_in(directory, &device)
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -46,15 +51,27 @@ impl Sidecar {
     }
 
     pub(crate) fn hang_up(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::HUP).unwrap();
+        kill_process(Pid::from_child(&self.process.0), Signal::HUP).unwrap();
     }
 }
 
-impl Drop for Sidecar {
+impl Process {
+    fn start(directory: &Path, device: &str) -> Self {
+        let mut command = Command::new(binary::barkeep());
+        command.args(["--log", "warn", "serve", "--device", device, "--socket"]);
+        command.arg(directory.join("function.sock"));
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.take(1).count(), 1, "the sidecar starts: {device}");
+        Self(child)
+    }
+}
+
+impl Drop for Process {
     fn drop(&mut self) {
-        let ended = self.child.try_wait();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let ended = self.0.try_wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
         // The test's own failure comes first.
         if !std::thread::panicking() {
             assert!(matches!(ended, Ok(None)), "the sidecar ended by itself: {ended:?}");

@@ -57,6 +57,7 @@ pub struct Driver {
     /// The features that were negotiated.
     pub features: u64,
     queues: Vec<Queue>,
+    setup: Setup,
     kicks: Vec<Kick>,
     /// The configuration's vector, then those of the queues.
     vectors: Vec<EventCounter>,
@@ -104,17 +105,52 @@ impl Driver {
             queues: Vec::new(),
             kicks: Vec::new(),
             vectors,
+            setup,
         };
         driver.connect_vectors();
         driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
         for index in 0..count {
-            driver.add_queue(index, setup);
+            let queue = driver.place_queue(index);
+            driver.queues.push(queue);
         }
+        driver.find_kicks();
         function.set_status(ready | status::DRIVER_OK);
         driver
     }
 
+    /// Goes on with the function in another place, which was brought to the state of the old one:
+    /// what the driver of a guest does not notice, and its VMM does. Between the two,
+    /// [`connect`](Self::connect) is called on the new function.
+    pub fn go_on_with(&mut self, function: &Arc<Function>) {
+        self.function = Arc::clone(function);
+        self.find_kicks();
+    }
+
+    /// Gives a function this driver's memory and interrupts.
+    pub fn connect(&self, function: &Function) {
+        self.memory.map(&function.client);
+        self.connect_vectors_of(function);
+    }
+
+    /// Resets a queue and sets it up again (2.6.1); its requests are forgotten.
+    ///
+    /// # Panics
+    /// If the device does not do it.
+    pub fn reset_queue(&mut self, index: u16) {
+        let area = self.function.common;
+        self.function.select(index);
+        self.function.write(area, common::QUEUE_RESET, &1_u16.to_le_bytes());
+        let busy = || self.function.read(area, common::QUEUE_RESET) != [0, 0];
+        assert!((0..1000).any(|_| !busy()), "queue {index} does not reset");
+        assert_eq!(self.function.read(area, common::QUEUE_ENABLE), [0, 0], "queue {index}");
+        self.queues[usize::from(index)] = self.place_queue(index);
+    }
+
     fn connect_vectors(&self) {
+        self.connect_vectors_of(&self.function);
+    }
+
+    fn connect_vectors_of(&self, function: &Function) {
         let fd = |vector: &EventCounter| vector.as_fd().try_clone_to_owned().expect("a descriptor");
         let set = SetIrqs {
             action: IrqAction::Trigger,
@@ -124,7 +160,7 @@ impl Driver {
             count: u32::try_from(self.vectors.len()).expect("a few"),
         };
         let eventfds = self.vectors.iter().map(fd).collect();
-        self.function.client.set_irqs(&set, eventfds).expect("as many vectors");
+        function.client.set_irqs(&set, eventfds).expect("as many vectors");
     }
 
     fn set_vector(&self, register: u64, vector: u16) {
@@ -134,13 +170,14 @@ impl Driver {
         assert_eq!(read, vector, "the device has the vector");
     }
 
-    fn add_queue(&mut self, index: u16, setup: Setup) {
-        let function = Arc::clone(&self.function);
+    /// Sets up a queue (4.1.5.1.3).
+    fn place_queue(&self, index: u16) -> Queue {
+        let function = &self.function;
         let area = function.common;
         function.select(index);
         let largest = u16::from_le_bytes(function.read(area, common::QUEUE_SIZE));
         assert!(largest.is_power_of_two(), "queue {index} has {largest} descriptors");
-        let size = largest.min(setup.size);
+        let size = largest.min(self.setup.size);
         let has = |bit: u64| self.features & bit != 0;
         let (event_idx, indirect) = (has(feature::EVENT_IDX), has(feature::INDIRECT_DESC));
         let queue = Queue::new(&self.memory, index, size, event_idx, indirect);
@@ -151,18 +188,38 @@ impl Driver {
             function.write(area, register, &address.to_le_bytes());
         }
         function.write(area, common::QUEUE_ENABLE, &1_u16.to_le_bytes());
-        let place = u16::from_le_bytes(function.read(area, common::QUEUE_NOTIFY_OFF));
-        let offset = u64::from(place) * u64::from(function.notify_multiplier);
-        self.queues.push(queue);
-        self.kicks.push(match setup.kicks {
-            Kicks::Write => Kick::Write(offset),
-            Kicks::Eventfd => Kick::Eventfd(doorbell(&function, offset).eventfd),
+        queue
+    }
+
+    fn find_kicks(&mut self) {
+        let kicks = (0..self.queues()).map(|index| {
+            let offset = self.notify_offset(index);
+            match self.setup.kicks {
+                Kicks::Write => Kick::Write(offset),
+                Kicks::Eventfd => Kick::Eventfd(doorbell(&self.function, offset).eventfd),
+            }
         });
+        self.kicks = kicks.collect();
+    }
+
+    /// Where a queue is notified of, in the notification structure.
+    #[must_use]
+    pub fn notify_offset(&self, index: u16) -> u64 {
+        self.function.select(index);
+        let area = self.function.common;
+        let place = u16::from_le_bytes(self.function.read(area, common::QUEUE_NOTIFY_OFF));
+        u64::from(place) * u64::from(self.function.notify_multiplier)
     }
 
     /// A queue.
     pub fn queue(&mut self, index: u16) -> &mut Queue {
         &mut self.queues[usize::from(index)]
+    }
+
+    /// Exchanges the first two queues, for tests that have the first one do something.
+    pub fn swap_queues(&mut self) {
+        self.queues.swap(0, 1);
+        self.kicks.swap(0, 1);
     }
 
     /// How many queues are set up.
