@@ -13,7 +13,7 @@ use barkeep_backend::devices::Registry;
 use barkeep_backend::server::{HostedFunction, ServedFunction, Server, SocketPath};
 #[cfg(feature = "passthrough")]
 use barkeep_backend::{devices::passthrough, server::PassthroughFunction};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing::error;
 
 use crate::usage_error;
@@ -52,25 +52,29 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // Before anything can be left behind: a signal from here on means a clean stop.
-    let stop = match stop_signal() {
-        Ok(stop) => stop,
-        Err(failure) => return fatal(&format!("can't handle signals: {failure}")),
-    };
-    let server = match prepare(arguments) {
+    let (stop, reload) =
+        match signals(&[SIGTERM, SIGINT]).and_then(|stop| Ok((stop, signals(&[SIGHUP])?))) {
+            Ok(both) => both,
+            Err(failure) => return fatal(&format!("can't handle signals: {failure}")),
+        };
+    let mut server = match prepare(arguments) {
         Ok(server) => server,
         Err(message) => return usage_error(&message),
     };
+    if let Err(failure) = server.set_reload(reload) {
+        return fatal(&format!("event loop: {failure}"));
+    }
     match server.run(stop.as_fd()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fatal(&format!("event loop: {failure}")),
     }
 }
 
-/// A descriptor that becomes readable on SIGTERM or SIGINT.
-fn stop_signal() -> std::io::Result<UnixStream> {
+/// A descriptor that becomes readable on one of these signals.
+fn signals(signals: &[i32]) -> std::io::Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, writer.try_clone()?)?;
     }
     Ok(reader)
 }

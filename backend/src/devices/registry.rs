@@ -1,8 +1,11 @@
 use std::path::Path;
 
 use super::ivshmem::Groups;
+use super::virtio::models;
+use super::virtio::pci::{CoreBacking, VirtioFunction};
 use super::{Device, Edu, Ivshmem};
 use crate::config::{ConfigError, DeviceSpec, Parameters};
+use crate::dma::DmaGuard;
 use crate::pci::Decoding;
 
 /// Makes devices by name, and knows which of them belong together.
@@ -39,20 +42,37 @@ impl Registry {
     /// # Errors
     /// [`ConfigError`] that names the device or parameter and the reason.
     pub fn create(&mut self, spec: DeviceSpec) -> Result<(Box<dyn Device>, Options), ConfigError> {
-        let Some((_, constructor)) = DEVICES.iter().find(|(name, _)| *name == spec.name) else {
-            let mut known = DEVICES.map(|(name, _)| name).join(", ");
+        let own = DEVICES.iter().find(|(name, _)| *name == spec.name);
+        let constructor: Option<&Constructor> = own.map(|(_, constructor)| constructor);
+        if constructor.is_none() && !models::NAMES.contains(&spec.name.as_str()) {
+            let own = DEVICES.iter().map(|(name, _)| *name);
+            let mut known = own.chain(models::NAMES).collect::<Vec<_>>().join(", ");
             if cfg!(feature = "passthrough") {
                 // It is made elsewhere: it has no model.
                 known.push_str(", passthrough");
             }
             return Err(ConfigError::UnknownDevice { name: spec.name, known });
-        };
+        }
         let mut parameters = spec.parameters;
         let options = Options::from_parameters(&mut parameters)?;
-        let device = constructor(&mut parameters, self)?;
+        let device = match constructor {
+            Some(constructor) => constructor(&mut parameters, self)?,
+            None => virtio_function(&spec.name, &mut parameters)?,
+        };
         parameters.finish()?;
         Ok((device, options))
     }
+}
+
+/// A virtio device whose queues this process serves, over PCI.
+fn virtio_function(
+    name: &str,
+    parameters: &mut Parameters,
+) -> Result<Box<dyn Device>, ConfigError> {
+    let unknown = || ConfigError::UnknownDevice { name: name.into(), known: String::new() };
+    let core = models::create::<DmaGuard>(name, parameters).ok_or_else(unknown)??;
+    let backing = CoreBacking::new(core).map_err(|errno| ConfigError::invalid("queues", errno))?;
+    Ok(Box::new(VirtioFunction::new(Box::new(backing))?))
 }
 
 impl Options {

@@ -17,6 +17,7 @@ mod bars;
 mod errors;
 mod interrupts;
 mod state;
+mod window;
 
 /// One PCI function: its configuration space, and what follows from it.
 ///

@@ -31,6 +31,8 @@ pub struct FunctionSpec {
     pub express: Option<ExpressSpec>,
     /// Vendor-specific capabilities, in list order, behind all others.
     pub vendor: Vec<VendorSpec>,
+    /// Which of them is a [window to BARs](VendorSpec::bar_window), by its place in the list.
+    pub bar_window: Option<usize>,
     /// The expansion ROM, if it has one.
     pub rom: Option<RomSpec>,
     /// Whether the Command register decides what the function claims.
@@ -62,6 +64,7 @@ impl FunctionSpec {
             power: None,
             express: None,
             vendor: Vec::new(),
+            bar_window: None,
             rom: None,
             decode: Decoding::Strict,
         }

@@ -194,6 +194,21 @@ pub mod vendor {
     pub const DATA: usize = 0x03;
 }
 
+/// A vendor-specific capability that is a window to BARs: `struct virtio_pci_cfg_cap` (virtio 1.2,
+/// 4.1.4.9).
+pub mod vendor_window {
+    /// Number of the BAR, 8 bits.
+    pub const BAR: usize = 0x04;
+    /// Offset in the BAR, 32 bits.
+    pub const OFFSET: usize = 0x08;
+    /// Length of the access, 32 bits: 1, 2 or 4.
+    pub const ACCESS_LENGTH: usize = 0x0c;
+    /// What is read or written, 32 bits.
+    pub const DATA: usize = 0x10;
+    /// Where the capability ends.
+    pub const END: usize = 0x14;
+}
+
 /// PCI Express capability, version 2 (PCIe 7.5.3).
 pub mod express {
     /// Capability ID (PCIe 7.5.3.1).

@@ -27,6 +27,8 @@ pub(super) enum Interest {
 pub(super) enum Token {
     /// The request to stop.
     Stop,
+    /// The request to reload.
+    Reload,
     /// Something of the port with this index.
     Port(usize, Source),
 }
@@ -47,16 +49,23 @@ pub(super) enum Source {
     Work,
     /// A look at the client's socket although nothing is known to be there; likewise.
     Look,
+    /// The request to reload, which is the same for all ports; likewise.
+    Reload,
 }
 
 impl Token {
     const STOP: u64 = u64::MAX;
+    const RELOAD: u64 = u64::MAX - 1;
     /// Where the port's index starts; the source is below.
     const PORT_SHIFT: u32 = 20;
-    const FIRST_WAKE: u64 = 6;
+    const FIRST_WAKE: u64 = 7;
 
     fn to_raw(self) -> u64 {
-        let Self::Port(port, source) = self else { return Self::STOP };
+        let (port, source) = match self {
+            Self::Stop => return Self::STOP,
+            Self::Reload => return Self::RELOAD,
+            Self::Port(port, source) => (port, source),
+        };
         let source = match source {
             Source::Listener => 0,
             Source::Client => 1,
@@ -64,14 +73,17 @@ impl Token {
             Source::Unmask => 3,
             Source::Work => 4,
             Source::Look => 5,
+            Source::Reload => 6,
             Source::Wake(index) => Self::FIRST_WAKE + u64::from(index),
         };
         (port as u64) << Self::PORT_SHIFT | source
     }
 
     fn from_raw(raw: u64) -> Self {
-        if raw == Self::STOP {
-            return Self::Stop;
+        match raw {
+            Self::STOP => return Self::Stop,
+            Self::RELOAD => return Self::Reload,
+            _ => {}
         }
         let source = match raw & ((1 << Self::PORT_SHIFT) - 1) {
             0 => Source::Listener,
@@ -80,6 +92,7 @@ impl Token {
             3 => Source::Unmask,
             4 => Source::Work,
             5 => Source::Look,
+            6 => Source::Reload,
             wake => Source::Wake(u16::try_from(wake - Self::FIRST_WAKE).unwrap_or(u16::MAX)),
         };
         Self::Port(usize::try_from(raw >> Self::PORT_SHIFT).unwrap_or(usize::MAX), source)

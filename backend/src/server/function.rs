@@ -8,6 +8,7 @@ use barkeep_protocol::wire::{
     FaultReport, FaultVerdict, InfoQuery, IoFdsQuery, PciIrq, PciRegion, RegionAccess, RegionFlags,
     RegionState, RegionStateQuery, SetIrqs, SparseArea,
 };
+use tracing::warn;
 
 use super::migration::Migration;
 use super::request_error::RequestError;
@@ -43,6 +44,8 @@ pub struct HostedFunction {
     migration: Migration,
     /// Wakes that came while the function was stopped, by index.
     missed_wakes: BTreeSet<usize>,
+    /// A reload was wanted while the function was stopped.
+    missed_reload: bool,
     regions: [RegionState; PciRegion::COUNT as usize],
     log: RateLimit,
 }
@@ -80,9 +83,11 @@ impl HostedFunction {
     /// [`SpecError`], also when the function can't have such a ROM.
     pub fn with_options(
         name: impl Into<String>,
-        device: Box<dyn Device>,
+        mut device: Box<dyn Device>,
         options: Options,
     ) -> Result<Self, SpecError> {
+        let name = name.into();
+        device.set_name(&name);
         let Options { decode, rom } = options;
         let size = |rom: &Vec<u8>| {
             let length = u32::try_from(rom.len()).ok().and_then(u32::checked_next_power_of_two);
@@ -102,7 +107,7 @@ impl HostedFunction {
             dma.keep_files(MAX_WINDOW_FILES);
         }
         Ok(Self {
-            name: name.into(),
+            name,
             interrupts: Interrupts::new(msi.into(), msix.into()),
             function,
             device,
@@ -112,6 +117,7 @@ impl HostedFunction {
             unfinished: false,
             migration: Migration::default(),
             missed_wakes: BTreeSet::new(),
+            missed_reload: false,
             regions: Default::default(),
             log: RateLimit::default(),
         })
@@ -128,6 +134,7 @@ impl Served for HostedFunction {
         self.dma.stop_logging();
         self.interrupts.disconnect();
         self.regions = Default::default();
+        self.rewired();
     }
 
     fn device_info(&self, reply: &mut Reply<'_>) {
@@ -198,7 +205,10 @@ impl Served for HostedFunction {
     }
 
     fn set_irqs(&mut self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
-        interrupts::set(self, set, fds)
+        let result = interrupts::set(self, set, fds);
+        // Some vectors may be set before one that is refused.
+        self.rewired();
+        result
     }
 
     fn unmask_eventfd(&self) -> Option<&Arc<EventFd>> {
@@ -217,11 +227,15 @@ impl Served for HostedFunction {
     fn dma_map(&mut self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), RequestError> {
         let file = file.map(|file| (file, map.file_offset));
         self.dma.map(Iova(map.address), map.size, dma_access(map.access), file)?;
+        self.rewired();
         Ok(())
     }
 
     fn dma_unmap(&mut self, unmap: &DmaUnmap, reply: &mut Reply<'_>) -> Result<(), RequestError> {
-        unmapping::unmap(self, unmap, reply)
+        let result = unmapping::unmap(self, unmap, reply);
+        // Whatever went away or stayed: the device was quiesced.
+        self.rewired();
+        result
     }
 
     fn device_feature(
@@ -331,6 +345,18 @@ impl Served for HostedFunction {
         device.woken(index, &mut context);
         self.do_transfers();
     }
+
+    fn reload(&mut self) {
+        if !self.migration.is_running() {
+            self.missed_reload = true;
+            return;
+        }
+        let (device, mut context) = self.split();
+        if let Err(error) = device.reload(&mut context) {
+            warn!(function = self.name, "can't reload: {error}");
+        }
+        self.do_transfers();
+    }
 }
 
 impl HostedFunction {
@@ -359,6 +385,21 @@ impl HostedFunction {
         }
     }
 
+    /// Tells the device about what the client set up.
+    fn rewired(&mut self) {
+        if self.migration.is_running() {
+            let (device, mut context) = self.split();
+            device.rewired(&mut context);
+        }
+    }
+
+    /// Does what could not be done while the function was stopped.
+    fn reload_if_missed(&mut self) {
+        if std::mem::take(&mut self.missed_reload) {
+            self.reload();
+        }
+    }
+
     /// As at power-on, and working.
     fn reset_function(&mut self) {
         self.migration = Migration::Running;
@@ -368,6 +409,7 @@ impl HostedFunction {
         self.apply(&effects);
         // A restored state may have had another level than the line, and then nothing changed.
         self.interrupts.intx.set_level(self.function.intx_line());
+        self.reload_if_missed();
     }
 
     /// A stopped function claims nothing but configuration space: what it has was given away.
@@ -377,7 +419,8 @@ impl HostedFunction {
 
     fn split(&mut self) -> (&mut dyn Device, Context<'_>) {
         let context =
-            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers);
+            Context::new(&mut self.function, &mut self.interrupts, &self.dma, &mut self.transfers)
+                .running(self.migration.is_running());
         (self.device.as_mut(), context)
     }
 

@@ -31,7 +31,7 @@ pub use socket_path::{SocketError, SocketPath};
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use tracing::info;
@@ -48,6 +48,7 @@ pub struct Server {
     /// Ports that have a deadline. Few of many do, and only for a moment.
     timed: BTreeSet<usize>,
     poller: Poller,
+    reload: Option<OwnedFd>,
 }
 
 impl Server {
@@ -61,6 +62,7 @@ impl Server {
             ports: Vec::new(),
             timed: BTreeSet::new(),
             poller: Poller::new(Duration::ZERO),
+            reload: None,
         })
     }
 
@@ -68,6 +70,21 @@ impl Server {
     /// requests follow each other closely enough for that to pay. Zero, the default, turns it off.
     pub fn set_poll_budget(&mut self, budget: Duration) {
         self.poller = Poller::new(budget);
+    }
+
+    /// Has every function look at its surroundings anew ([`Device::reload`]) whenever bytes arrive on a
+    /// stream socket or pipe.
+    ///
+    /// # Errors
+    /// When the kernel can't watch it.
+    ///
+    /// [`Device::reload`]: crate::devices::Device::reload
+    pub fn set_reload(&mut self, reload: impl Into<OwnedFd>) -> io::Result<()> {
+        let reload = reload.into();
+        rustix::io::ioctl_fionbio(&reload, true)?;
+        self.epoll.add(reload.as_fd(), Token::Reload, Interest::Read)?;
+        self.reload = Some(reload);
+        Ok(())
     }
 
     /// Adds a function. Clients that connect are served from [`run`](Self::run) on.
@@ -112,6 +129,7 @@ impl Server {
                         self.stop();
                         return Ok(());
                     }
+                    Token::Reload => self.reload(&mut unfinished)?,
                     Token::Port(port, source) => {
                         self.turn(port, source, &mut unfinished)?;
                     }
@@ -122,6 +140,17 @@ impl Server {
             }
             self.expire()?;
         }
+    }
+
+    fn reload(&mut self, unfinished: &mut Vec<usize>) -> io::Result<()> {
+        let Some(reload) = &self.reload else { return Ok(()) };
+        // However often it was asked for.
+        let mut bytes = [0; 64];
+        while let Ok(1..) = rustix::io::read(reload, &mut bytes) {}
+        for index in 0..self.ports.len() {
+            self.turn(index, Source::Reload, unfinished)?;
+        }
+        Ok(())
     }
 
     fn turn(

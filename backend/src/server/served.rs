@@ -35,6 +35,7 @@ impl ServedFunction {
             Source::Unmask => self.0.unmask(),
             // Whatever the client does or owes.
             Source::Work => self.0.work(),
+            Source::Reload => self.0.reload(),
             Source::Listener | Source::Client | Source::Twin | Source::Look => {}
         }
     }
@@ -137,6 +138,8 @@ pub(super) trait Served: Send + fmt::Debug {
         Vec::new()
     }
     fn woken(&mut self, _index: usize) {}
+    /// The operator wants it to look at its surroundings anew.
+    fn reload(&mut self) {}
     /// The client's eventfd whose signal unmasks INTx, if it set one.
     fn unmask_eventfd(&self) -> Option<&Arc<EventFd>> {
         None

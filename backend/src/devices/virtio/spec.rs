@@ -30,6 +30,15 @@ pub mod feature {
     pub const RING_RESET: u64 = 1 << 40;
     /// All of them that this program knows how to offer with queues of its own.
     pub const TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM | RING_RESET;
+    /// Buffers are used in the order in which they were made available.
+    pub const IN_ORDER: u64 = 1 << 35;
+    /// Memory accesses are ordered as the platform's are.
+    pub const ORDER_PLATFORM: u64 = 1 << 36;
+    /// Reserved bits, of queues and transport.
+    const RESERVED: u64 = (1 << 50) - (1 << 24);
+    /// What a device over PCI can offer, whoever serves its queues: they are split, and a
+    /// notification carries nothing but the queue's index.
+    pub const OFFERABLE: u64 = !RESERVED | TRANSPORT | IN_ORDER | ORDER_PLATFORM;
 }
 
 /// Descriptor flags (2.7.5).

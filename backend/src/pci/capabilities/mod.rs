@@ -26,6 +26,8 @@ pub(super) struct Capabilities {
     pub(super) aer: Option<AerCapability>,
     /// Where the vendor-specific capabilities are, in the order of the specification.
     vendor: Vec<u8>,
+    /// Where the one is that is a window to BARs.
+    pub(super) bar_window: Option<u8>,
 }
 
 impl Capabilities {
@@ -38,7 +40,7 @@ impl Capabilities {
             free += length.next_multiple_of(4);
             at
         };
-        Self {
+        let mut capabilities = Self {
             power: spec
                 .power
                 .map(|spec| PowerCapability::new(take(spec::power::LENGTH.into()), spec)),
@@ -52,7 +54,13 @@ impl Capabilities {
                 .filter(|express| express.aer)
                 .map(|_| AerCapability::new(extended_capability::FIRST)),
             vendor: spec.vendor.iter().map(|vendor| take(vendor.length())).collect(),
-        }
+            bar_window: None,
+        };
+        let window = spec
+            .bar_window
+            .filter(|&index| spec.vendor.get(index).is_some_and(vendor::VendorSpec::has_window));
+        capabilities.bar_window = window.map(|index| capabilities.vendor[index]);
+        capabilities
     }
 
     /// Where the last capability of a function like this ends.
@@ -100,7 +108,7 @@ impl Capabilities {
 
     /// Where each capability is, and its ID.
     fn list(&self) -> impl Iterator<Item = (u8, u8)> {
-        let Self { power, msi, msix, express, aer: _, vendor } = self;
+        let Self { power, msi, msix, express, aer: _, vendor, bar_window: _ } = self;
         [
             power.map(|power| (power.at(), spec::power::CAPABILITY_ID)),
             msi.map(|msi| (msi.at(), spec::msi::CAPABILITY_ID)),

@@ -254,6 +254,11 @@ impl MsixStructures {
         self.table[entry + registers::ENTRY_VECTOR_CONTROL] & registers::VECTOR_CONTROL_MASK != 0
     }
 
+    /// Whether the vector is there and its entry does not mask it.
+    pub(in crate::pci) fn delivers(&self, vector: u16) -> bool {
+        vector < self.vectors.count() && !self.masked(vector)
+    }
+
     pub(in crate::pci) fn table(&self) -> &[u8] {
         &self.table
     }

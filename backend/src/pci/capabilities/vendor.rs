@@ -1,7 +1,7 @@
 //! The vendor-specific capability (PCI appendix H).
 
 use crate::pci::config_space::Register;
-use crate::pci::spec::vendor as registers;
+use crate::pci::spec::{vendor as registers, vendor_window as window};
 
 /// A vendor-specific capability: bytes that mean something to the vendor's driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,11 +19,30 @@ pub struct VendorByte {
     pub read_write: u8,
 }
 
+/// What a window has behind its length.
+const WINDOW_BYTES: usize = window::END - registers::DATA;
+
 impl VendorSpec {
     /// A capability that software only reads.
     pub fn read_only(bytes: &[u8]) -> Self {
         let bytes = bytes.iter().map(|&reset| VendorByte { reset, read_write: 0 }).collect();
         Self { bytes }
+    }
+
+    /// A window to the function's BARs: virtio's PCI configuration access capability (virtio 1.2,
+    /// 4.1.4.9), whose type has the number `cfg_type`. It works if
+    /// [`FunctionSpec::bar_window`](crate::pci::FunctionSpec::bar_window) points to it.
+    pub fn bar_window(cfg_type: u8) -> Self {
+        let mut bytes = vec![VendorByte { reset: 0, read_write: 0xff }; WINDOW_BYTES];
+        let padding = window::BAR + 1 - registers::DATA..window::OFFSET - registers::DATA;
+        bytes[padding].fill(VendorByte::default());
+        bytes[0] = VendorByte { reset: cfg_type, read_write: 0 };
+        Self { bytes }
+    }
+
+    /// Whether it is long enough to be a window.
+    pub(super) fn has_window(&self) -> bool {
+        self.bytes.len() >= WINDOW_BYTES
     }
 
     /// Length of the capability in bytes.

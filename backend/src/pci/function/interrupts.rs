@@ -66,9 +66,10 @@ impl Function {
         self.msix.as_mut().map_or(MsiOutcome::Dropped, |msix| msix.raise(vector, function_masked))
     }
 
-    /// Whether an MSI-X interrupt raised now would be delivered.
+    /// Whether a message of this vector would go out at once: MSI-X and bus mastering are enabled and
+    /// nothing masks it.
     pub fn msix_delivers(&self, vector: u16) -> bool {
-        self.can_send_msix() && self.msix.as_ref().is_some_and(|msix| msix.lets_out(vector))
+        self.can_send_msix() && self.msix.as_ref().is_some_and(|msix| msix.delivers(vector))
     }
 
     /// Reads the MSI-X table from `offset` of it on, at any alignment and of any length. Bytes past
@@ -108,7 +109,8 @@ impl Function {
         self.msi_enabled() && self.bus_master()
     }
 
-    pub(super) fn can_send_msix(&self) -> bool {
+    /// Whether messages of vectors that are not masked go out.
+    pub fn can_send_msix(&self) -> bool {
         self.msix_enabled() && !self.msix_function_masked() && self.bus_master()
     }
 

@@ -4,7 +4,7 @@ use barkeep_protocol::wire::{PciRegion, RegionAccess};
 use tracing::info;
 
 use super::{HostedFunction, Target};
-use crate::pci::{BarIndex, BarKind, BarOwner, RequestKind, UnsupportedRequest};
+use crate::pci::{BarIndex, BarKind, BarOffset, BarOwner, RequestKind, UnsupportedRequest};
 use crate::server::request_error::RequestError;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,11 @@ pub(super) fn read(
         return Ok(());
     }
     match target {
-        Target::Config => hosted.function.config_read(offset_in_config(access.offset), data),
+        Target::Config => {
+            let offset = offset_in_config(access.offset);
+            hosted.read_through_window(offset, data.len());
+            hosted.function.config_read(offset, data);
+        }
         Target::Bar(bar) => {
             data.fill(0xff);
             if !hosted.claims(bar) {
@@ -74,8 +78,14 @@ pub(super) fn write(
     }
     match target {
         Target::Config => {
-            let effects = hosted.function.config_write(offset_in_config(access.offset), data);
+            let offset = offset_in_config(access.offset);
+            let delivered = hosted.function.can_send_msix();
+            let effects = hosted.function.config_write(offset, data);
             hosted.apply(&effects);
+            if hosted.function.can_send_msix() != delivered {
+                hosted.rewired();
+            }
+            hosted.write_through_window(offset, data.len());
         }
         Target::Bar(bar) => {
             if !hosted.claims(bar) {
@@ -92,6 +102,7 @@ pub(super) fn write(
                     BarOwner::MsixTable => {
                         let effects = hosted.function.msix_table_write(piece.offset, part);
                         hosted.apply(&effects);
+                        hosted.rewired();
                     }
                     // "Software should never write" it (PCI 6.8.2.10): dropped.
                     BarOwner::MsixPending => {}
@@ -110,6 +121,33 @@ pub(super) fn write(
 }
 
 impl HostedFunction {
+    /// Does the BAR access that a read of the window's data register stands for, if it does.
+    fn read_through_window(&mut self, offset: usize, length: usize) {
+        if let Some((access, length)) = self.through_window(offset, length) {
+            let mut value = [0xff; 4];
+            // Past the end of a BAR there is nothing, not even a BAR that decodes.
+            let _ = read(self, &access, &mut value[..length]);
+            let mut data = self.function.window_data();
+            data[..length].copy_from_slice(&value[..length]);
+            self.function.set_window_data(data);
+        }
+    }
+
+    /// Likewise for a write, which came first.
+    fn write_through_window(&mut self, offset: usize, length: usize) {
+        if let Some((access, length)) = self.through_window(offset, length) {
+            let data = self.function.window_data();
+            let _ = write(self, &access, &data[..length]);
+        }
+    }
+
+    /// An access to a BAR, never to configuration space: it can't lead back here.
+    fn through_window(&self, offset: usize, length: usize) -> Option<(RegionAccess, usize)> {
+        let (BarOffset { bar, offset }, length) = self.function.window_access(offset, length)?;
+        let count = u32::try_from(length).ok()?;
+        Some((RegionAccess { offset, region: bar.get().into(), count }, length))
+    }
+
     /// Counts, records and logs an access to a BAR or ROM that does not decode.
     fn unsupported(&mut self, access: &RegionAccess, direction: Direction) {
         let RegionAccess { offset, region, count } = *access;

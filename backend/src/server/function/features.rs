@@ -163,6 +163,8 @@ impl HostedFunction {
         if let Some(saved) = device.saved() {
             saved.resume(&mut context);
         }
+        self.rewired();
+        self.reload_if_missed();
         for index in std::mem::take(&mut self.missed_wakes) {
             let (device, mut context) = self.split();
             device.woken(index, &mut context);

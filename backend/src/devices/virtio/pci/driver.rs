@@ -1,5 +1,6 @@
 use tracing::warn;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 
 use crate::devices::Context;
 use crate::devices::virtio::spec::status;
@@ -37,6 +38,26 @@ pub(super) struct Slot {
     pub(super) rings: [u64; 3],
 }
 
+impl Slot {
+    /// Makes a queue of what was set up.
+    pub(super) fn enable(&mut self, event_idx: bool) -> Result<(), virtio_queue::Error> {
+        let [descriptors, available, used] = self.rings.map(GuestAddress);
+        self.queue.try_set_desc_table_address(descriptors)?;
+        self.queue.try_set_avail_ring_address(available)?;
+        self.queue.try_set_used_ring_address(used)?;
+        self.queue.set_event_idx(event_idx);
+        self.queue.set_ready(true);
+        Ok(())
+    }
+
+    /// Back to power-on.
+    pub(super) fn reset(&mut self) {
+        self.queue.reset();
+        self.vector = None;
+        self.rings = [0; 3];
+    }
+}
+
 /// What the driver is interrupted for: a bit of the ISR status (4.1.4.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Interrupt {
@@ -64,6 +85,30 @@ impl DriverState {
             slots: queue_sizes.iter().map(slot).collect(),
             log: RateLimit::default(),
         }
+    }
+
+    /// Back to power-on.
+    pub(super) fn reset(&mut self) {
+        self.feature_select = [0; 2];
+        self.accepted = 0;
+        self.status = 0;
+        self.generation = 0;
+        self.config_vector = None;
+        self.queue_select = 0;
+        self.isr = 0;
+        self.slots_mut().for_each(Slot::reset);
+    }
+
+    pub(super) fn queue_count(&self) -> u16 {
+        u16::try_from(self.slots.len()).expect("at most MAX_QUEUES")
+    }
+
+    pub(super) fn slots(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter()
+    }
+
+    pub(super) fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.slots.iter_mut()
     }
 
     pub(super) fn slot(&self, index: u16) -> Option<&Slot> {
@@ -97,6 +142,18 @@ impl DriverState {
         true
     }
 
+    /// "The device MUST reset ISR status to 0 on driver read" (4.1.4.5.1).
+    pub(super) fn take_isr(&mut self, context: &mut Context<'_>) -> u8 {
+        let isr = std::mem::take(&mut self.isr);
+        self.drive_pin(context);
+        isr
+    }
+
+    /// The pin is asserted as long as the ISR status is not 0, unless MSI-X is enabled.
+    pub(super) fn drive_pin(&self, context: &mut Context<'_>) {
+        context.set_intx(self.isr != 0 && !context.msix_enabled());
+    }
+
     /// Sends an interrupt, by a message if MSI-X is enabled and by the pin otherwise.
     pub(super) fn interrupt(
         &mut self,
@@ -109,7 +166,7 @@ impl DriverState {
             self.isr |= interrupt as u8;
         }
         if !by_message {
-            context.set_intx(true);
+            self.drive_pin(context);
         } else if let Some(vector) = vector {
             context.raise_msix(vector);
         }

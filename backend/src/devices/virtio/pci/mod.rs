@@ -2,8 +2,15 @@
 //! [`Backing`] serves its queues.
 
 mod backing;
+mod common;
+mod core_backing;
 mod driver;
+mod function;
+mod layout;
+mod saved;
 mod world;
 
 pub use backing::Backing;
+pub use core_backing::CoreBacking;
+pub use function::VirtioFunction;
 pub use world::World;

@@ -86,6 +86,13 @@ impl<'a> World<'a> {
         }
     }
 
+    /// DRIVER_OK: a failure from before is told now.
+    pub(super) fn driver_is_ready(&mut self) {
+        if self.driver.status & status::DEVICE_NEEDS_RESET != 0 {
+            self.notify_config();
+        }
+    }
+
     /// The way to the guest.
     pub fn context(&mut self) -> &mut Context<'a> {
         &mut self.context

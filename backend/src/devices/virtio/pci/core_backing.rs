@@ -1,0 +1,253 @@
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{Backing, World};
+use crate::devices::RestoreError;
+use crate::devices::virtio::spec::{DeviceType, feature};
+use crate::devices::virtio::{Core, DeviceError, InFlight, Io, QueueAccess, needs_interrupt};
+use crate::dma::DmaGuard;
+use crate::irq::EventFd;
+
+/// A core of this process, served in the thread that serves the client.
+pub struct CoreBacking {
+    core: Box<dyn Core<DmaGuard>>,
+    /// What the core is told that the driver kicked, by queue. They are the first wakes.
+    kicks: Vec<Arc<EventFd>>,
+    own_wakes: usize,
+    /// Whether buffers were given back that the driver was not told of, by queue.
+    used: Vec<bool>,
+    /// Whether the core was told of the driver.
+    started: bool,
+    /// Whether the core could reach memory when something last changed.
+    live: bool,
+    /// Queues that it could serve then.
+    served: Vec<bool>,
+    /// Requests of another instance that the core was not given yet.
+    to_resubmit: Vec<InFlight>,
+}
+
+impl CoreBacking {
+    /// Lets a core serve its queues.
+    ///
+    /// # Errors
+    /// When the process has no more descriptors.
+    pub fn new(core: Box<dyn Core<DmaGuard>>) -> Result<Self, Errno> {
+        let queues = core.queue_sizes().len();
+        let kicks = (0..queues).map(|_| EventFd::create().map(Arc::new));
+        Ok(Self {
+            kicks: kicks.collect::<Result<_, _>>()?,
+            own_wakes: core.wakes().len(),
+            used: vec![false; queues],
+            started: false,
+            live: false,
+            served: vec![false; queues],
+            to_resubmit: Vec::new(),
+            core,
+        })
+    }
+
+    /// Lets the core do something with its queues, and tells the driver what came of it.
+    fn serve(
+        &mut self,
+        world: &mut World<'_>,
+        serve: impl FnOnce(&mut dyn Core<DmaGuard>, &mut CoreIo<'_, '_>) -> Result<(), DeviceError>,
+    ) {
+        let memory = world.memory();
+        let Some(memory) = &memory else { return };
+        let mut io = CoreIo { world, memory: Some(memory), used: &mut self.used };
+        let result = serve(self.core.as_mut(), &mut io);
+        // What was given back before something went wrong is the driver's all the same.
+        let told = self.interrupt(world, memory);
+        if let Err(error) = result.and(told) {
+            world.needs_reset(&error.to_string());
+        }
+    }
+
+    fn interrupt(&mut self, world: &mut World<'_>, memory: &DmaGuard) -> Result<(), DeviceError> {
+        for (used, index) in self.used.iter_mut().zip(0..) {
+            if std::mem::take(used)
+                && let Some(queue) = world.queue(index)
+                && needs_interrupt(queue, memory)
+                    .map_err(|error| DeviceError::Queue { queue: index, error })?
+            {
+                world.interrupt_queue(index);
+            }
+        }
+        Ok(())
+    }
+
+    /// The core can reach memory: what it may have missed is done now.
+    fn catch_up(&mut self, world: &mut World<'_>, was_live: bool) {
+        for request in std::mem::take(&mut self.to_resubmit) {
+            self.serve(world, |core, io| core.resubmit(request, io));
+        }
+        for queue in (0..).take(self.kicks.len()) {
+            let ready = world.queue(queue).is_some();
+            let served = std::mem::replace(&mut self.served[usize::from(queue)], ready);
+            if ready && !(served && was_live) {
+                self.serve(world, |core, io| core.kicked(queue, io));
+            }
+        }
+        for wake in 0..if was_live { 0 } else { self.own_wakes } {
+            self.serve(world, |core, io| core.woken(wake, io));
+        }
+    }
+}
+
+impl Backing for CoreBacking {
+    fn device_type(&self) -> DeviceType {
+        self.core.device_type()
+    }
+
+    fn features(&self) -> u64 {
+        self.core.features() | feature::TRANSPORT
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.core.queue_sizes()
+    }
+
+    fn kick(&self, queue: u16) -> &Arc<EventFd> {
+        &self.kicks[usize::from(queue)]
+    }
+
+    fn config_read(&mut self, offset: u64, data: &mut [u8]) {
+        self.core.config_read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u64, data: &[u8], _: &mut World<'_>) {
+        self.core.config_write(offset, data);
+    }
+
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        let kicks = self.kicks.iter().map(|kick| kick.as_fd());
+        kicks.chain(self.core.wakes()).collect()
+    }
+
+    fn woken(&mut self, wake: usize, world: &mut World<'_>) {
+        match wake.checked_sub(self.kicks.len()) {
+            Some(own) => self.serve(world, |core, io| core.woken(own, io)),
+            None => self.kicked(u16::try_from(wake).unwrap_or(u16::MAX), world),
+        }
+    }
+
+    fn kicked(&mut self, queue: u16, world: &mut World<'_>) {
+        if world.queue(queue).is_some() {
+            self.serve(world, |core, io| core.kicked(queue, io));
+        }
+    }
+
+    fn changed(&mut self, world: &mut World<'_>) {
+        if world.is_started() && !self.started {
+            self.started = true;
+            self.core.start(world.features());
+        }
+        let was_live = std::mem::replace(&mut self.live, world.is_live());
+        if self.live {
+            self.catch_up(world, was_live);
+        }
+    }
+
+    fn quiesce(&mut self) {
+        self.core.quiesce();
+    }
+
+    fn queue_stopped(&mut self, queue: u16, _: &mut World<'_>) {
+        self.core.queue_stopped(queue);
+        self.used[usize::from(queue)] = false;
+        self.served[usize::from(queue)] = false;
+        self.to_resubmit.retain(|request| request.queue != queue);
+    }
+
+    fn reset(&mut self) {
+        self.core.reset();
+        self.used.fill(false);
+        self.served.fill(false);
+        self.to_resubmit.clear();
+        self.started = false;
+        self.live = false;
+    }
+
+    fn save(&self) -> Option<Vec<u8>> {
+        let requests = self.to_resubmit.iter().copied().chain(self.core.in_flight());
+        let in_flight = requests.map(|request| (request.queue, request.head)).collect();
+        let state = State::V1 { in_flight, core: self.core.save() };
+        Some(postcard::to_allocvec(&state).expect("plain data serialises"))
+    }
+
+    fn restore(&mut self, state: &[u8], features: Option<u64>) -> Result<(), RestoreError> {
+        let (state, rest) = postcard::take_from_bytes(state).map_err(|_| RestoreError)?;
+        let State::V1 { in_flight, core } = state;
+        let sizes = self.core.queue_sizes();
+        let mut known = BTreeSet::new();
+        let possible = |&(queue, head): &(u16, u16)| {
+            let size = sizes.get(usize::from(queue));
+            size.is_some_and(|size| head < *size) && known.insert((queue, head))
+        };
+        let by_nobody = features.is_none() && !in_flight.is_empty();
+        if !rest.is_empty() || by_nobody || !in_flight.iter().all(possible) {
+            return Err(RestoreError);
+        }
+        if let Some(features) = features {
+            self.started = true;
+            self.core.start(features);
+        }
+        self.core.restore(&core)?;
+        let request = |(queue, head)| InFlight { queue, head };
+        self.to_resubmit = in_flight.into_iter().map(request).collect();
+        Ok(())
+    }
+
+    fn resume(&mut self, world: &mut World<'_>) {
+        // What was finished while it was stopped has told nobody yet.
+        self.live = false;
+        self.changed(world);
+    }
+
+    fn reload(&mut self, world: &mut World<'_>) -> Result<(), String> {
+        let memory = world.memory();
+        let mut io = CoreIo { world, memory: memory.as_ref(), used: &mut self.used };
+        let result = self.core.reload(&mut io);
+        if let Some(memory) = &memory
+            && let Err(error) = self.interrupt(world, memory)
+        {
+            world.needs_reset(&error.to_string());
+        }
+        result
+    }
+}
+
+/// The first version of the state.
+#[derive(Serialize, Deserialize)]
+enum State {
+    V1 {
+        /// Queue and head of each request.
+        in_flight: Vec<(u16, u16)>,
+        core: Vec<u8>,
+    },
+}
+
+/// The transport as a core reaches it.
+struct CoreIo<'a, 'w> {
+    world: &'a mut World<'w>,
+    memory: Option<&'a DmaGuard>,
+    used: &'a mut [bool],
+}
+
+impl Io<DmaGuard> for CoreIo<'_, '_> {
+    fn queue(&mut self, index: u16) -> Option<QueueAccess<'_, DmaGuard>> {
+        let memory = self.memory?;
+        let used = self.used.get_mut(usize::from(index))?;
+        let features = self.world.features();
+        let queue = self.world.queue(index)?;
+        Some(QueueAccess::new(queue, memory, features, used))
+    }
+
+    fn config_changed(&mut self) {
+        self.world.interrupt_config();
+    }
+}
