@@ -6,7 +6,7 @@
 mod chain;
 mod core;
 pub mod models;
-pub mod pci;
+pub mod net;
 mod queue;
 pub mod rate_limit;
 pub mod rng;

@@ -1,6 +1,6 @@
 //! The virtio devices that an operator can name.
 
-use super::rng::Entropy;
+use super::net::Net;
 use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
 
@@ -11,13 +11,13 @@ type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigErro
 fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     // One line a device; the names are also in `NAMES`.
     match name {
-        "virtio-rng" => Some(|p| Ok(Box::new(Entropy::from_parameters(p)?))),
+        "virtio-net" => Some(|parameters| Ok(Box::new(Net::from_parameters(parameters)?))),
         _ => None,
     }
 }
 
 /// Every virtio device by name, sorted.
-pub const NAMES: [&str; 1] = ["virtio-rng"];
+pub const NAMES: [&str; 1] = ["virtio-net"];
 
 /// Creates the virtio device that is called `name`; `None` when there is none.
 ///

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::Chain;
 use super::core::MemoryGuard;
-use super::spec::{avail, feature};
+use super::spec::{avail, feature, used};
 
 /// A queue for as long as a device works on it.
 #[derive(Debug)]
@@ -30,6 +30,12 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     #[must_use]
     pub fn memory(&self) -> &'a G {
         self.memory
+    }
+
+    /// How many descriptors it has.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Takes the next request, if the driver made one available.
@@ -77,6 +83,32 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.queue.add_used::<G::Target>(self.memory, head, written)?;
         *self.used = true;
+        Ok(())
+    }
+
+    /// Gives several requests back at once: the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the used ring is not in memory.
+    pub fn push_all(&mut self, requests: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((last, written), before)) = requests.split_last() else {
+            return Ok(());
+        };
+        let memory: &G::Target = self.memory;
+        let mut position = Wrapping(self.queue.next_used());
+        for &(head, written) in before {
+            let entry = used::RING + used::SIZE * u64::from(position.0 % self.queue.size());
+            let address = self.queue.used_ring().checked_add(entry).ok_or(QueueError::Overflow)?;
+            let element = [u32::from(head).to_le(), written.to_le()];
+            memory.write_obj(element, GuestAddress(address))?;
+            position += 1;
+        }
+        // The crate publishes the index with each request that it is given, and counts requests for
+        // the decision whether to interrupt: it is given the last one once for each of them.
+        for _ in requests {
+            self.queue.set_next_used(position.0);
+            self.push(*last, *written)?;
+        }
         Ok(())
     }
 

@@ -61,6 +61,14 @@ pub mod avail {
     pub const RING: u64 = 4;
 }
 
+/// The used ring (2.7.8).
+pub mod used {
+    /// Where the ring starts, in bytes.
+    pub const RING: u64 = 4;
+    /// Length of an entry in bytes.
+    pub const SIZE: u64 = 8;
+}
+
 /// Device types (5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceType(pub u16);

@@ -1,0 +1,373 @@
+//! The network device (virtio 1.2, 5.1).
+//!
+//! Frames are copied once on each way, in the turn in which they are seen; nothing is ever under way
+//! in guest memory. What can't be sent at once is lost, as on a network; what the driver has no room
+//! for waits at the other end of the link, and one frame of each pair of queues here.
+
+mod config;
+mod control;
+mod frame;
+mod header;
+mod ioctl;
+mod link;
+mod options;
+mod receive;
+mod socket;
+mod spec;
+mod tap;
+mod transmit;
+
+#[cfg(test)]
+mod tests;
+
+use std::iter;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+use tracing::debug;
+
+use self::config::{Config, MacAddress};
+use self::control::Command;
+use self::link::Link;
+use self::options::Options;
+use self::receive::Receiver;
+use self::spec::{control as answer, feature};
+use self::transmit::Transmitter;
+use super::spec::DeviceType;
+use super::{Chain, Core, DeviceError, Io, MemoryGuard, QueueError};
+use crate::config::{ConfigError, Parameters};
+use crate::devices::RestoreError;
+
+/// A network device:
+/// `virtio-net,tap=IFNAME|socket=PATH[,peer=PATH]|fd=N[,mac=ADDRESS][,mtu=BYTES][,queues=PAIRS][,queue-size=ENTRIES]`.
+///
+/// Behind it is a tap, with its offloads and a queue for each pair; or a UNIX datagram socket, whose
+/// datagrams are Ethernet frames and arrive at the first pair.
+#[derive(Debug)]
+pub struct Net {
+    config: Config,
+    /// The address until the driver sets another one.
+    first_mac: MacAddress,
+    queue_size: u16,
+    link: Link,
+    receivers: Vec<Receiver>,
+    transmitters: Vec<Transmitter>,
+    /// Kept for its memory.
+    control: Chain,
+    /// What the driver chose, once it is set up.
+    driver: Option<Driver>,
+    /// Wakes the device for its next turn.
+    more: OwnedFd,
+}
+
+/// A driver that is set up.
+#[derive(Clone, Copy, Debug)]
+struct Driver {
+    features: u64,
+    /// How many pairs of queues it uses.
+    pairs: u16,
+}
+
+/// What a queue is for (5.1.2).
+enum Role {
+    Receive(usize),
+    Transmit(usize),
+    Control,
+}
+
+/// Whether work is left when a queue had its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Done,
+    More,
+}
+
+/// Frames or commands of one queue that are handled before others have their turn.
+const TURN: usize = 64;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+/// The wake of [`Net::more`]; ports follow.
+const MORE: usize = 0;
+
+/// The first version of the state that moves.
+#[derive(Serialize, Deserialize)]
+enum State {
+    V1 { mac: [u8; 6], pairs: Option<u16> },
+}
+
+impl Net {
+    /// Creates the device.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when a parameter can't be used, or the link can't be opened.
+    pub fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
+        let Options { link, mac, mtu, pairs, queue_size } = Options::from_parameters(parameters)?;
+        let more = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| ConfigError::invalid("queues", errno))?;
+        Ok(Self {
+            config: Config { mac, max_pairs: pairs, mtu },
+            first_mac: mac,
+            queue_size,
+            link,
+            receivers: (0..pairs).map(|_| Receiver::new()).collect(),
+            transmitters: (0..pairs).map(|_| Transmitter::new()).collect(),
+            control: Chain::default(),
+            driver: None,
+            more,
+        })
+    }
+
+    fn receive<G: MemoryGuard>(
+        &mut self,
+        pair: usize,
+        io: &mut dyn Io<G>,
+    ) -> Result<(), DeviceError> {
+        let Some(driver) = self.driver.filter(|driver| pair < usize::from(driver.pairs)) else {
+            return Ok(());
+        };
+        let index = queue_of(pair, 0);
+        let (Some(mut queue), Some(receiver)) = (io.queue(index), self.receivers.get_mut(pair))
+        else {
+            return Ok(());
+        };
+        let turn = receiver
+            .run(pair, &mut self.link, driver.features, &mut queue)
+            .map_err(|error| DeviceError::Queue { queue: index, error })?;
+        self.go_on(turn);
+        Ok(())
+    }
+
+    fn transmit<G: MemoryGuard>(
+        &mut self,
+        pair: usize,
+        io: &mut dyn Io<G>,
+    ) -> Result<(), DeviceError> {
+        let index = queue_of(pair, 1);
+        let (Some(driver), Some(mut queue), Some(transmitter)) =
+            (self.driver, io.queue(index), self.transmitters.get_mut(pair))
+        else {
+            return Ok(());
+        };
+        let turn = transmitter
+            .run(pair, &mut self.link, driver.features, &mut queue)
+            .map_err(|error| DeviceError::Queue { queue: index, error })?;
+        self.go_on(turn);
+        Ok(())
+    }
+
+    fn control<G: MemoryGuard>(
+        &mut self,
+        index: u16,
+        io: &mut dyn Io<G>,
+    ) -> Result<(), DeviceError> {
+        let wrong = |error: QueueError| DeviceError::Queue { queue: index, error };
+        let mut chain = std::mem::take(&mut self.control);
+        let mut left = TURN;
+        while let (Some(mut queue), Some(driver)) = (io.queue(index), self.driver) {
+            queue.disable_kicks().map_err(wrong)?;
+            if !queue.pop(&mut chain).map_err(wrong)? {
+                if queue.rearm().map_err(wrong)? {
+                    continue;
+                }
+                break;
+            }
+            if left == 0 {
+                queue.unpop();
+                self.go_on(Turn::More);
+                break;
+            }
+            left -= 1;
+            if chain.writable.is_empty() {
+                let reason = "a control command has no room for its answer";
+                return Err(DeviceError::Request { queue: index, reason });
+            }
+            let memory: &G::Target = queue.memory();
+            let max_pairs = self.config.max_pairs;
+            let command = Command::read(memory, &chain.readable, driver.features, max_pairs)
+                .map_err(wrong)?;
+            let ack = if command.is_some() { answer::OK } else { answer::ERR };
+            // Obeyed first: who reads the answer may rely on it.
+            if let Some(command) = command {
+                self.obey(command);
+            }
+            chain.writable.write(memory, 0, &[ack]).map_err(wrong)?;
+            queue.push(chain.head(), 1).map_err(wrong)?;
+        }
+        self.control = chain;
+        Ok(())
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Filter => {}
+            Command::SetMac(mac) => self.config.mac = mac,
+            Command::SetPairs(pairs) => self.set_pairs(pairs),
+        }
+    }
+
+    fn set_pairs(&mut self, pairs: u16) {
+        if let Some(driver) = &mut self.driver {
+            driver.pairs = pairs;
+        }
+        self.link.set_pairs(pairs);
+        // "the device MUST NOT queue packets on receive queues greater than virtqueue_pairs"
+        // (5.1.6.5.5.1).
+        for receiver in self.receivers.iter_mut().skip(pairs.into()) {
+            receiver.clear();
+        }
+        // Those that were added are looked at.
+        self.go_on(Turn::More);
+    }
+
+    fn go_on(&self, turn: Turn) {
+        if turn == Turn::More {
+            // A counter that is full is as good as one that was raised.
+            let _ = rustix::io::write(&self.more, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn role(&self, queue: u16) -> Option<Role> {
+        let features = self.driver?.features;
+        // "N=1 if VIRTIO_NET_F_MQ [is] not negotiated" (5.1.2).
+        let pairs = if features & feature::MQ != 0 { self.receivers.len() } else { 1 };
+        match (usize::from(queue / 2), queue % 2) {
+            (pair, 0) if pair < pairs => Some(Role::Receive(pair)),
+            (pair, _) if pair < pairs => Some(Role::Transmit(pair)),
+            (pair, 0) if pair == pairs && features & feature::CTRL_VQ != 0 => Some(Role::Control),
+            _ => None,
+        }
+    }
+
+    /// Work that a turn left, in all queues.
+    fn resume<G: MemoryGuard>(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        for pair in 0..self.receivers.len() {
+            self.receive(pair, io)?;
+            if self.transmitters[pair].is_unfinished() {
+                self.transmit(pair, io)?;
+            }
+        }
+        let control = (0..=2 * self.config.max_pairs)
+            .find(|queue| matches!(self.role(*queue), Some(Role::Control)));
+        control.map_or(Ok(()), |queue| self.control(queue, io))
+    }
+}
+
+impl<G: MemoryGuard> Core<G> for Net {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::NET
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = self.link.offloads()
+            | feature::MAC
+            | feature::STATUS
+            | feature::MRG_RXBUF
+            | feature::CTRL_VQ
+            | feature::CTRL_RX
+            | feature::CTRL_MAC_ADDR;
+        if self.config.mtu.is_some() {
+            features |= feature::MTU;
+        }
+        if self.config.max_pairs > 1 {
+            features |= feature::MQ;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let data = iter::repeat_n(self.queue_size, 2 * self.receivers.len());
+        data.chain([CONTROL_QUEUE_SIZE]).collect()
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn start(&mut self, features: u64) {
+        self.driver = Some(Driver { features, pairs: 1 });
+        self.link.negotiated(features);
+        self.link.set_pairs(1);
+    }
+
+    fn kicked(&mut self, queue: u16, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        match self.role(queue) {
+            Some(Role::Receive(pair)) => self.receive(pair, io),
+            Some(Role::Transmit(pair)) => self.transmit(pair, io),
+            Some(Role::Control) => self.control(queue, io),
+            None => Ok(()),
+        }
+    }
+
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        iter::once(self.more.as_fd()).chain(self.link.ports()).collect()
+    }
+
+    fn woken(&mut self, wake: usize, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        if wake == MORE {
+            let _ = rustix::io::read(&self.more, &mut [0; 8]);
+            return self.resume(io);
+        }
+        let port = wake - 1;
+        if let Some(receiver) = self.receivers.get_mut(port) {
+            receiver.port_is_readable();
+        }
+        self.receive(port, io)
+    }
+
+    fn queue_stopped(&mut self, queue: u16) {
+        if let Some(Role::Transmit(pair)) = self.role(queue) {
+            self.transmitters[pair].clear();
+        }
+    }
+
+    fn reset(&mut self) {
+        if self.driver.take().is_some() {
+            let received: u64 = self.receivers.iter().map(|receiver| receiver.frames).sum();
+            let sent: u64 = self.transmitters.iter().map(|transmitter| transmitter.frames).sum();
+            let lost_in: u64 = self.receivers.iter().map(|receiver| receiver.lost).sum();
+            let lost_out: u64 = self.transmitters.iter().map(|transmitter| transmitter.lost).sum();
+            let mac = self.first_mac;
+            debug!(
+                "net {mac}: {received} frames received, {lost_in} lost; {sent} sent, {lost_out} lost"
+            );
+        }
+        self.config.mac = self.first_mac;
+        self.receivers.iter_mut().for_each(Receiver::clear);
+        self.transmitters.iter_mut().for_each(Transmitter::clear);
+        self.link.negotiated(0);
+        self.link.set_pairs(1);
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let state = State::V1 {
+            mac: self.config.mac.bytes(),
+            pairs: self.driver.map(|driver| driver.pairs),
+        };
+        postcard::to_allocvec(&state).expect("plain data serialises")
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        let Ok((State::V1 { mac, pairs }, [])) = postcard::take_from_bytes(state) else {
+            return Err(RestoreError);
+        };
+        let mac = MacAddress::new(mac).ok_or(RestoreError)?;
+        match (pairs, self.driver) {
+            (None, None) => {}
+            (Some(1), Some(_)) => self.set_pairs(1),
+            (Some(pairs), Some(driver))
+                if (1..=self.config.max_pairs).contains(&pairs)
+                    && driver.features & feature::MQ != 0 =>
+            {
+                self.set_pairs(pairs);
+            }
+            _ => return Err(RestoreError),
+        }
+        self.config.mac = mac;
+        Ok(())
+    }
+}
+
+/// The index of a pair's receive queue (0) or transmit queue (1). There are few pairs.
+fn queue_of(pair: usize, which: u16) -> u16 {
+    u16::try_from(2 * pair).unwrap_or(u16::MAX - 1) + which
+}
