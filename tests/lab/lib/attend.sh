@@ -1,4 +1,4 @@
-# Sourced by `run`, whose variables it uses (`qemu`, `work`): what a guest asks of the host while it runs,
+# Sourced by `run` and `virtio`, whose variables it uses (`qemu`, `work`): what a guest asks of the host while it runs,
 # a word a line.
 # shellcheck shell=bash disable=SC2154
 
@@ -14,8 +14,8 @@ attend() {
   local boot=$1
   partial=()
   # Opened for both directions a FIFO neither blocks nor ends.
-  exec {requests}<> "$work/$boot.requests.out" {commands}<> "$work/$boot.commands.in" \
-    {answers}<> "$work/$boot.commands.out" {monitor}> "$work/$boot.monitor"
+  exec {requests}<> "$work/$boot.requests.out" {replies}<> "$work/$boot.requests.in" \
+    {commands}<> "$work/$boot.commands.in" {answers}<> "$work/$boot.commands.out" {monitor}> "$work/$boot.monitor"
   # QEMU greets first.
   await '"QMP"' && tell '{"execute":"qmp_capabilities"}' || true
   while kill -0 "$qemu" 2> /dev/null; do
@@ -24,10 +24,11 @@ attend() {
       plug) tell "{\"execute\":\"device_add\",\"arguments\":{\"id\":\"plugged\",\"bus\":\"root0\",$pluggable}}" ;;
       unplug) tell '{"execute":"device_del","arguments":{"id":"plugged"}}' && await '"DEVICE_DELETED".*"plugged"' ;;
       reset) tell '{"execute":"system_reset"}' ;;
+      restart-*) restart "${line#restart-}" && echo done >&"$replies" || echo failed >&"$replies" ;;
       *) echo "not a request: $line" >&"$monitor" ;;
     esac || true
   done
-  exec {requests}>&- {commands}>&- {answers}>&- {monitor}>&-
+  exec {requests}>&- {replies}>&- {commands}>&- {answers}>&- {monitor}>&-
 }
 
 # tell COMMAND: gives QEMU a command and waits for its answer. Fails if QEMU refuses.

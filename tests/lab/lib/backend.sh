@@ -1,4 +1,4 @@
-# Sourced by `run`, whose variables it uses (`barkeep`, `work`): the backend under test.
+# Sourced by `run` and `virtio`, whose variables it uses (`barkeep`, `work`, `inside`): the backend under test.
 # shellcheck shell=bash disable=SC2154
 
 backend=
@@ -12,14 +12,15 @@ served=(
   doorbell "ivshmem,size=4M,vectors=4"
 )
 
-# start_backend: one process serves every function; `work` holds sockets, the shared files and the logs.
+# start_backend [OPTION...]: one process serves every function; `work` holds sockets, the shared files and
+# the logs.
 start_backend() {
   local arguments=() index
   for ((index = 0; index < ${#served[@]}; index += 2)); do
     arguments+=(--socket "$work/${served[index]}.sock" --device "${served[index + 1]}")
   done
   : > "$work/backend.out"
-  "$barkeep" serve "${arguments[@]}" > "$work/backend.out" 2> "$work/backend.log" &
+  "${inside[@]}" "$barkeep" serve "$@" "${arguments[@]}" > "$work/backend.out" 2>> "$work/backend.log" &
   backend=$!
 }
 

@@ -1,9 +1,11 @@
-# Sourced by `run` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`; `run` has
-# `nonce`, `rounds`, `memory` and `processors`, `nested` has `megabytes` and `parameters`): one boot of
-# the guest.
+# Sourced by `run`, `virtio` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`;
+# `run` and `virtio` have `nonce`, `rounds`, `memory` and `processors`, `nested` has `megabytes`; more
+# for the guest's kernel is in `parameters`): one boot of the guest.
 # shellcheck shell=bash disable=SC2154
 
 qemu=
+# What QEMU is run by, if its network is not this script's.
+inside=()
 
 # BARKEEP_LAB_QEMU_ARGS: more arguments, for example `-trace vfio_user*` to see every message.
 read -r -a extra_arguments <<< "${BARKEEP_LAB_QEMU_ARGS:-}"
@@ -17,12 +19,13 @@ boot_guest() {
   shift
   # A busy host keeps an emulated timer from passing the kernel's test of it, which panics with an IOMMU.
   append="console=ttyS0 quiet panic=-1 no_timer_check lab_boot=$boot lab_nonce=$nonce lab_rounds=$rounds"
+  append+=" ${parameters:-}"
   case " $* " in *" intel-iommu"*) append+=" intel_iommu=on" ;; esac
   [ "$boot" != reboot ] || restart=()
   : > "$work/$boot.results"
   mkfifo "$work/$boot.requests."{in,out} "$work/$boot.commands."{in,out}
   # Emulation, not KVM: the same everywhere, and it is fast enough.
-  timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
+  "${inside[@]}" timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
     -accel tcg -smp "$processors" -m 256 -machine q35,memory-backend=m0 -object "$memory,id=m0,size=256M" \
     -nodefaults -display none "${restart[@]}" \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \

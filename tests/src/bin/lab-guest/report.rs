@@ -31,6 +31,14 @@ impl<W: Write> Report<W> {
         self.line(name, verdict, &detail)
     }
 
+    /// Reports a check that can't be carried out here.
+    ///
+    /// # Errors
+    /// The line could not be written.
+    pub(crate) fn skip(&mut self, name: &str, reason: &str) -> io::Result<()> {
+        self.line(name, "skipped", reason)
+    }
+
     fn line(&mut self, name: &str, verdict: &str, detail: &str) -> io::Result<()> {
         let detail = detail.replace(['\n', '\r'], " ");
         writeln!(self.out, "CHECK {name} {verdict} {detail}")?;

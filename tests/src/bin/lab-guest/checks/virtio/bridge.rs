@@ -19,6 +19,9 @@ const WRITERS: u64 = 16;
 const BLOCKS: u64 = 8192;
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// A disk's name and what was written to it.
+type Written = (&'static str, Area, Ledger);
+
 const SHARED: &str = "/tmp/shared";
 
 /// Runs every check of this kind of guest. `restarts` is how often the daemon is killed.
@@ -49,7 +52,7 @@ pub(crate) fn run_all(report: &mut Report<impl Write>, nonce: &str, rounds: u32)
 }
 
 /// Writers on every disk go on, whatever happens to the daemon.
-fn restarts(nonce: &str, rounds: u32) -> Result<(String, Vec<(&'static str, Area, Ledger)>)> {
+fn restarts(nonce: &str, rounds: u32) -> Result<(String, Vec<Written>)> {
     let mut requests = Requests::open()?;
     let mut at_work = Vec::new();
     for (name, mebibytes) in DISKS {
