@@ -18,6 +18,7 @@ mod served;
 mod session;
 mod socket_path;
 mod unmask_watch;
+mod vhost_user;
 
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ pub use passthrough::PassthroughFunction;
 pub use request_error::RequestError;
 pub use served::ServedFunction;
 pub use socket_path::{SocketError, SocketPath};
+pub use vhost_user::VhostUserServer;
 
 use std::collections::BTreeSet;
 use std::io;

@@ -15,6 +15,8 @@ pub struct QueueAccess<'a, G> {
     queue: &'a mut Queue,
     memory: &'a G,
     indirect: bool,
+    /// Whether new requests may be taken.
+    takes: bool,
     /// Whether buffers were given back that the driver has not been told of.
     used: &'a mut bool,
 }
@@ -23,7 +25,15 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     /// For transports: a queue that is ready, and guest memory. `features` are those negotiated.
     /// `used` is set when buffers are given back; the transport [notifies](needs_interrupt) then.
     pub fn new(queue: &'a mut Queue, memory: &'a G, features: u64, used: &'a mut bool) -> Self {
-        Self { queue, memory, indirect: features & feature::INDIRECT_DESC != 0, used }
+        let indirect = features & feature::INDIRECT_DESC != 0;
+        Self { queue, memory, indirect, takes: true, used }
+    }
+
+    /// For transports: a queue that is about to stop. Requests that were taken can be given back, and
+    /// it looks as if there were no new ones.
+    #[must_use]
+    pub fn without_new_requests(self) -> Self {
+        Self { takes: false, ..self }
     }
 
     /// Guest memory. A clone of the guard keeps it mapped.
@@ -44,6 +54,9 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     /// [`QueueError`]: the ring or the chain is malformed, or not in memory. The request is not
     /// taken.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        if !self.takes {
+            return Ok(false);
+        }
         let memory: &G::Target = self.memory;
         let size = self.queue.size();
         let next = Wrapping(self.queue.next_avail());
@@ -126,6 +139,9 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     /// # Errors
     /// [`QueueError`]: a ring is not in memory.
     pub fn rearm(&mut self) -> Result<bool, QueueError> {
+        if !self.takes {
+            return Ok(false);
+        }
         Ok(self.queue.enable_notification::<G::Target>(self.memory)?)
     }
 }
