@@ -4,6 +4,7 @@
 mod demo;
 mod log;
 mod serve;
+mod vhost_user;
 
 use std::process::ExitCode;
 

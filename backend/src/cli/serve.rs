@@ -16,7 +16,7 @@ use barkeep_backend::{devices::passthrough, server::PassthroughFunction};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing::error;
 
-use crate::usage_error;
+use crate::{usage_error, vhost_user};
 
 /// Each --socket goes with the --device of the same position, or all sockets are in --socket-dir.
 #[derive(Debug, clap::Args)]
@@ -37,17 +37,41 @@ use crate::usage_error;
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
     #[arg(long = "socket", value_name = "PATH", required_unless_present = "socket_dir")]
-    sockets: Vec<PathBuf>,
+    pub(crate) sockets: Vec<PathBuf>,
+    /// How clients reach the devices
+    #[arg(long, value_enum, default_value_t, value_name = "PROTOCOL")]
+    transport: Transport,
     /// Directory for a socket of each device: its id, or its name and position, and .sock
     #[arg(long, value_name = "DIR", conflicts_with = "sockets")]
-    socket_dir: Option<PathBuf>,
+    pub(crate) socket_dir: Option<PathBuf>,
     /// Device to serve, as NAME[,KEY=VALUE...]; may repeat
     #[arg(long = "device", value_name = "SPEC", required = true)]
-    devices: Vec<String>,
+    pub(crate) devices: Vec<String>,
     /// Microseconds to look for a client's next request before sleeping, while its requests follow
     /// each other closely; costs a processor for as long
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
-    poll: u64,
+    pub(crate) poll: u64,
+}
+
+/// What is spoken on the sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Transport {
+    /// PCI functions, for VMMs with vfio-user
+    #[default]
+    VfioUser,
+    /// Virtio devices, for VMMs that bring their own functions: QEMU's vhost-user-blk-pci and others
+    VhostUser,
+}
+
+impl Arguments {
+    /// Whether each device has a socket.
+    pub(crate) fn check_pairs(&self) -> Result<(), String> {
+        let (sockets, devices) = (self.sockets.len(), self.devices.len());
+        if self.socket_dir.is_some() || sockets == devices {
+            return Ok(());
+        }
+        Err(format!("--socket and --device go in pairs: {sockets} sockets, {devices} devices"))
+    }
 }
 
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
@@ -57,7 +81,10 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             Ok(both) => both,
             Err(failure) => return fatal(&format!("can't handle signals: {failure}")),
         };
-    let mut server = match prepare(arguments) {
+    if arguments.transport == Transport::VhostUser {
+        return vhost_user::run(arguments, &stop, &reload);
+    }
+    let server = match prepare(arguments) {
         Ok(server) => server,
         Err(message) => return usage_error(&message),
     };
@@ -80,13 +107,8 @@ fn signals(signals: &[i32]) -> std::io::Result<UnixStream> {
 }
 
 fn prepare(arguments: Arguments) -> Result<Server, String> {
-    let Arguments { sockets, socket_dir, devices, poll } = arguments;
-    if socket_dir.is_none() && sockets.len() != devices.len() {
-        let (sockets, devices) = (sockets.len(), devices.len());
-        return Err(format!(
-            "--socket and --device go in pairs: {sockets} sockets, {devices} devices"
-        ));
-    }
+    arguments.check_pairs()?;
+    let Arguments { sockets, socket_dir, devices, poll, .. } = arguments;
     // Every device is made before the first socket appears: a client that can connect is served.
     let mut registry = Registry::default();
     let functions = devices
@@ -94,7 +116,10 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
         .map(|text| Described::new(text, &mut registry))
         .collect::<Result<Vec<_>, _>>()?;
     let sockets = match socket_dir {
-        Some(directory) => in_directory(&directory, &functions)?,
+        Some(directory) => {
+            let names = functions.iter().map(|function| (&*function.name, function.id.as_deref()));
+            in_directory(&directory, names)?
+        }
         None => sockets,
     };
     let mut server = Server::new().map_err(|failure| format!("event loop: {failure}"))?;
@@ -124,12 +149,7 @@ impl Described {
         // Whatever the specification holds, the answer is one line.
         let shown = text.replace(char::is_control, "?");
         let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
-        let mut spec: DeviceSpec = text.parse().map_err(|error| option(&error))?;
-        let id = spec.parameters.take_string("id");
-        if let Some(id) = id.as_deref().filter(|id| !is_file_name(id)) {
-            let reason = format!("'{id}' can't name a socket");
-            return Err(option(&ConfigError::invalid("id", reason)));
-        }
+        let (spec, id) = parse(&text).map_err(|error| option(&error))?;
         let name = spec.name.clone();
         let described = |function| Self { text: text.clone(), name, id, function };
         #[cfg(feature = "passthrough")]
@@ -143,19 +163,29 @@ impl Described {
     }
 }
 
+/// A device's specification, and what its socket is called if the operator says so.
+pub(crate) fn parse(text: &str) -> Result<(DeviceSpec, Option<String>), ConfigError> {
+    let mut spec: DeviceSpec = text.parse()?;
+    let id = spec.parameters.take_string("id");
+    if let Some(id) = id.as_deref().filter(|id| !is_file_name(id)) {
+        return Err(ConfigError::invalid("id", format!("'{id}' can't name a socket")));
+    }
+    Ok((spec, id))
+}
+
 /// Whether this can be a part of a file's name.
 fn is_file_name(id: &str) -> bool {
     !id.is_empty() && !id.starts_with('.') && !id.contains(|c: char| c == '/' || c.is_control())
 }
 
-/// A path for each function: unique, or it is an error.
-fn in_directory(directory: &Path, functions: &[Described]) -> Result<Vec<PathBuf>, String> {
+/// A path for each function, by its name and id: unique, or it is an error.
+pub(crate) fn in_directory<'a>(
+    directory: &Path,
+    functions: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+) -> Result<Vec<PathBuf>, String> {
     let mut names = BTreeSet::new();
-    let paths = functions.iter().enumerate().map(|(position, function)| {
-        let name = match &function.id {
-            Some(id) => id.clone(),
-            None => format!("{}{position}", function.name),
-        };
+    let paths = functions.enumerate().map(|(position, (name, id))| {
+        let name = id.map_or_else(|| format!("{name}{position}"), str::to_owned);
         if !names.insert(name.clone()) {
             return Err(format!("two devices are called '{name}'"));
         }
@@ -164,7 +194,7 @@ fn in_directory(directory: &Path, functions: &[Described]) -> Result<Vec<PathBuf
     paths.collect()
 }
 
-fn fatal(message: &str) -> ExitCode {
+pub(crate) fn fatal(message: &str) -> ExitCode {
     error!("{message}");
     ExitCode::FAILURE
 }
