@@ -1,5 +1,6 @@
 //! What the fuzz targets and the generator of their corpus share: how bytes are read as a script.
 
+pub mod guest;
 pub mod script;
 
 /// The bytes of one fuzz input, taken from the front. Where they end, zeros follow.
@@ -23,6 +24,10 @@ impl<'a> Input<'a> {
 
     pub fn u16(&mut self) -> u16 {
         u16::from_le_bytes([self.u8(), self.u8()])
+    }
+
+    pub fn u32(&mut self) -> u32 {
+        u32::from(self.u16()) | u32::from(self.u16()) << 16
     }
 
     /// At most `length` bytes: as many as there are.
