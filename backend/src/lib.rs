@@ -16,3 +16,4 @@ pub mod irq;
 mod log_limit;
 pub mod pci;
 pub mod server;
+pub mod socket_path;

@@ -16,20 +16,16 @@ mod request_error;
 mod requests;
 mod served;
 mod session;
-mod socket_path;
 mod unmask_watch;
 mod vhost_user;
-
-#[cfg(test)]
-mod tests;
 
 pub use function::HostedFunction;
 #[cfg(feature = "passthrough")]
 pub use passthrough::PassthroughFunction;
 pub use request_error::RequestError;
 pub use served::ServedFunction;
-pub use socket_path::{SocketError, SocketPath};
-pub use vhost_user::VhostUserServer;
+
+pub use crate::socket_path::{SocketError, SocketPath};
 
 use std::collections::BTreeSet;
 use std::io;

@@ -9,9 +9,8 @@ use tracing::{info, warn};
 use super::event_loop::{Epoll, Interest, Source, Token};
 use super::served::ServedFunction;
 use super::session::{Progress, Session, SessionEnd};
-use super::socket_path::SocketPath;
 use super::unmask_watch::UnmaskWatch;
-use crate::log_limit::RateLimit;
+use crate::socket_path::SocketPath;
 
 /// How long a client may take from being accepted to its VERSION message. The next one is waiting,
 /// and has patience of its own: QEMU's is 5 seconds, so it outlasts a few that stay silent.

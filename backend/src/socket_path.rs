@@ -1,3 +1,8 @@
+//! The place of a listening socket in the file system.
+
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -49,13 +54,7 @@ impl SocketPath {
     /// # Errors
     /// [`SocketError`] with the reason.
     pub fn claim(path: &Path) -> Result<Self, SocketError> {
-        // Two starters could both find a stale socket and remove each other's fresh one: they take
-        // turns, by a lock on the directory that leaves no file behind.
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-        let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-        lock(&directory)?;
-
+        let _locked = lock_directory_of(path)?;
         let address = SocketAddrUnix::new(path)?;
         remove_stale(path, &address)?;
         let listener = unix_socket()?;
@@ -85,6 +84,21 @@ impl Drop for SocketPath {
             let _ = rustix::fs::unlink(&self.path);
         }
     }
+}
+
+/// Locks the directory that `path` is in, for as long as the descriptor is there.
+///
+/// Two starters could both find something stale and remove each other's fresh one: they take turns,
+/// by a lock that leaves no file behind.
+///
+/// # Errors
+/// [`SocketError`] when there is no such directory, or somebody keeps it locked.
+pub(crate) fn lock_directory_of(path: &Path) -> Result<OwnedFd, SocketError> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    let directory = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+    lock(&directory)?;
+    Ok(directory)
 }
 
 /// Takes the lock as soon as it is free. Everybody who can read the directory can hold it, for as

@@ -1,5 +1,3 @@
-//! The socket's place in the file system. What goes over the socket is tested in the `tests` crate.
-
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
