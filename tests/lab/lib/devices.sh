@@ -68,11 +68,14 @@ of_qemu_itself() {
 # of_daemons SUFFIX NAME...: sets `functions` to QEMU's devices for vhost-user daemons, whose sockets are
 # called NAME and SUFFIX.
 of_daemons() {
-  local name suffix=$1
+  local name again suffix=$1
   shift
   functions=()
   for name; do
-    functions+=(-chardev "socket,id=$name,path=$work/$name$suffix.sock,reconnect-ms=100")
+    again=
+    # Those that are killed.
+    [[ $name != qcow2 && $name != nbd ]] || again=,reconnect-ms=100
+    functions+=(-chardev "socket,id=$name,path=$work/$name$suffix.sock$again")
     case $name in
       disk | qcow2 | nbd)
         functions+=(-device "vhost-user-blk-pci-non-transitional,chardev=$name,num-queues=2")

@@ -99,7 +99,7 @@ checksum_in() {
 check_same() {
   local guests ours
   guests=$(checksum_in "$2" "$3")
-  ours=$(sha256sum < "$4")
+  ours=$(sha256sum "$4" 2>&1) || true
   if [ -z "$guests" ]; then
     fail "$1" "the guest reports no checksum"
   elif [ "$guests" = "${ours%% *}" ]; then

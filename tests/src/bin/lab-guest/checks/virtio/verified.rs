@@ -275,13 +275,15 @@ impl Writer {
     fn read(&mut self) -> Result<()> {
         let index = self.random.below(self.own.end - self.own.start);
         let completed = self.known[usize::try_from(index)?].completed;
+        // Not in a file before its first write.
+        if completed == 0 {
+            return Ok(());
+        }
         let number = self.own.start + index;
         let block = &mut self.buffer.bytes()[..BLOCK];
         self.file.read_exact_at(block, number * BLOCK_U64)?;
-        if completed != 0 {
-            let sequence = self.area.sequence(number, block)?;
-            ensure!(sequence == completed, "block {number} is {sequence}, not {completed}");
-        }
+        let sequence = self.area.sequence(number, block)?;
+        ensure!(sequence == completed, "block {number} is {sequence}, not {completed}");
         Ok(())
     }
 
