@@ -24,6 +24,7 @@ use std::iter;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
@@ -34,13 +35,15 @@ use self::options::Options;
 use self::receive::Receiver;
 use self::spec::{control as answer, feature};
 use self::transmit::Transmitter;
+use super::rate_limit::RateLimiter;
 use super::spec::DeviceType;
 use super::{Chain, Core, DeviceError, Io, MemoryGuard, QueueError};
 use crate::config::{ConfigError, Parameters};
 use crate::devices::RestoreError;
 
 /// A network device:
-/// `virtio-net,tap=IFNAME|socket=PATH[,peer=PATH]|fd=N[,mac=ADDRESS][,mtu=BYTES][,queues=PAIRS][,queue-size=ENTRIES]`.
+/// `virtio-net,tap=IFNAME|socket=PATH[,peer=PATH]|fd=N[,mac=ADDRESS][,mtu=BYTES][,queues=PAIRS][,queue-size=ENTRIES]`
+/// `[,iops=FRAMES][,bps=BYTES]`.
 ///
 /// Behind it is a tap, with its offloads and a queue for each pair; or a UNIX datagram socket, whose
 /// datagrams are Ethernet frames and arrive at the first pair.
@@ -57,6 +60,10 @@ pub struct Net {
     control: Chain,
     /// What the driver chose, once it is set up.
     driver: Option<Driver>,
+    /// Which pair has the first turn when all have one.
+    next_pair: usize,
+    receive_limiter: RateLimiter,
+    transmit_limiter: RateLimiter,
     /// Wakes the device for its next turn.
     more: OwnedFd,
 }
@@ -86,8 +93,9 @@ enum Turn {
 /// Frames or commands of one queue that are handled before others have their turn.
 const TURN: usize = 64;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-/// The wake of [`Net::more`]; ports follow.
+/// Its wakes: [`Net::more`], then the limiters if there are any, receiving first, then the ports.
 const MORE: usize = 0;
+const RECEIVE_LIMITER: usize = 1;
 
 /// The first version of the state that moves.
 #[derive(Serialize, Deserialize)]
@@ -101,9 +109,12 @@ impl Net {
     /// # Errors
     /// [`ConfigError`] when a parameter can't be used, or the link can't be opened.
     pub fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
-        let Options { link, mac, mtu, pairs, queue_size } = Options::from_parameters(parameters)?;
-        let more = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| ConfigError::invalid("queues", errno))?;
+        let options = Options::from_parameters(parameters)?;
+        Self::new(options).map_err(|errno| ConfigError::invalid("queues", errno))
+    }
+
+    fn new(options: Options) -> Result<Self, Errno> {
+        let Options { link, mac, mtu, pairs, queue_size, limits } = options;
         Ok(Self {
             config: Config { mac, max_pairs: pairs, mtu },
             first_mac: mac,
@@ -113,7 +124,10 @@ impl Net {
             transmitters: (0..pairs).map(|_| Transmitter::new()).collect(),
             control: Chain::default(),
             driver: None,
-            more,
+            next_pair: 0,
+            receive_limiter: RateLimiter::new(limits)?,
+            transmit_limiter: RateLimiter::new(limits)?,
+            more: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
 
@@ -131,7 +145,7 @@ impl Net {
             return Ok(());
         };
         let turn = receiver
-            .run(pair, &mut self.link, driver.features, &mut queue)
+            .run(pair, &mut self.link, &mut self.receive_limiter, driver.features, &mut queue)
             .map_err(|error| DeviceError::Queue { queue: index, error })?;
         self.go_on(turn);
         Ok(())
@@ -149,7 +163,7 @@ impl Net {
             return Ok(());
         };
         let turn = transmitter
-            .run(pair, &mut self.link, driver.features, &mut queue)
+            .run(pair, &mut self.link, &mut self.transmit_limiter, driver.features, &mut queue)
             .map_err(|error| DeviceError::Queue { queue: index, error })?;
         self.go_on(turn);
         Ok(())
@@ -240,7 +254,9 @@ impl Net {
 
     /// Work that a turn left, in all queues.
     fn resume<G: MemoryGuard>(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
-        for pair in 0..self.receivers.len() {
+        let pairs = self.receivers.len();
+        self.next_pair = (self.next_pair + 1) % pairs;
+        for pair in (self.next_pair..pairs).chain(0..self.next_pair) {
             self.receive(pair, io)?;
             if self.transmitters[pair].is_unfinished() {
                 self.transmit(pair, io)?;
@@ -299,19 +315,26 @@ impl<G: MemoryGuard> Core<G> for Net {
     }
 
     fn wakes(&self) -> Vec<BorrowedFd<'_>> {
-        iter::once(self.more.as_fd()).chain(self.link.ports()).collect()
+        let limiters = [self.receive_limiter.fd(), self.transmit_limiter.fd()];
+        let limiters = limiters.into_iter().flatten();
+        iter::once(self.more.as_fd()).chain(limiters).chain(self.link.ports()).collect()
     }
 
     fn woken(&mut self, wake: usize, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
-        if wake == MORE {
-            let _ = rustix::io::read(&self.more, &mut [0; 8]);
-            return self.resume(io);
+        // A device has both limiters or none.
+        let limiters = if self.receive_limiter.fd().is_some() { 2 } else { 0 };
+        if let Some(port) = wake.checked_sub(1 + limiters) {
+            if let Some(receiver) = self.receivers.get_mut(port) {
+                receiver.port_is_readable();
+            }
+            return self.receive(port, io);
         }
-        let port = wake - 1;
-        if let Some(receiver) = self.receivers.get_mut(port) {
-            receiver.port_is_readable();
+        match wake {
+            MORE => drop(rustix::io::read(&self.more, &mut [0; 8])),
+            RECEIVE_LIMITER => self.receive_limiter.acknowledge(),
+            _ => self.transmit_limiter.acknowledge(),
         }
-        self.receive(port, io)
+        self.resume(io)
     }
 
     fn queue_stopped(&mut self, queue: u16) {
@@ -320,6 +343,7 @@ impl<G: MemoryGuard> Core<G> for Net {
         }
     }
 
+    /// The limits go on: a driver could get rid of them otherwise.
     fn reset(&mut self) {
         if self.driver.take().is_some() {
             let received: u64 = self.receivers.iter().map(|receiver| receiver.frames).sum();

@@ -1,9 +1,8 @@
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::config::MacAddress;
 use super::ioctl;
@@ -12,6 +11,7 @@ use super::socket::Socket;
 use super::spec::config;
 use super::tap::Tap;
 use crate::config::{ConfigError, Parameters};
+use crate::devices::virtio::rate_limit::Limits;
 
 /// What an operator says about a network device.
 #[derive(Debug)]
@@ -26,6 +26,8 @@ pub(super) struct Options {
     pub(super) pairs: u16,
     /// `queue-size=ENTRIES`.
     pub(super) queue_size: u16,
+    /// `iops=FRAMES` and `bps=BYTES` a second, in each direction.
+    pub(super) limits: Limits,
 }
 
 /// With the control queue, no more queues than there are bits in the masks that vhost-user servers
@@ -54,9 +56,10 @@ impl Options {
             }
             None => random_mac()?,
         };
+        let limits = Limits::from_parameters(parameters)?;
         // Last: it leaves its trace outside of this process.
         let link = link(parameters, pairs)?;
-        Ok(Self { link, mac, mtu, pairs, queue_size })
+        Ok(Self { link, mac, mtu, pairs, queue_size, limits })
     }
 }
 
@@ -129,8 +132,8 @@ fn number(
 
 fn random_mac() -> Result<MacAddress, ConfigError> {
     let mut bytes = [0; 6];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(|error| ConfigError::invalid("mac", format!("no random one: {error}")))?;
+    // So few bytes come at once or not at all.
+    getrandom(&mut bytes, GetRandomFlags::empty())
+        .map_err(|errno| ConfigError::invalid("mac", format!("no random one: {errno}")))?;
     Ok(MacAddress::local(bytes))
 }

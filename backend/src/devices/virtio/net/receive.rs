@@ -1,16 +1,18 @@
+use std::time::Instant;
+
 use super::frame::Frame;
 use super::header::Direction;
 use super::link::{Link, Received};
 use super::spec::{feature, header};
 use super::{TURN, Turn};
+use crate::devices::virtio::rate_limit::{Admission, RateLimiter};
 use crate::devices::virtio::{Chain, MemoryGuard, QueueAccess, QueueError};
 
 /// What moves frames from the link to the receive queue of one pair.
 #[derive(Debug)]
 pub(super) struct Receiver {
     frame: Frame,
-    /// Whether the frame waits for the driver to make buffers available.
-    held: bool,
+    held: Held,
     /// Whether the port may have more.
     readable: bool,
     /// Kept for their memory.
@@ -20,6 +22,17 @@ pub(super) struct Receiver {
     pub(super) frames: u64,
     /// How many it did not get.
     pub(super) lost: u64,
+}
+
+/// What the frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// Nothing.
+    Nothing,
+    /// A frame that waits for the limit.
+    Taken,
+    /// A frame that waits for the driver to make buffers available.
+    Admitted,
 }
 
 /// What came of giving a frame to the driver.
@@ -35,7 +48,7 @@ impl Receiver {
     pub(super) fn new() -> Self {
         Self {
             frame: Frame::new(),
-            held: false,
+            held: Held::Nothing,
             readable: true,
             chains: Vec::new(),
             used: Vec::new(),
@@ -51,7 +64,7 @@ impl Receiver {
 
     /// Forgets a frame that waits.
     pub(super) fn clear(&mut self) {
-        self.held = false;
+        self.held = Held::Nothing;
         self.readable = true;
     }
 
@@ -60,15 +73,17 @@ impl Receiver {
         &mut self,
         port: usize,
         link: &mut Link,
+        limiter: &mut RateLimiter,
         features: u64,
         queue: &mut QueueAccess<'_, G>,
     ) -> Result<Turn, QueueError> {
+        let now = Instant::now();
         // Only who waits for buffers wants to hear of them.
         queue.disable_kicks()?;
         for _ in 0..TURN {
-            if !self.held {
+            if self.held == Held::Nothing {
                 match self.take(port, link, features) {
-                    Received::Frame => self.held = true,
+                    Received::Frame => self.held = Held::Taken,
                     Received::Unusable => {
                         self.lost += 1;
                         continue;
@@ -79,12 +94,19 @@ impl Receiver {
                     }
                 }
             }
+            if self.held == Held::Taken {
+                let bytes = self.frame.data().len() as u64;
+                if limiter.admit(1, bytes, now) == Admission::Later {
+                    return Ok(Turn::Done);
+                }
+                self.held = Held::Admitted;
+            }
             match self.place(queue, features & feature::MRG_RXBUF != 0)? {
                 Placed::Whole => self.frames += 1,
                 Placed::TooLong => self.lost += 1,
                 Placed::Waits => return Ok(Turn::Done),
             }
-            self.held = false;
+            self.held = Held::Nothing;
         }
         Ok(Turn::More)
     }

@@ -1,7 +1,11 @@
-use super::frame::Frame;
+use std::time::Instant;
+
+use super::frame::{self, Frame};
 use super::header::Direction;
 use super::link::Link;
+use super::spec::header;
 use super::{TURN, Turn};
+use crate::devices::virtio::rate_limit::{Admission, RateLimiter};
 use crate::devices::virtio::{Chain, MemoryGuard, QueueAccess, QueueError};
 
 /// What moves frames from the transmit queue of one pair to the link.
@@ -39,14 +43,23 @@ impl Transmitter {
         &mut self,
         pair: usize,
         link: &mut Link,
+        limiter: &mut RateLimiter,
         features: u64,
         queue: &mut QueueAccess<'_, G>,
     ) -> Result<Turn, QueueError> {
+        let now = Instant::now();
         let mut left = TURN;
         self.unfinished = false;
         loop {
             queue.disable_kicks()?;
             while queue.pop(&mut self.chain)? {
+                let bytes = self.chain.readable.len().saturating_sub(header::SIZE as u64);
+                let bytes = bytes.min(frame::MAX_LEN as u64);
+                if limiter.admit(1, bytes, now) == Admission::Later {
+                    queue.unpop();
+                    self.unfinished = true;
+                    return Ok(Turn::Done);
+                }
                 let whole = self.frame.gather::<G::Target>(queue.memory(), &self.chain.readable)?;
                 let sent = whole
                     && self.frame.agree(features, Direction::Transmit)
