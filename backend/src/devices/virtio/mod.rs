@@ -3,6 +3,7 @@
 //! A [`Core`] is a device without a transport: it works on queues in guest memory, whoever found
 //! them. `pci` makes a function of it, and the vhost-user server lends it to a VMM's own function.
 
+pub mod blk;
 mod chain;
 mod core;
 pub mod models;

@@ -1,6 +1,6 @@
 //! The virtio devices that an operator can name.
 
-use super::net::Net;
+use super::blk::Block;
 use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
 
@@ -11,13 +11,13 @@ type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigErro
 fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     // One line a device; the names are also in `NAMES`.
     match name {
-        "virtio-net" => Some(|parameters| Ok(Box::new(Net::from_parameters(parameters)?))),
+        "virtio-blk" => Some(|parameters| Ok(Box::new(Block::from_parameters(parameters)?))),
         _ => None,
     }
 }
 
 /// Every virtio device by name, sorted.
-pub const NAMES: [&str; 1] = ["virtio-net"];
+pub const NAMES: [&str; 1] = ["virtio-blk"];
 
 /// Creates the virtio device that is called `name`; `None` when there is none.
 ///

@@ -1,0 +1,396 @@
+//! virtio-blk (5.2): a file or block device as a disk.
+
+mod config;
+mod engine;
+mod options;
+mod progress;
+mod request;
+mod requests;
+mod sync;
+mod uring;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use vm_memory::Bytes;
+
+use self::config::{Configuration, feature};
+use self::engine::{Completion, Engine, Id};
+use self::options::{Aio, Image, Options, SERIAL};
+use self::progress::{Next, Progress};
+use self::request::{Disk, Request, Status};
+use self::requests::{Requests, State, Taken};
+use self::sync::SyncEngine;
+use self::uring::UringEngine;
+use super::spec::DeviceType;
+use super::{Chain, Core, DeviceError, InFlight, Io, MemoryGuard, QueueError};
+use crate::config::{ConfigError, Parameters};
+use crate::devices::RestoreError;
+use crate::irq::EventFd;
+
+/// A disk.
+///
+/// A request is read once, becomes operations of the engine, one after another, and is given back
+/// when the last one is done, in whatever order the kernel finishes them. A flush covers what was
+/// given back before it was taken (5.2.6.2), so it waits for nobody.
+pub struct Block<G> {
+    image: Image,
+    serial: [u8; SERIAL],
+    configuration: Configuration,
+    /// The mode of the cache after a reset.
+    initial_writeback: bool,
+    /// Those negotiated.
+    features: u64,
+    requests: Requests,
+    engine: Box<dyn Engine<G>>,
+    /// Operations that the engine has.
+    running: usize,
+    /// What is to be given back.
+    finished: VecDeque<Id>,
+    /// Signalled when operations or requests are done.
+    wake: Arc<EventFd>,
+    /// Requests that failed since the start of the process.
+    failures: u64,
+    /// Used again for each request.
+    chain: Chain,
+}
+
+/// After so many rounds of operations that were done at once, others get their turn.
+const MAX_ROUNDS: usize = 16;
+
+impl<G: MemoryGuard> Block<G> {
+    /// Creates the device: `virtio-blk,path=FILE[,readonly=on|off][,serial=TEXT]
+    /// [,logical-block-size=512|4096][,queues=N][,queue-size=N][,cache=writeback|writethrough]
+    /// [,discard=on|off][,aio=io_uring|sync]`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when a parameter is missing or can't be used, or the image can't: it is
+    /// absent, locked by another process, or has no size that a disk can have.
+    pub fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
+        let options = Options::from_parameters(parameters)?;
+        let wake = EventFd::create().map_err(|errno| ConfigError::invalid("aio", errno))?;
+        let wake = Arc::new(wake);
+        let depth = usize::from(options.queues) * usize::from(options.queue_size);
+        let file = Arc::clone(&options.image.file);
+        let ring = match options.aio {
+            Aio::Sync => None,
+            Aio::IoUring => UringEngine::new(Arc::clone(&file), Arc::clone(&wake), depth)
+                .inspect_err(|error| {
+                    let path = &options.image.path;
+                    tracing::warn!("virtio-blk {path}: no io_uring ({error}), so aio=sync");
+                })
+                .ok(),
+        };
+        let engine: Box<dyn Engine<G>> = match ring {
+            Some(ring) => Box::new(ring),
+            None => Box::new(SyncEngine::new(file)),
+        };
+        Self::new(options, engine, wake)
+    }
+
+    fn new(
+        options: Options,
+        engine: Box<dyn Engine<G>>,
+        wake: Arc<EventFd>,
+    ) -> Result<Self, ConfigError> {
+        let Options { image, read_only, serial, queues, queue_size, writeback, discard, aio: _ } =
+            options;
+        let size = image.size().map_err(|reason| ConfigError::invalid("path", reason))?;
+        let configuration = Configuration {
+            size,
+            block_size: image.block_size,
+            physical_block_size: image.physical_block_size(),
+            read_only,
+            discard,
+            queues,
+            queue_size,
+            writeback,
+        };
+        Ok(Self {
+            image,
+            serial,
+            configuration,
+            initial_writeback: writeback,
+            features: 0,
+            requests: Requests::new(queues, queue_size),
+            engine,
+            running: 0,
+            finished: VecDeque::new(),
+            wake,
+            failures: 0,
+            chain: Chain::default(),
+        })
+    }
+
+    /// Takes all requests of a queue.
+    fn take_all(&mut self, queue: u16, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        let failed = |error| DeviceError::Queue { queue, error };
+        let Some(mut access) = io.queue(queue) else { return Ok(()) };
+        loop {
+            access.disable_kicks().map_err(failed)?;
+            while access.pop(&mut self.chain).map_err(failed)? {
+                self.take(queue, access.memory())?;
+            }
+            if !access.rearm().map_err(failed)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the request in `self.chain`.
+    fn take(&mut self, queue: u16, memory: &G) -> Result<(), DeviceError> {
+        let refused = |reason| DeviceError::Request { queue, reason };
+        let disk = Disk {
+            size: self.configuration.size,
+            block_size: self.configuration.block_size.into(),
+            read_only: self.configuration.read_only,
+            features: self.features,
+        };
+        let request = Request::parse::<G::Target>(&self.chain, memory, &disk);
+        let Request { answer, command } =
+            request.ok_or_else(|| refused("a request has no byte for its status"))?;
+        let id = self.requests.id(InFlight { queue, head: self.chain.head() });
+        let id = id.ok_or_else(|| refused("a request is out of range"))?;
+        let state = match command {
+            Ok(command) => State::Waiting(command),
+            Err(status) => State::Finished(status, 0),
+        };
+        let refusal = matches!(state, State::Finished(..));
+        if !self.requests.insert(id, answer, state) {
+            return Err(refused("a request is available again before it was given back"));
+        }
+        if refusal {
+            self.finished.push_back(id);
+        } else {
+            self.begin(id, memory);
+        }
+        Ok(())
+    }
+
+    /// Begins a request that waits.
+    fn begin(&mut self, id: Id, memory: &G) {
+        let durable = !self.acknowledges_early();
+        let Some(taken) = self.requests.get_mut(id) else { return };
+        let running = State::Running(Progress::default());
+        let State::Waiting(command) = std::mem::replace(&mut taken.state, running) else { return };
+        let (progress, next) = Progress::start(command, memory, durable, &self.serial);
+        taken.state = State::Running(progress);
+        self.follow(id, next);
+    }
+
+    /// Whether a write may be acknowledged before it is durable (5.2.6.2).
+    fn acknowledges_early(&self) -> bool {
+        let told = self.features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
+        self.configuration.writeback && told
+    }
+
+    /// Goes on with a request.
+    fn follow(&mut self, id: Id, next: Next<G>) {
+        let status = match next {
+            Next::Start(operation) => {
+                self.running += 1;
+                self.engine.start(id, operation);
+                return;
+            }
+            Next::Finish(status) => status,
+            Next::Fail(failure) => {
+                self.failures += 1;
+                // The guest may be able to cause it at will: 1, 2, 4, 8...
+                if self.failures.is_power_of_two() {
+                    let (path, failures) = (&self.image.path, self.failures);
+                    tracing::warn!("virtio-blk {path}: {failure} (failures so far: {failures})");
+                }
+                Status::IoError
+            }
+        };
+        let Some(taken) = self.requests.get_mut(id) else { return };
+        let written = match &taken.state {
+            State::Running(progress) => progress.written(),
+            State::Waiting(_) | State::Finished(..) => 0,
+        };
+        taken.state = State::Finished(status, written);
+        self.finished.push_back(id);
+    }
+
+    /// Takes in an operation that is done, if there is one.
+    fn complete(&mut self) -> bool {
+        let Some(Completion { id, operation, result }) = self.engine.completed() else {
+            return false;
+        };
+        self.running -= 1;
+        if let Some(Taken { state: State::Running(progress), .. }) = self.requests.get_mut(id) {
+            let next = progress.advance(operation, result);
+            self.follow(id, next);
+        }
+        true
+    }
+
+    /// Hands over what was started, and takes in and gives back what is done.
+    fn proceed(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        let mut rounds = 0;
+        loop {
+            self.engine.submit();
+            let mut any = false;
+            while self.complete() {
+                any = true;
+            }
+            rounds += 1;
+            if !any {
+                break;
+            }
+            if rounds == MAX_ROUNDS {
+                self.wake.signal();
+                break;
+            }
+        }
+        self.give_back(io)
+    }
+
+    /// Gives back what is finished, as far as its queue can be served.
+    fn give_back(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        for _ in 0..self.finished.len() {
+            let Some(id) = self.finished.pop_front() else { break };
+            let InFlight { queue, head } = self.requests.name(id);
+            let failed = |error| DeviceError::Queue { queue, error };
+            let Some(mut access) = io.queue(queue) else {
+                self.finished.push_back(id);
+                continue;
+            };
+            let Some(Taken { state: State::Finished(status, written), answer, .. }) =
+                self.requests.remove(id)
+            else {
+                continue;
+            };
+            let memory: &G::Target = access.memory();
+            let told = memory.write_obj(status as u8, answer.status);
+            told.map_err(|error| failed(QueueError::Memory(error)))?;
+            // "beginning at the first device-writable buffer" (2.7.8.2): the status counts if all
+            // before it was written.
+            let written = if written == answer.room { written + 1 } else { written };
+            access.push(head, u32::try_from(written).unwrap_or(u32::MAX)).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+impl<G: MemoryGuard> Core<G> for Block<G> {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        self.configuration.features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let Configuration { queues, queue_size, .. } = self.configuration;
+        vec![queue_size; queues.into()]
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        self.configuration.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u64, data: &[u8]) {
+        // A driver may choose before it is set up, when its features are not told yet.
+        let chooses = self.features == 0 || self.features & feature::CONFIG_WCE != 0;
+        if chooses
+            && let Some(writeback) = Configuration::written_mode(offset, data)
+        {
+            self.configuration.writeback = writeback;
+        }
+    }
+
+    fn start(&mut self, features: u64) {
+        self.features = features;
+        // "If VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST
+        // initialize writeback to 0" (5.2.5.2).
+        if features & feature::FLUSH == 0 {
+            self.configuration.writeback = false;
+        } else if features & feature::CONFIG_WCE == 0 {
+            self.configuration.writeback = self.initial_writeback;
+        }
+    }
+
+    fn kicked(&mut self, queue: u16, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        let taken = self.take_all(queue, io);
+        let done = self.proceed(io);
+        taken.and(done)
+    }
+
+    fn wakes(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.wake.as_fd()]
+    }
+
+    fn woken(&mut self, _wake: usize, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        // Before looking: what is done from now on wakes again.
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        self.proceed(io)
+    }
+
+    fn quiesce(&mut self) {
+        while self.running > 0 {
+            self.engine.submit();
+            while self.complete() {}
+            // What they led to is to be waited for as well.
+            self.engine.wait();
+        }
+        if !self.finished.is_empty() {
+            self.wake.signal();
+        }
+    }
+
+    fn queue_stopped(&mut self, queue: u16) {
+        self.quiesce();
+        let Self { requests, finished, .. } = self;
+        finished.retain(|id| requests.name(*id).queue != queue);
+        requests.forget(queue);
+    }
+
+    fn reset(&mut self) {
+        self.quiesce();
+        self.requests.clear();
+        self.finished.clear();
+        self.features = 0;
+        self.configuration.writeback = self.initial_writeback;
+    }
+
+    fn reload(&mut self, io: &mut dyn Io<G>) -> Result<(), String> {
+        let size = self.image.size()?;
+        if size != self.configuration.size {
+            self.configuration.size = size;
+            io.config_changed();
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> Vec<InFlight> {
+        self.requests.in_order()
+    }
+
+    fn resubmit(&mut self, request: InFlight, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        let InFlight { queue, head } = request;
+        let Some(access) = io.queue(queue) else { return Ok(()) };
+        let found = access.chain(head, &mut self.chain);
+        found.map_err(|error| DeviceError::Queue { queue, error })?;
+        self.take(queue, access.memory())?;
+        self.proceed(io)
+    }
+
+    fn save(&self) -> Vec<u8> {
+        vec![self.configuration.writeback.into()]
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        self.configuration.writeback = match state {
+            [0] => false,
+            [1] => true,
+            _ => return Err(RestoreError),
+        };
+        Ok(())
+    }
+}
