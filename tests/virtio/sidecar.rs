@@ -38,10 +38,6 @@ impl Sidecar {
         Self::start_in(directory, &device)
     }
 
-    pub(crate) fn directory(&self) -> &Path {
-        self.directory.path()
-    }
-
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("function.sock")
     }
