@@ -5,6 +5,7 @@
 
 pub mod blk;
 mod chain;
+pub mod console;
 mod core;
 pub mod models;
 pub mod net;

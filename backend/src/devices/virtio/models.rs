@@ -1,6 +1,7 @@
 //! The virtio devices that an operator can name.
 
-use super::blk::Block;
+use super::console::Console;
+use super::rng::Entropy;
 use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
 
@@ -11,13 +12,14 @@ type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigErro
 fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     // One line a device; the names are also in `NAMES`.
     match name {
-        "virtio-blk" => Some(|parameters| Ok(Box::new(Block::from_parameters(parameters)?))),
+        "virtio-console" => Some(|p| Ok(Box::new(Console::from_parameters(p)?))),
+        "virtio-rng" => Some(|p| Ok(Box::new(Entropy::from_parameters(p)?))),
         _ => None,
     }
 }
 
 /// Every virtio device by name, sorted.
-pub const NAMES: [&str; 1] = ["virtio-blk"];
+pub const NAMES: [&str; 2] = ["virtio-console", "virtio-rng"];
 
 /// Creates the virtio device that is called `name`; `None` when there is none.
 ///
