@@ -82,6 +82,12 @@ impl Window {
         client.dma_map(&map, Some(file)).expect("a window that does not overlap");
     }
 
+    /// What it is a mapping of, from the beginning.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Takes it back: when this returns, the function must not touch it.
     pub fn unmap(&self, client: &Client) {
         client.dma_unmap(&DmaUnmap::range(self.address, self.size)).expect("it was mapped");

@@ -53,7 +53,12 @@ const TABLE: usize = 32;
 const DESCRIPTOR: u64 = 16;
 
 impl Queue {
-    pub(super) fn new(
+    /// The queue with this number, empty. The memory must have its place for itself.
+    ///
+    /// # Panics
+    /// If there is no room for so large a queue or so many.
+    #[must_use]
+    pub fn new(
         memory: &Arc<Memory>,
         index: u16,
         size: u16,

@@ -1,0 +1,8 @@
+//! Virtio devices of real processes over vhost-user.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a panic in a test is a failed test")]
+
+mod front_end;
+mod hostile;
+mod rng;
+mod sessions;
+mod sidecar;
