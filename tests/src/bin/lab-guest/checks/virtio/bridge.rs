@@ -1,11 +1,11 @@
 //! Disks and a file system of daemons that the guest knows nothing of, and that are killed and
 //! started again while it writes.
 
-use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use super::disk::{Disk, checksum, run};
 use super::verified::{Area, Ledger, Writers};
@@ -15,7 +15,6 @@ use crate::{Result, ensure};
 
 /// The disks, told apart by their size in MiB.
 const DISKS: [(&str, u64); 2] = [("qcow2", 64), ("nbd", 48)];
-const WRITERS: u64 = 16;
 const BLOCKS: u64 = 8192;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -51,19 +50,27 @@ pub(crate) fn run_all(report: &mut Report<impl Write>, nonce: &str, rounds: u32)
     Ok(())
 }
 
+/// How many requests of a disk are in flight at once. The daemon does not keep a record of them, and QEMU's
+/// own front end recovers one only.
+fn writers() -> Result<u64> {
+    Ok(env::var("lab_writers")?.parse()?)
+}
+
 /// Writers on every disk go on, whatever happens to the daemon.
 fn restarts(nonce: &str, rounds: u32) -> Result<(String, Vec<Written>)> {
     let mut requests = Requests::open()?;
+    let count = writers()?;
     let mut at_work = Vec::new();
     for (name, mebibytes) in DISKS {
         let path = Disk::find(mebibytes)?.path();
         let area = Area { path, direct: true, blocks: BLOCKS, tag: Area::tag(nonce, name) };
-        let writers = area.start(WRITERS, None)?;
+        let writers = area.start(count, None)?;
         at_work.push((name, area, writers));
     }
     for round in 0..=rounds {
         for (name, _, writers) in &at_work {
-            goes_on(writers).map_err(|error| format!("{name} after {round} restarts: {error}"))?;
+            goes_on(writers, count)
+                .map_err(|error| format!("{name} after {round} restarts: {error}"))?;
         }
         if round < rounds {
             requests.ask_and_await("restart-storage")?;
@@ -79,9 +86,9 @@ fn restarts(nonce: &str, rounds: u32) -> Result<(String, Vec<Written>)> {
     Ok((format!("{rounds} restarts, {writes} writes"), written))
 }
 
-fn goes_on(writers: &Writers) -> Result<()> {
+fn goes_on(writers: &Writers, count: u64) -> Result<()> {
     let (before, deadline) = (writers.writes(), Instant::now() + PATIENCE);
-    while writers.writes() <= before + 4 * WRITERS {
+    while writers.writes() <= before + (4 * count).max(64) {
         ensure!(!writers.have_ended(), "every writer has failed");
         ensure!(Instant::now() < deadline, "{} writes and then none", writers.writes());
         thread::sleep(Duration::from_millis(5));
