@@ -161,6 +161,32 @@ impl Driver {
         self.memory.write_obj(flags, GuestAddress(base)).unwrap();
     }
 
+    /// Whether the device asked for kicks, by the flags of the used ring.
+    pub(crate) fn wants_kicks(&self, queue: u16) -> bool {
+        let base = u64::from(queue) * RINGS + USED;
+        let flags: u16 = self.memory.read_obj(GuestAddress(base)).unwrap();
+        flags & 1 == 0
+    }
+
+    /// Has EVENT_IDX negotiated for a queue.
+    pub(crate) fn use_event_idx(&mut self, queue: u16) {
+        self.queues[usize::from(queue)].queue.set_event_idx(true);
+    }
+
+    /// The index of the available ring whose passing the device wants to be kicked for.
+    pub(crate) fn avail_event(&self, queue: u16) -> u16 {
+        let base = u64::from(queue) * RINGS + USED;
+        let at = base + 4 + 8 * u64::from(QUEUE_SIZE);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Asks for an interrupt when the index of the used ring passes this one.
+    pub(crate) fn set_used_event(&mut self, queue: u16, index: u16) {
+        let base = u64::from(queue) * RINGS + AVAIL;
+        let at = base + 4 + 2 * u64::from(QUEUE_SIZE);
+        self.memory.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
     /// Bytes of guest memory.
     pub(crate) fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];

@@ -17,6 +17,9 @@ pub(super) struct Interface {
 impl Interface {
     /// An interface by its name, if that can be one.
     pub(super) fn new(name: &str) -> Option<Self> {
+        if name.is_empty() || name.contains('\0') {
+            return None;
+        }
         let mut interface = Self::default();
         // The last byte stays zero.
         let place = interface.name.get_mut(..name.len()).filter(|place| place.len() < 16)?;

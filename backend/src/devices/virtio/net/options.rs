@@ -86,13 +86,7 @@ fn link(parameters: &mut Parameters, pairs: u16) -> Result<Link, ConfigError> {
         (None, None, Some(number)) => {
             inherited(number).map_err(|reason| ConfigError::invalid("fd", reason))
         }
-        (None, None, None) => Err(ConfigError::Missing("tap, socket or fd")),
-        (Some(_), _, _) => {
-            Err(ConfigError::invalid("tap", "a device has one of tap, socket and fd"))
-        }
-        (None, Some(_), Some(_)) => {
-            Err(ConfigError::invalid("socket", "a device has one of tap, socket and fd"))
-        }
+        _ => Err(ConfigError::invalid("tap", "a device has exactly one of tap, socket and fd")),
     }
 }
 
