@@ -254,7 +254,7 @@ impl DriverState {
 
 /// Where the word that is selected starts. No feature is behind bit 127.
 fn shift(select: u32) -> Option<u32> {
-    (select < 4).then_some(32 * select)
+    (select < 4).then(|| 32 * select)
 }
 
 fn dword(bits: u128, select: u32) -> u64 {

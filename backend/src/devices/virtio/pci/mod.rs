@@ -10,6 +10,9 @@ mod layout;
 mod saved;
 mod world;
 
+#[cfg(test)]
+mod tests;
+
 pub use backing::Backing;
 pub use core_backing::CoreBacking;
 pub use function::VirtioFunction;
