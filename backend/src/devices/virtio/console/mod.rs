@@ -147,7 +147,8 @@ impl Console {
                     return Ok(Turn::Unfinished);
                 }
                 left -= 1;
-                let rest = self.chain.readable.len().saturating_sub(self.sent);
+                let len = self.chain.readable.len();
+                let rest = len.saturating_sub(self.sent);
                 if rest == 0 {
                     self.give_back(queue)?;
                     continue;
@@ -156,7 +157,12 @@ impl Console {
                 let output = &mut self.bytes[..piece];
                 self.chain.readable.read::<G::Target>(queue.memory(), self.sent, output)?;
                 match self.port.write(output) {
-                    Output::Sent(sent) => self.sent += sent as u64,
+                    Output::Sent(sent) => {
+                        self.sent += sent as u64;
+                        if self.sent == len {
+                            self.give_back(queue)?;
+                        }
+                    }
                     Output::Blocked => return Ok(Turn::Over),
                     Output::Nobody => self.give_back(queue)?,
                 }
