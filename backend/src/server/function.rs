@@ -26,6 +26,9 @@ mod io_fds;
 mod unmapping;
 mod work;
 
+#[cfg(test)]
+mod tests;
+
 /// A function with everything it needs to be served: the model, the device behind it, its windows
 /// into guest memory and its interrupts.
 ///

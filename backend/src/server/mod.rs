@@ -32,6 +32,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use tracing::info;
 
 use self::event_loop::{Epoll, Interest, Source, Token, Wait};
@@ -144,7 +145,18 @@ impl Server {
         let Some(reload) = &self.reload else { return Ok(()) };
         // However often it was asked for.
         let mut bytes = [0; 64];
-        while let Ok(1..) = rustix::io::read(reload, &mut bytes) {}
+        loop {
+            match rustix::io::read(reload, &mut bytes) {
+                Ok(1..) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Ok(0) | Err(_) => {
+                    // Nobody can ask any more.
+                    self.epoll.remove(reload.as_fd())?;
+                    self.reload = None;
+                    return Ok(());
+                }
+            }
+        }
         for index in 0..self.ports.len() {
             self.turn(index, Source::Reload, unfinished)?;
         }

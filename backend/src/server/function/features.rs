@@ -103,7 +103,7 @@ fn movable(hosted: &mut HostedFunction) -> Result<(), RequestError> {
 
 impl HostedFunction {
     /// Goes to a state by the way that the protocol prescribes ("Complex State Transitions").
-    fn go_to(&mut self, target: MigrationState) -> Result<(), RequestError> {
+    pub(super) fn go_to(&mut self, target: MigrationState) -> Result<(), RequestError> {
         while self.migration.state() != target {
             let next = self.migration.state().step_towards(target, false);
             self.enter(next.ok_or(RequestError::MigrationState)?)?;
