@@ -168,7 +168,7 @@ pub(crate) fn signal(eventfd: &OwnedFd) {
 }
 
 /// Waits until an eventfd is signalled, and takes it.
-pub(crate) fn wait(eventfd: &OwnedFd) {
+pub(crate) fn wait(eventfd: &impl AsFd) {
     let deadline = Timespec::try_from(DEADLINE).unwrap();
     let ready = poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&deadline));
     assert_eq!(ready, Ok(1), "nothing happens");

@@ -131,3 +131,35 @@ fn a_reload_disturbs_nobody() {
     }
     sidecar.stop(Signal::TERM);
 }
+
+#[test]
+fn what_vhost_user_has_no_use_for_is_refused_in_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("0.sock");
+    for (device, reason) in [
+        ("edu", "not a device for --transport vhost-user"),
+        ("ivshmem,size=4K", "not a device for --transport vhost-user"),
+        ("nothing", "not a device for --transport vhost-user"),
+        ("virtio-rng,decode=always", "parameter 'decode': not with --transport vhost-user"),
+        ("virtio-rng,romfile=/dev/null", "parameter 'romfile': not with --transport vhost-user"),
+        ("virtio-rng,colour=red", "unknown parameter 'colour'"),
+        ("virtio-rng,id=a/b", "can't name a socket"),
+        ("", "name is missing"),
+    ] {
+        let error = Sidecar::refused(&socket, device);
+        assert!(error.starts_with(&format!("barkeep: --device {device}: ")), "{error}");
+        assert!(error.contains(reason) && !socket.exists(), "{error}");
+    }
+}
+
+#[test]
+fn a_socket_that_is_served_is_not_taken_and_one_that_is_not_is() {
+    let sidecar = Sidecar::start(&["virtio-rng"]);
+    let error = Sidecar::refused(&sidecar.socket(0), "virtio-rng");
+    assert!(error.contains("in use by another process"), "{error}");
+    random(&mut Driver::start(&sidecar.socket(0), 1, 8));
+    let directory = sidecar.kill();
+    assert!(directory.path().join("0.sock").exists(), "killed, it leaves its socket");
+    let sidecar = Sidecar::start_in(directory, &["virtio-rng"]);
+    random(&mut Driver::start(&sidecar.socket(0), 1, 8));
+}

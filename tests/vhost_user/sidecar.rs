@@ -46,6 +46,23 @@ impl Sidecar {
         Self { child, log, directory }
     }
 
+    /// What it says to arguments that it refuses: one line.
+    pub(crate) fn refused(socket: &Path, device: &str) -> String {
+        let mut command = Command::new(binary::barkeep());
+        command.args(["serve", "--transport", "vhost-user", "--device", device, "--socket"]);
+        let output = command.arg(socket).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), error.matches('\n').count()), (Some(2), 1), "{error}");
+        error
+    }
+
+    /// Ends it as a crash would. What it leaves behind.
+    pub(crate) fn kill(mut self) -> TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap())
+    }
+
     pub(crate) fn socket(&self, index: usize) -> PathBuf {
         path(self.directory.path(), index)
     }
