@@ -78,6 +78,9 @@ mod kind {
 const HEADER: usize = 16;
 /// Length of a segment of a discard or write-zeroes in bytes: sector, number of sectors, flags.
 const SEGMENT: usize = 16;
+/// The most pieces of a request: no queue has more descriptors, so no driver has use for more
+/// (2.7.5.3.1), and this bounds what requests under way cost.
+const MAX_PIECES: usize = 1024;
 /// The flag `unmap` of a segment.
 const UNMAP: u32 = 1;
 
@@ -118,16 +121,15 @@ impl Disk {
         match le32(&header) {
             kind::IN => {
                 let at = self.locate(sector, room)?;
-                Ok(Command::Read { at, into: chain.writable.pieces(0, room).collect() })
+                Ok(Command::Read { at, into: pieces(&chain.writable, 0, room)? })
             }
             kind::OUT => {
                 self.check_writable()?;
                 let at = self.locate(sector, data)?;
-                let from = chain.readable.pieces(HEADER as u64, data).collect();
-                Ok(Command::Write { at, from })
+                Ok(Command::Write { at, from: pieces(&chain.readable, HEADER as u64, data)? })
             }
             kind::FLUSH => Ok(Command::Flush),
-            kind::GET_ID => Ok(Command::GetId { into: chain.writable.pieces(0, room).collect() }),
+            kind::GET_ID => Ok(Command::GetId { into: pieces(&chain.writable, 0, room)? }),
             kind::DISCARD => {
                 self.check_writable()?;
                 let rules = Segments { feature: feature::DISCARD, most: MAX_DISCARD, flags: 0 };
@@ -199,6 +201,11 @@ struct Segments {
     most: u32,
     /// The flags that it may have.
     flags: u32,
+}
+
+fn pieces(buffers: &Buffers, offset: u64, len: u64) -> Result<Pieces, Status> {
+    let pieces: Pieces = buffers.pieces(offset, len).take(MAX_PIECES + 1).collect();
+    if pieces.len() > MAX_PIECES { Err(Status::IoError) } else { Ok(pieces) }
 }
 
 /// The first bytes, which are there.

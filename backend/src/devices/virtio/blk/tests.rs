@@ -5,6 +5,8 @@ mod cache;
 mod configuration;
 mod engines;
 mod lifecycle;
+mod limits;
+mod memory;
 mod model;
 mod opening;
 mod refusals;

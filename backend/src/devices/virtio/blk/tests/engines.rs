@@ -184,3 +184,14 @@ fn requests_are_given_back_in_the_order_in_which_they_end() {
     disk.kick(1);
     assert_eq!(disk.driver.used(0), Some((first.head, 513)));
 }
+
+#[test]
+fn a_request_of_many_steps_lets_others_have_their_turn() {
+    let (mut disk, script) = Fixture::scripted(MIB, "");
+    script.hurry(1);
+    let sent = disk.send(0, OUT, 0, &[Part::Readable(&[1; 512])]);
+    disk.kick(0);
+    assert_eq!(disk.driver.used(0), None);
+    // Nobody else wakes it.
+    assert_eq!(disk.outcome(0, &sent), DONE);
+}
