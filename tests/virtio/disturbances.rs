@@ -11,7 +11,7 @@ use crate::blk::{self, sidecar};
 use crate::load::Load;
 use crate::sidecar::drive;
 
-const SIZE: u64 = 8 << 20;
+const SIZE: u64 = 2 << 20;
 const DEPTH: usize = 48;
 const PATTERN: u8 = 0x5a;
 const INTX_DISABLE: u16 = 1 << 10;

@@ -135,6 +135,8 @@ fn frames_wait_for_buffers() {
 #[test]
 fn many_frames_in_both_directions_at_a_time_arrive_in_order() {
     const FRAMES: u16 = 5000;
+    // A datagram socket holds ten; what is above that may be lost, as on any network.
+    const AT_A_TIME: u16 = 8;
     let mut net = Net::start(net::MRG_RXBUF, "");
     let peer = net.peer.try_clone().unwrap();
     let path = net.path.clone();
@@ -151,9 +153,9 @@ fn many_frames_in_both_directions_at_a_time_arrive_in_order() {
         for number in 0..64 {
             net.offer(number, BUFFER);
         }
-        let (mut sent, mut echoed, mut busy) = (0, 0, 0_u64);
+        let (mut sent, mut echoed) = (0, 0);
         while echoed < FRAMES {
-            while busy < 16 && sent < FRAMES {
+            while sent - echoed < AT_A_TIME && sent < FRAMES {
                 let bytes =
                     [&[0; net::HEADER][..], &frame(sent, 64 + usize::from(sent % 1000))].concat();
                 // A frame that is under way keeps its memory.
@@ -161,10 +163,10 @@ fn many_frames_in_both_directions_at_a_time_arrive_in_order() {
                 net.driver.memory.data.write(at, &bytes);
                 let length = u32::try_from(bytes.len()).unwrap();
                 net.driver.send(TRANSMIT, &[Part::Read(at, length)]);
-                (sent, busy) = (sent + 1, busy + 1);
+                sent += 1;
             }
             match net.driver.wait() {
-                Event::Used(TRANSMIT, _) => busy -= 1,
+                Event::Used(TRANSMIT, _) => {}
                 Event::Used(_, used) => {
                     let at = net.buffers.iter().find(|(head, _)| *head == used.head).unwrap().1;
                     let found = net.taken(used);

@@ -75,10 +75,10 @@ impl Drop for Process {
     }
 }
 
-/// A function with its driver, and memory of 64 MiB for data.
+/// A function with its driver, and memory of 4 MiB for data.
 pub(crate) fn drive(sidecar: &Sidecar, setup: Setup) -> Driver {
     let function = sidecar.connect();
-    let memory = Arc::new(Memory::new(64 << 20));
+    let memory = Arc::new(Memory::new(4 << 20));
     memory.map(&function.client);
     Driver::start(&function, &memory, setup)
 }

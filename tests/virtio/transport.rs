@@ -135,7 +135,9 @@ fn every_device_is_of_its_type() {
     for (device, id, queues) in [
         (format!("virtio-blk,path={}", image.display()), 0x1042_u16, 1),
         (format!("virtio-blk,queues=3,path={}", image.display()), 0x1042, 3),
-        (format!("virtio-net,socket={}", at("net")), 0x1041, 2),
+        // Two a pair, and the one for commands.
+        (format!("virtio-net,socket={}", at("net")), 0x1041, 3),
+        (format!("virtio-net,queues=2,socket={}", at("net2")), 0x1041, 5),
         ("virtio-rng".to_owned(), 0x1044, 1),
         (format!("virtio-console,socket={}", at("console")), 0x1043, 2),
     ] {

@@ -117,12 +117,13 @@ impl Window {
         self.write(self.address, &vec![byte; length]);
     }
 
-    /// The first address that does not hold `byte`.
+    /// The first page that does not hold `byte` everywhere: its address.
     #[must_use]
     pub fn first_other_than(&self, byte: u8) -> Option<u64> {
-        let length = usize::try_from(self.size).expect("a test's memory fits");
-        let bytes = self.bytes(self.address, length);
-        (self.address..).zip(bytes).find(|(_, found)| *found != byte).map(|(at, _)| at)
+        const PAGE: usize = 4096;
+        let expected = [byte; PAGE];
+        let mut pages = (self.address..self.address + self.size).step_by(PAGE);
+        pages.find(|page| self.bytes(*page, PAGE) != expected)
     }
 
     /// Reads 2 bytes at once, before whatever is read later.
