@@ -345,16 +345,7 @@ impl<G: MemoryGuard> Core<G> for Net {
 
     /// The limits go on: a driver could get rid of them otherwise.
     fn reset(&mut self) {
-        if self.driver.take().is_some() {
-            let received: u64 = self.receivers.iter().map(|receiver| receiver.frames).sum();
-            let sent: u64 = self.transmitters.iter().map(|transmitter| transmitter.frames).sum();
-            let lost_in: u64 = self.receivers.iter().map(|receiver| receiver.lost).sum();
-            let lost_out: u64 = self.transmitters.iter().map(|transmitter| transmitter.lost).sum();
-            let mac = self.first_mac;
-            debug!(
-                "net {mac}: {received} frames received, {lost_in} lost; {sent} sent, {lost_out} lost"
-            );
-        }
+        self.driver = None;
         self.config.mac = self.first_mac;
         self.receivers.iter_mut().for_each(Receiver::clear);
         self.transmitters.iter_mut().for_each(Transmitter::clear);
@@ -388,6 +379,22 @@ impl<G: MemoryGuard> Core<G> for Net {
         }
         self.config.mac = mac;
         Ok(())
+    }
+}
+
+impl Drop for Net {
+    /// Counts are told once: a driver could fill the log with them.
+    fn drop(&mut self) {
+        let receivers = self.receivers.iter();
+        let (received, lost_in) = receivers.fold((0, 0), |(frames, lost), receiver| {
+            (frames + receiver.frames, lost + receiver.lost)
+        });
+        let transmitters = self.transmitters.iter();
+        let (sent, lost_out) = transmitters.fold((0, 0), |(frames, lost), transmitter| {
+            (frames + transmitter.frames, lost + transmitter.lost)
+        });
+        let mac = self.first_mac;
+        debug!("{mac}: {received} frames received, {lost_in} lost; {sent} sent, {lost_out} lost");
     }
 }
 

@@ -146,6 +146,10 @@ impl Tap {
         if features & feature::GUEST_CSUM != 0 {
             let wanted = RECEIVE_OFFLOADS.iter().filter(|(_, bit)| features & bit != 0);
             offloads = wanted.fold(0, |offloads, (offload, _)| offloads | offload);
+            if offloads & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) == 0 {
+                // The kernel refuses it alone.
+                offloads &= !libc::TUN_F_TSO_ECN;
+            }
         }
         if let Err(errno) = ioctl::set_offloads(self.control(), offloads) {
             // Frames that the driver does not take will be dropped.

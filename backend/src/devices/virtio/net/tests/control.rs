@@ -14,13 +14,16 @@ fn command(rig: &mut Rig, queue: u16, parts: &[Part<'_>]) -> u8 {
     rig.driver.bytes(at, 1)[0]
 }
 
+/// Name, features, class and command, data, answer.
+type Row<'a> = (&'a str, u64, &'a [u8], &'a [u8], u8);
+
 #[test]
 fn commands_are_done_or_refused() {
     const OK: u8 = 0;
     const ERR: u8 = 1;
     let every = u64::MAX;
     let two_addresses = [2, 0, 0, 0, 2, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2];
-    let rows: [(&str, u64, &[u8], &[u8], u8); 30] = [
+    let rows: [Row<'_>; 30] = [
         ("promiscuous", every, &[0, 0], &[1], OK),
         ("all multicast", every, &[0, 1], &[0], OK),
         ("a mode of CTRL_RX_EXTRA", every, &[0, 2], &[1], ERR),

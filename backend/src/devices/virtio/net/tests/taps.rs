@@ -173,7 +173,9 @@ fn a_host_and_a_guest_exchange_frames() {
 #[test]
 fn a_host_leaves_checksums_to_those_who_agreed_and_to_nobody_else() {
     with_tap(PLAIN, || {
-        for (features, partial) in [(u64::MAX, true), (!feature::GUEST_CSUM, false)] {
+        // The last is nonsense that a driver can agree to; checksums are left to it all the same.
+        let odd = feature::GUEST_CSUM | feature::GUEST_ECN;
+        for (features, partial) in [(u64::MAX, true), (!feature::GUEST_CSUM, false), (odd, true)] {
             let (mut net, mut driver) = started("tap=bk0", 1, features);
             assert_ne!(features_of(&net) & feature::GUEST_CSUM, 0);
             bring_up();
@@ -251,6 +253,27 @@ fn a_host_spreads_frames_over_the_pairs_that_are_used() {
         flood();
         let [first, second] = count(&mut net, &mut driver);
         assert!(first >= hosts.len() && second == 0, "{first} {second}");
+    });
+}
+
+#[test]
+fn a_host_with_much_to_send_lets_others_have_their_turn() {
+    with_tap(PLAIN, || {
+        let (mut net, mut driver) = started("tap=bk0", 1, u64::MAX);
+        bring_up();
+        let host = broadcaster();
+        for _ in 0..=TURN {
+            host.send_to(b"hello", (EVERYBODY, 9)).unwrap();
+        }
+        for _ in 0..3 * TURN {
+            driver.send(RECEIVE, &[Part::Writable(200)]);
+        }
+        net.woken(PORT, &mut driver).unwrap();
+        assert_eq!(std::iter::from_fn(|| driver.used(RECEIVE)).count(), TURN);
+        assert!(is_signalled(&net.more));
+        net.woken(MORE, &mut driver).unwrap();
+        assert!(driver.used(RECEIVE).is_some());
+        assert!(!is_signalled(&net.more));
     });
 }
 

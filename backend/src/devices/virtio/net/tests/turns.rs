@@ -22,33 +22,6 @@ fn a_driver_with_much_to_send_lets_others_have_their_turn() {
 }
 
 #[test]
-fn a_peer_with_much_to_send_lets_others_have_their_turn() {
-    let (peer, ours) = UnixDatagram::pair().unwrap();
-    let mut net = device(&format!("fd={}", std::os::fd::AsRawFd::as_raw_fd(&ours))).unwrap();
-    Core::<Memory>::start(&mut net, u64::MAX);
-    peer.set_nonblocking(true).unwrap();
-    let mut driver = Driver::new(3);
-    for _ in 0..TURN + 2 {
-        driver.send(RECEIVE, &[Part::Writable(100)]);
-    }
-    let mut sent = 0;
-    let mut received = 0;
-    while sent < TURN + 1 {
-        if peer.send(&frame(60)).is_ok() {
-            sent += 1;
-        } else if !is_signalled(&net.more) {
-            // The kernel's queue holds less than a turn.
-            net.woken(PORT, &mut driver).unwrap();
-        }
-    }
-    for _ in 0..2 {
-        net.woken(PORT, &mut driver).unwrap();
-        received += std::iter::from_fn(|| driver.used(RECEIVE)).count();
-    }
-    assert_eq!(received, TURN + 1);
-}
-
-#[test]
 fn a_driver_with_many_commands_lets_others_have_their_turn() {
     let mut rig = Rig::new();
     for _ in 0..TURN + 1 {
