@@ -1,1 +1,10 @@
-
+mod bench;
+mod config;
+mod death;
+mod fake;
+mod hostile;
+mod interrupts;
+mod memory;
+mod negotiation;
+mod options;
+mod rings;

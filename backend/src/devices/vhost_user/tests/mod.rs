@@ -1,0 +1,13 @@
+mod bench;
+mod config;
+mod death;
+mod fake;
+mod hostile;
+mod interrupts;
+mod memory;
+mod negotiation;
+mod options;
+mod relay;
+mod relay_model;
+mod rings;
+mod rust_vmm;
