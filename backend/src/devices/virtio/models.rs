@@ -1,6 +1,8 @@
 //! The virtio devices that an operator can name.
 
+use super::blk::Block;
 use super::console::Console;
+use super::net::Net;
 use super::rng::Entropy;
 use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
@@ -14,6 +16,7 @@ fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     match name {
         "virtio-console" => Some(|p| Ok(Box::new(Console::from_parameters(p)?))),
         "virtio-rng" => Some(|p| Ok(Box::new(Entropy::from_parameters(p)?))),
+        "virtio-blk" => Some(|parameters| Ok(Box::new(Block::from_parameters(parameters)?))),
         _ => None,
     }
 }
