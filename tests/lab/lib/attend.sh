@@ -1,5 +1,5 @@
 # Sourced by `run` and `virtio`, whose variables it uses (`qemu`, `work`): what a guest asks of the host while it runs,
-# a word a line.
+# a word a line. What it asks for beyond this is for `serve_request`, which `virtio` has, and answered.
 # shellcheck shell=bash disable=SC2154
 
 # The function that can be plugged in, as members of a JSON object.
@@ -24,8 +24,13 @@ attend() {
       plug) tell "{\"execute\":\"device_add\",\"arguments\":{\"id\":\"plugged\",\"bus\":\"root0\",$pluggable}}" ;;
       unplug) tell '{"execute":"device_del","arguments":{"id":"plugged"}}' && await '"DEVICE_DELETED".*"plugged"' ;;
       reset) tell '{"execute":"system_reset"}' ;;
-      restart-*) restart "${line#restart-}" && echo done >&"$replies" || echo failed >&"$replies" ;;
-      *) echo "not a request: $line" >&"$monitor" ;;
+      *)
+        if declare -F serve_request > /dev/null; then
+          serve_request "$line" && echo done >&"$replies" || echo failed >&"$replies"
+        else
+          echo "not a request: $line" >&"$monitor"
+        fi
+        ;;
     esac || true
   done
   exec {requests}>&- {replies}>&- {commands}>&- {answers}>&- {monitor}>&-

@@ -87,7 +87,7 @@ of_daemons() {
           -device "virtio-net-pci-non-transitional,netdev=net,mac=$mac,mq=on,vectors=6"
         )
         ;;
-      rng) functions+=(-device vhost-user-rng-pci,chardev=rng,disable-legacy=on) ;;
+      rng) functions+=(-device vhost-user-rng-pci,chardev=rng) ;;
       fs) functions+=(-device vhost-user-fs-pci,chardev=fs,tag=lab) ;;
     esac
   done

@@ -23,6 +23,7 @@ pub(crate) fn run_devices(report: &mut Report<impl Write>, nonce: &str, rounds: 
     rng::run_all(report)?;
     net::run_all(report, nonce, 2)?;
     blk::run_all(report, nonce, rounds.into())?;
+    blk::resize(report, nonce)?;
     console::run_all(report)
 }
 

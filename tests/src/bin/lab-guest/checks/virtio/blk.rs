@@ -7,11 +7,13 @@ use std::path::Path;
 use super::disk::{Disk, run};
 use super::verified::{Area, Ledger};
 use crate::report::Report;
+use crate::requests::Requests;
 use crate::{Result, ensure};
 
 /// Sizes by which the disks are told apart, in MiB.
 pub(crate) const DISK: u64 = 64;
 const READ_ONLY: u64 = 8;
+const GROWN: u64 = 80;
 /// Device ids of virtio 1 are 0x1040 and the type (virtio 1.2, 4.1.2.1).
 const BLOCK_DEVICE: u64 = 0x1042;
 
@@ -37,6 +39,23 @@ pub(crate) fn run_all(report: &mut Report<impl Write>, nonce: &str, rounds: u64)
     report.check("blk-checksum", || {
         run(&["umount", MOUNT])?;
         Ok(format!("sha256 {}", Disk::find(DISK)?.checksum()?))
+    })?;
+    Ok(())
+}
+
+/// The host makes the disk larger, which the driver learns from a change of the configuration.
+///
+/// # Errors
+/// The report can't be written.
+pub(crate) fn resize(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
+    report.check("blk-resize", || {
+        Requests::open()?.ask_and_await("grow-disk")?;
+        let path = Disk::find(GROWN)?.path();
+        let area = Area { path, direct: true, blocks: GROWN << 8, tag: Area::tag(nonce, "grown") };
+        let (first, last) = (DISK << 8, area.blocks - 1);
+        area.write_one(first)?;
+        area.write_one(last)?;
+        Ok(format!("{GROWN} MiB, blocks {first} and {last} hold what was written"))
     })?;
     Ok(())
 }

@@ -100,6 +100,23 @@ impl Area {
         Ok(ledger)
     }
 
+    /// Writes a block and reads it back.
+    ///
+    /// # Errors
+    /// Neither can be done, or it is not the same.
+    pub(crate) fn write_one(&self, number: u64) -> Result<()> {
+        let file = self.open()?;
+        let mut buffer = Aligned::new(BLOCK);
+        self.make_block(number, 1, buffer.bytes());
+        file.write_all_at(buffer.bytes(), number * BLOCK_U64)
+            .and_then(|()| file.sync_data())
+            .map_err(|error| format!("block {number}: {error}"))?;
+        buffer.bytes().fill(0);
+        file.read_exact_at(buffer.bytes(), number * BLOCK_U64)?;
+        self.sequence(number, buffer.bytes())?;
+        Ok(())
+    }
+
     /// Reads everything back: a block holds the last write that was synced or one that was attempted
     /// later.
     ///
