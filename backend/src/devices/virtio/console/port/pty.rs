@@ -93,7 +93,8 @@ struct Link {
 
 impl Link {
     /// Makes `path` a link to `target`. A link to a pseudoterminal that is no more is replaced, and
-    /// so is one to `target` itself: it is a new one that got the name of an old one.
+    /// so is one to `target` itself: it is a new one that got the name of an old one. If some other
+    /// terminal got that name, nobody can tell whose link it is, and it stays.
     fn claim(path: &Path, target: CString) -> Result<Self, SocketError> {
         let _locked = lock_directory_of(path)?;
         match symlink(&target, path) {
@@ -122,5 +123,25 @@ impl Drop for Link {
         if readlink(&self.path, Vec::new()).is_ok_and(|target| target == self.target) {
             let _ = unlink(&self.path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_to_the_own_terminal_is_taken_over_and_one_to_another_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link");
+        // It is always there, and never anybody's.
+        let target = c"/dev/pts/ptmx";
+        symlink(target, &path).unwrap();
+        let error = Link::claim(&path, c"/dev/pts/1234567".into()).unwrap_err();
+        assert_eq!(error, SocketError::InUse);
+        let link = Link::claim(&path, target.into()).unwrap();
+        assert_eq!(readlink(&path, Vec::new()).unwrap().as_c_str(), target);
+        drop(link);
+        assert!(path.symlink_metadata().is_err());
     }
 }
