@@ -1,6 +1,9 @@
 //! Queues and chains.
 
-use vm_memory::{Bytes, GuestAddress};
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::spec::{avail, descriptor, feature};
 use super::testing::{Driver, Part};
@@ -125,4 +128,27 @@ fn buffers_that_are_not_in_memory_are_told() {
     let chain = pop(&mut driver).unwrap().unwrap();
     let error = chain.readable.read(&*driver.memory, 0, &mut [0; 8]).unwrap_err();
     assert!(matches!(error, QueueError::Memory(_)), "{error:?}");
+}
+
+#[test]
+fn requests_that_are_given_back_at_once_are_seen_together_or_not_at_all() {
+    let mut driver = Driver::new(1);
+    for _ in 0..3 {
+        driver.send(0, &[Part::Writable(1)]);
+    }
+    driver.queue(0).unwrap().push_all(&[(0, 5), (1, 6), (2, 7)]).unwrap();
+    let used: Vec<_> = std::iter::from_fn(|| driver.used(0)).collect();
+    assert_eq!(used, [(0, 5), (1, 6), (2, 7)]);
+
+    // Memory ends behind the second entry of the used ring.
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let ring = 0x1000 - 4 - 2 * 8;
+    let mut queue = Queue::new(16).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(ring)).unwrap();
+    let (memory, mut used) = (Arc::new(memory), false);
+    let mut access = QueueAccess::new(&mut queue, &memory, 0, &mut used);
+    let result = access.push_all(&[(0, 5), (1, 6), (2, 7), (3, 8)]);
+    assert!(matches!(result, Err(QueueError::Memory(_))), "{result:?}");
+    let index: u16 = memory.read_obj(GuestAddress(ring + 2)).unwrap();
+    assert_eq!((index, used), (0, false));
 }
