@@ -149,9 +149,10 @@ impl DriverState {
         isr
     }
 
-    /// The pin is asserted as long as the ISR status is not 0, unless MSI-X is enabled.
+    /// The pin is asserted as long as the ISR status is not 0; the function keeps it silent while
+    /// MSI-X is enabled.
     pub(super) fn drive_pin(&self, context: &mut Context<'_>) {
-        context.set_intx(self.isr != 0 && !context.msix_enabled());
+        context.set_intx(self.isr != 0);
     }
 
     /// Sends an interrupt, by a message if MSI-X is enabled and by the pin otherwise.
@@ -164,10 +165,9 @@ impl DriverState {
         let by_message = context.msix_enabled();
         if !by_message || interrupt == Interrupt::Config {
             self.isr |= interrupt as u8;
-        }
-        if !by_message {
             self.drive_pin(context);
-        } else if let Some(vector) = vector {
+        }
+        if by_message && let Some(vector) = vector {
             context.raise_msix(vector);
         }
     }

@@ -171,9 +171,6 @@ impl Device for VirtioFunction {
     }
 
     fn effects_applied(&mut self, effects: &Effects, context: &mut Context<'_>) {
-        if effects.msix.enabled.is_some() {
-            self.driver.drive_pin(context);
-        }
         if effects.bus_master.is_some() {
             self.changed(context);
         }

@@ -173,3 +173,26 @@ fn what_failed_before_the_driver_was_set_up_is_told_when_it_is() {
     assert_eq!(bench.messages(), [0, 1]);
     assert!(bench.core.take_told().is_empty(), "it was not started");
 }
+
+#[test]
+fn the_first_failure_is_told_and_no_other() {
+    let mut bench = Bench::driven(1, 0);
+    bench.with(|device, context| {
+        device.call(context, |_, world| {
+            world.needs_reset("first");
+            world.needs_reset("second");
+        });
+    });
+    assert_eq!(bench.messages(), [0, 1]);
+}
+
+#[test]
+fn a_change_that_was_told_by_message_shows_when_msix_is_disabled() {
+    let mut bench = Bench::driven(1, 0);
+    reload(&mut bench, 7);
+    assert!(!bench.function.intx_line());
+    bench.enable_msix(false);
+    assert!(bench.function.intx_line());
+    assert_eq!(bench.isr(), 2);
+    assert!(!bench.function.intx_line());
+}

@@ -1,8 +1,9 @@
 //! Moving to another process.
 
 use super::super::layout::common as at;
+use super::super::{Backing, CoreBacking};
 use super::bench::{ALL_SET, Bench, DEVICE};
-use super::core::{FEATURE, Told};
+use super::core::{Echo, FEATURE, Told};
 use crate::devices::Device;
 use crate::devices::virtio::InFlight;
 use crate::devices::virtio::spec::feature;
@@ -137,4 +138,25 @@ fn a_state_that_no_function_can_have_is_refused() {
     // Of another number of queues.
     let mut other = Bench::new(1);
     assert!(other.device.saved().unwrap().restore(&state).is_err());
+}
+
+#[test]
+fn requests_that_can_not_be_under_way_are_refused() {
+    let features = Some(feature::VERSION_1);
+    let rows: [(&[(u16, u16)], Option<u64>, bool); 7] = [
+        (&[], features, true),
+        (&[], None, true),
+        (&[(0, 7), (1, 7), (0, 0)], features, true),
+        (&[(0, 0)], None, false),
+        (&[(0, 8)], features, false),
+        (&[(2, 0)], features, false),
+        (&[(1, 3), (1, 3)], features, false),
+    ];
+    for (in_flight, features, taken) in rows {
+        let mut backing = CoreBacking::new(Box::new(Echo::new(2))).unwrap();
+        // The first version, requests, and the core's own state.
+        let state = postcard::to_allocvec(&(0_u8, in_flight, vec![0_u8; 8])).unwrap();
+        let result = backing.restore(&state, features);
+        assert_eq!(result.is_ok(), taken, "{in_flight:?} {features:?}");
+    }
 }
