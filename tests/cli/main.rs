@@ -7,3 +7,4 @@ mod process;
 mod signals;
 mod sockets;
 mod usage;
+mod virtio;
