@@ -59,7 +59,10 @@ pub struct Block<G> {
     chain: Chain,
 }
 
-/// After so many rounds of operations that were done at once, others get their turn.
+/// Its wakes: [`Block::wake`] and, if there is a limit, its timer.
+const LIMITER: usize = 1;
+
+/// After so many steps of its requests that were done at once, others get their turn.
 const MAX_ROUNDS: usize = 16;
 
 impl<G: MemoryGuard> Block<G> {
@@ -177,6 +180,11 @@ impl<G: MemoryGuard> Block<G> {
         let Some(taken) = self.requests.get_mut(id) else { return };
         let running = State::Running(Progress::default());
         let State::Waiting(command) = std::mem::replace(&mut taken.state, running) else { return };
+        // While it waited, the disk may have shrunk.
+        if command.end() > self.configuration.size {
+            self.follow(id, Next::Finish(Status::IoError));
+            return;
+        }
         let (progress, next) = Progress::start(command, memory, durable, &self.serial);
         taken.state = State::Running(progress);
         self.follow(id, next);
@@ -231,22 +239,22 @@ impl<G: MemoryGuard> Block<G> {
 
     /// Hands over what was started, and takes in and gives back what is done.
     fn proceed(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
-        let mut rounds = 0;
-        loop {
+        self.resume(io);
+        for _ in 0..MAX_ROUNDS {
             self.engine.submit();
             let mut any = false;
-            while self.complete() {
+            // One step of each, for what takes no time ends only when the request does.
+            for _ in 0..self.running {
+                if !self.complete() {
+                    break;
+                }
                 any = true;
             }
-            rounds += 1;
             if !any {
-                break;
-            }
-            if rounds == MAX_ROUNDS {
-                self.wake.signal();
-                break;
+                return self.give_back(io);
             }
         }
+        self.wake.signal();
         self.give_back(io)
     }
 

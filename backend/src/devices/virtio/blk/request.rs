@@ -96,6 +96,17 @@ impl Request {
 }
 
 impl Command {
+    /// The end of what it accesses, in bytes.
+    pub(super) fn end(&self) -> u64 {
+        match self {
+            Self::Read { at, .. } | Self::Write { at, .. } => *at + self.bytes(),
+            Self::Discard(ranges) | Self::WriteZeroes(ranges) => {
+                ranges.iter().map(|range| range.at + range.len).max().unwrap_or(0)
+            }
+            Self::Flush | Self::GetId { .. } => 0,
+        }
+    }
+
     /// Bytes that it may move, for a limit of them.
     pub(super) fn bytes(&self) -> u64 {
         let total = |pieces: &Pieces| pieces.iter().map(|(_, len)| *len as u64).sum();
