@@ -5,7 +5,9 @@ mod socket;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
@@ -24,6 +26,8 @@ fn parse(text: &str) -> Result<Console, String> {
 struct Bench {
     device: Box<dyn Core<Memory>>,
     driver: Driver,
+    /// Watches the device's wake by edges, as transports do.
+    transport: OwnedFd,
     /// Where the guest's buffers for input are, in the order of their use.
     room: Vec<(u16, u64)>,
     path: PathBuf,
@@ -34,9 +38,13 @@ impl Bench {
     fn new(end: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console");
-        let device = Box::new(parse(&format!(",{end}={}", path.display())).unwrap());
+        let device: Box<dyn Core<Memory>> =
+            Box::new(parse(&format!(",{end}={}", path.display())).unwrap());
+        let transport = epoll::create(CreateFlags::CLOEXEC).unwrap();
+        let edges = EventFlags::IN | EventFlags::ET;
+        epoll::add(&transport, device.wakes()[0], EventData::new_u64(0), edges).unwrap();
         let driver = Driver::new(2);
-        Self { device, driver, room: Vec::new(), path, _directory: directory }
+        Self { device, driver, transport, room: Vec::new(), path, _directory: directory }
     }
 
     /// The guest says something.
@@ -85,7 +93,7 @@ impl Bench {
 
     /// Waits for a wake and serves it.
     fn wait(&mut self) {
-        poll(&mut [PollFd::new(&self.device.wakes()[0], PollFlags::IN)], None).unwrap();
+        assert!(self.is_woken(None));
         self.device.woken(0, &mut self.driver).unwrap();
     }
 
@@ -96,10 +104,15 @@ impl Bench {
         }
     }
 
+    /// Whether there was a wake since the last look.
     fn is_awake(&self) -> bool {
-        let immediately = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let mut wake = [PollFd::from_borrowed_fd(self.device.wakes()[0], PollFlags::IN)];
-        poll(&mut wake, Some(&immediately)).unwrap() > 0
+        self.is_woken(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))
+    }
+
+    fn is_woken(&self, timeout: Option<&Timespec>) -> bool {
+        let mut events = Vec::with_capacity(1);
+        epoll::wait(&self.transport, spare_capacity(&mut events), timeout).unwrap();
+        !events.is_empty()
     }
 }
 
