@@ -143,4 +143,5 @@ fn every_function_reloads_as_often_as_it_is_asked_to() {
     drop(ask);
     stop.write_all(&[0]).unwrap();
     thread.join().unwrap();
+    assert!(told.iter().all(|told| told.try_recv().is_err()));
 }

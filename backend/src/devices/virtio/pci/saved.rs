@@ -118,6 +118,7 @@ impl DriverState {
         self.generation = saved.generation;
         self.config_vector = saved.config_vector;
         self.queue_select = saved.queue_select;
+        self.isr = saved.isr;
 
         let event_idx = self.event_idx();
         self.slots_mut().zip(queues).try_for_each(|(slot, queue)| slot.restore(queue, event_idx))
