@@ -77,8 +77,9 @@ of_daemons() {
     [[ $name != qcow2 && $name != nbd ]] || again=,reconnect-ms=100
     functions+=(-chardev "socket,id=$name,path=$work/$name$suffix.sock$again")
     case $name in
+      # No message tells QEMU how large a queue may be.
       disk | qcow2 | nbd)
-        functions+=(-device "vhost-user-blk-pci-non-transitional,chardev=$name,num-queues=2")
+        functions+=(-device "vhost-user-blk-pci-non-transitional,chardev=$name,num-queues=2,queue-size=64")
         ;;
       read-only) functions+=(-device "vhost-user-blk-pci-non-transitional,chardev=$name,num-queues=1") ;;
       net)

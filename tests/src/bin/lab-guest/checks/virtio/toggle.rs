@@ -95,7 +95,10 @@ fn rebind(area: &Area, bit: Bit) -> Result<(String, super::verified::Ledger)> {
     let function = Disk::find(DISK)?.function()?;
     let doorbells = Doorbells::of(&function)?;
     let writers = area.start(WRITERS, None)?;
-    goes_on(&writers)?;
+    // Long enough for each to sync now and then.
+    for _ in 0..8 {
+        goes_on(&writers)?;
+    }
     bit.toggle(&function, &doorbells)?;
     goes_on(&writers)?;
     drop(doorbells);

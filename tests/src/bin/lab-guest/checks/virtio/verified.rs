@@ -125,7 +125,7 @@ impl Area {
     pub(crate) fn verify(&self, ledger: &Ledger) -> Result<String> {
         let file = self.open()?;
         let mut buffer = Aligned::new(BLOCK);
-        let (mut held, mut later) = (0, 0);
+        let (mut held, mut synced) = (0, 0);
         for (number, known) in (0..).zip(&ledger.known) {
             if known.attempted == 0 {
                 continue;
@@ -143,10 +143,10 @@ impl Area {
                 known.attempted
             );
             held += 1;
-            later += u64::from(sequence > known.synced);
+            synced += u64::from(known.synced > 0);
         }
-        ensure!(held > 0, "no block was ever written");
-        Ok(format!("{held} blocks, {later} of them newer than the last sync"))
+        ensure!(synced > 0, "nothing was ever synced");
+        Ok(format!("{held} blocks, {synced} of them synced"))
     }
 
     fn open(&self) -> Result<File> {
@@ -262,7 +262,7 @@ impl Writer {
             if sequence % 8 == 0 {
                 self.read().map_err(|error| format!("read after write {sequence}: {error}"))?;
             }
-            if sequence % 32 == 0 {
+            if sequence % 8 == 7 {
                 self.sync().map_err(|error| format!("sync after write {sequence}: {error}"))?;
             }
         }
