@@ -120,7 +120,10 @@ fn a_state_that_no_function_can_have_is_refused() {
         for bit in 0..8 {
             let mut damaged = state.clone();
             damaged[index] ^= 1 << bit;
-            refused += usize::from(to.device.saved().unwrap().restore(&damaged).is_err());
+            if to.device.saved().unwrap().restore(&damaged).is_err() {
+                refused += 1;
+                assert_eq!(to.status(), 0, "bit {bit} of byte {index}");
+            }
             // Whatever it was, it can be lived with.
             to.resume();
             to.kick(0);
@@ -136,8 +139,10 @@ fn a_state_that_no_function_can_have_is_refused() {
     assert!(to.device.saved().unwrap().restore(&state).is_ok());
 
     // Of another number of queues.
-    let mut other = Bench::new(1);
-    assert!(other.device.saved().unwrap().restore(&state).is_err());
+    for queues in [1, 3] {
+        let mut other = Bench::new(queues);
+        assert!(other.device.saved().unwrap().restore(&state).is_err(), "{queues}");
+    }
 }
 
 #[test]
