@@ -1,6 +1,7 @@
 //! What the fuzz targets and the generator of their corpus share: how bytes are read as a script.
 
 pub mod guest;
+pub mod requests;
 pub mod script;
 
 /// The bytes of one fuzz input, taken from the front. Where they end, zeros follow.

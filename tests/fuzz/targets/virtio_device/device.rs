@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use barkeep_backend::config::DeviceSpec;
 use barkeep_backend::devices::virtio::{Core, models};
 use barkeep_fuzz::guest::Memory;
+use barkeep_fuzz::requests::Kind;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -18,14 +19,6 @@ pub(crate) struct Device {
     pub(crate) core: Box<dyn Core<Memory>>,
     pub(crate) kind: Kind,
     host: Host,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Block { read_only: bool },
-    Net,
-    Entropy,
-    Console,
 }
 
 enum Host {

@@ -5,11 +5,11 @@
 #![no_main]
 
 mod device;
-mod requests;
 
 use barkeep_backend::devices::virtio::{DeviceError, spec::feature};
 use barkeep_fuzz::Input;
 use barkeep_fuzz::guest::{self, Memory, Queues};
+use barkeep_fuzz::requests::{self, Table};
 use libfuzzer_sys::fuzz_target;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -71,8 +71,11 @@ impl Run {
             }
             4 => self.make_available(index, u16::from(input.u8()) % size, 1),
             5 | 6 => {
-                let made =
-                    requests::write(&self.device, &self.io.memory, table, size, index, input);
+                let table = Table { address: table, size };
+                let memory = &self.io.memory;
+                let made = requests::write(self.device.kind, index, table, input, |at, bytes| {
+                    let _ = memory.write_slice(bytes, GuestAddress(at));
+                });
                 self.make_available(index, made, 1);
             }
             7 | 8 => self.call(|device, io| device.core.kicked(index, io)),

@@ -1,10 +1,22 @@
 //! Requests that are nearly right.
 
-use barkeep_fuzz::Input;
-use barkeep_fuzz::guest::Memory;
-use vm_memory::{Bytes, GuestAddress};
+use crate::Input;
 
-use crate::device::{Device, Kind};
+/// Types of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Block { read_only: bool },
+    Net,
+    Entropy,
+    Console,
+}
+
+/// A queue's table, and its length in descriptors.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    pub address: u64,
+    pub size: u16,
+}
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -12,21 +24,21 @@ const WRITE: u16 = 2;
 const HEADERS: u64 = 0x1400;
 const DATA: u64 = 0x2000;
 
-/// Writes a request of the device's type to a queue; its head.
-pub(crate) fn write(
-    device: &Device,
-    memory: &Memory,
-    table: u64,
-    size: u16,
+/// Writes a request of a device's type to a queue; its head.
+pub fn write(
+    kind: Kind,
     queue: u16,
+    table: Table,
     input: &mut Input<'_>,
+    mut write: impl FnMut(u64, &[u8]),
 ) -> u16 {
+    let size = table.size;
     let head = u16::from(input.u8()) % size;
     let header = HEADERS + u64::from(head % 16) * 0x40;
     let length = u32::from(input.u8()) * 64 + u32::from(input.u8() & 3);
     let mut bytes = [0; 32];
     // Address, length, whether it is written.
-    let parts: Vec<(u64, u32, bool)> = match device.kind {
+    let parts: Vec<(u64, u32, bool)> = match kind {
         Kind::Block { .. } => {
             let kind = input.u8() % 16;
             bytes[0] = kind;
@@ -69,7 +81,7 @@ pub(crate) fn write(
         Kind::Entropy => vec![(DATA, length, true)],
         Kind::Console => vec![(DATA, length, queue.is_multiple_of(2))],
     };
-    let _ = memory.write_slice(&bytes, GuestAddress(header));
+    write(header, &bytes);
     let count = u16::try_from(parts.len()).expect("a few");
     for (position, (address, length, written)) in (0..).zip(parts) {
         let index = (head + position) % size;
@@ -80,8 +92,8 @@ pub(crate) fn write(
         bytes[8..12].copy_from_slice(&length.to_le_bytes());
         bytes[12..14].copy_from_slice(&flags.to_le_bytes());
         bytes[14..].copy_from_slice(&((index + 1) % size).to_le_bytes());
-        let place = table.wrapping_add(16 * u64::from(index));
-        let _ = memory.write_slice(&bytes, GuestAddress(place));
+        let place = table.address.wrapping_add(16 * u64::from(index));
+        write(place, &bytes);
     }
     head
 }
