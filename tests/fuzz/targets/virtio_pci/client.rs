@@ -28,7 +28,7 @@ pub(crate) struct Client {
     function: ServedFunction,
     mapped: bool,
     id: u16,
-    frames: Option<UnixDatagram>,
+    frames: UnixDatagram,
 }
 
 /// What stays open from one input to the next.
@@ -60,17 +60,13 @@ impl Client {
         let files = files();
         files.memory.write_all_at(&vec![0; MEMORY as usize], 0).expect("room for a memfd");
         let image = format!("path=/proc/self/fd/{}", files.image.as_raw_fd());
-        let mut frames = None;
+        let (ours, theirs) = UnixDatagram::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("a socket");
         let (kind, spec) = match kind % 4 {
             0 => (Kind::Block { read_only: false }, format!("virtio-blk,aio=sync,{image}")),
             1 => (Kind::Block { read_only: false }, format!("virtio-blk,queues=3,{image}")),
             2 => (Kind::Entropy, "virtio-rng".to_owned()),
-            _ => {
-                let (ours, theirs) = UnixDatagram::pair().expect("a pair");
-                ours.set_nonblocking(true).expect("a socket");
-                frames = Some(ours);
-                (Kind::Net, format!("virtio-net,fd={}", theirs.as_raw_fd()))
-            }
+            _ => (Kind::Net, format!("virtio-net,fd={}", theirs.as_raw_fd())),
         };
         let spec = spec.parse().expect("a device specification");
         let (device, options) = Registry::default().create(spec).expect("a device");
@@ -88,7 +84,7 @@ impl Client {
             function,
             mapped: false,
             id: 0,
-            frames,
+            frames: ours,
         };
         let json = br#"{"capabilities":{"max_msg_fds":16,"migration":{"pgsize":4096}}}"#;
         client.call(VERSION, &[&[0, 0, 1, 0], &json[..], &[0]].concat(), &[]).expect("a version");
@@ -170,10 +166,8 @@ impl Client {
 
     /// The other end of a network sends something.
     pub(crate) fn host_says(&mut self, bytes: &[u8]) {
-        if let Some(frames) = &self.frames {
-            let _ = frames.send(bytes);
-            while frames.recv(&mut [0; 2048]).is_ok() {}
-        }
+        let _ = self.frames.send(bytes);
+        while self.frames.recv(&mut [0; 2048]).is_ok() {}
         // The server gets to see it.
         let _ = self.read(CONFIG, 0, 4);
     }
