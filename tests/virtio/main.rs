@@ -6,6 +6,7 @@
 
 mod blk;
 mod blk_load;
+mod bridge;
 mod console;
 mod disturbances;
 mod load;

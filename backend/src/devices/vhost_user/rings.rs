@@ -111,7 +111,7 @@ impl Ring {
         if let State::Running { setup, memory, .. } | State::Stopping { setup, memory, .. } =
             &self.state
         {
-            let idle = if self.relay.is_some() { Some(0) } else { setup.idle_at(memory) };
+            let idle = setup.idle_at(memory);
             self.state = State::Stopped(idle.map_or(Position::Lost, Position::At));
         }
     }
@@ -141,12 +141,9 @@ impl Ring {
                 (setup, setup.used_index(guest.memory).ok_or(StartError::Ring)?)
             }
         };
-        self.set_up(daemon, theirs, base, call, broken)?;
+        self.set_up(daemon, setup, base, call, broken)?;
         let memory = guest.memory.clone();
         self.state = State::Running { call: Arc::clone(call), setup, memory };
-        // A client may drop a message that was sent just before bus mastering went off, and a daemon
-        // may die between giving a buffer back and saying so. Nobody would ask for another message.
-        self.owed |= std::mem::replace(&mut self.served, true);
         Ok(())
     }
 
@@ -178,10 +175,6 @@ impl Ring {
         const BASE: FrontendReq = FrontendReq::GET_VRING_BASE;
         const CALL: FrontendReq = FrontendReq::SET_VRING_CALL;
         let State::Running { setup, memory, .. } = &self.state else { return Ok(()) };
-        if let Some(relay) = &self.relay {
-            // It gets nothing new, so this ends, and then it has nothing under way.
-            daemon.exchange.wait_until(|| relay.is_idle())?;
-        }
         daemon.exchange.send_request(BASE, &pair(self.index.into(), 0))?;
         // libvhost-user forgets what it has to signal and signals all the same when something under
         // way ends, which is the end of it. So it gets something else before it comes to that.
@@ -209,7 +202,7 @@ impl Ring {
     /// [`DaemonError`].
     pub(super) fn wait(&mut self, daemon: &mut Daemon, finishes: bool) -> Result<(), DaemonError> {
         let State::Stopping { base, setup, memory } = &self.state else { return Ok(()) };
-        if finishes && self.relay.is_none() {
+        if finishes {
             // Memory that is gone is nothing to wait for.
             let done = || setup.used_index(memory).is_none_or(|used| used == *base);
             daemon.exchange.wait_until(done)?;
