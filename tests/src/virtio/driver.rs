@@ -58,6 +58,8 @@ pub struct Driver {
     pub features: u64,
     queues: Vec<Queue>,
     setup: Setup,
+    /// Queues that had an interrupt and are not empty yet, as far as is known.
+    interrupted: Vec<bool>,
     kicks: Vec<Kick>,
     /// The configuration's vector, then those of the queues.
     vectors: Vec<EventCounter>,
@@ -106,6 +108,7 @@ impl Driver {
             kicks: Vec::new(),
             vectors,
             setup,
+            interrupted: vec![false; count.into()],
         };
         driver.connect_vectors();
         driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
@@ -144,6 +147,7 @@ impl Driver {
         assert!((0..1000).any(|_| !busy()), "queue {index} does not reset");
         assert_eq!(self.function.read(area, common::QUEUE_ENABLE), [0, 0], "queue {index}");
         self.queues[usize::from(index)] = self.place_queue(index);
+        self.interrupted[usize::from(index)] = false;
     }
 
     fn connect_vectors(&self) {
@@ -220,6 +224,7 @@ impl Driver {
     pub fn swap_queues(&mut self) {
         self.queues.swap(0, 1);
         self.kicks.swap(0, 1);
+        self.vectors.swap(1, 2);
     }
 
     /// How many queues are set up.
@@ -272,25 +277,36 @@ impl Driver {
 
     fn next_before(&mut self, deadline: &Timespec) -> Option<Event> {
         loop {
-            for (index, queue) in (0..).zip(&mut self.queues) {
-                if let Some(used) = queue.used() {
-                    return Some(Event::Used(index, used));
-                }
-            }
             if self.vectors[0].take() > 0 {
                 return Some(Event::Config);
             }
-            let more: Vec<bool> = self.queues.iter().map(Queue::arm).collect();
-            if more.contains(&true) {
-                continue;
+            if let Some((queue, used)) = self.next_of_interrupted() {
+                return Some(Event::Used(queue, used));
             }
             let mut fds: Vec<_> =
                 self.vectors.iter().map(|vector| PollFd::new(vector, PollFlags::IN)).collect();
             if poll(&mut fds, Some(deadline)).expect("eventfds") == 0 {
                 return None;
             }
-            self.vectors[1..].iter().for_each(|vector| _ = vector.take());
+            for (interrupted, vector) in self.interrupted.iter_mut().zip(&self.vectors[1..]) {
+                *interrupted |= vector.take() > 0;
+            }
         }
+    }
+
+    /// Looks at the queues that had an interrupt, each until it is empty and armed again.
+    fn next_of_interrupted(&mut self) -> Option<(u16, Used)> {
+        for (index, (interrupted, queue)) in
+            (0..).zip(self.interrupted.iter_mut().zip(&mut self.queues))
+        {
+            while *interrupted {
+                if let Some(used) = queue.used() {
+                    return Some((index, used));
+                }
+                *interrupted = queue.arm();
+            }
+        }
+        None
     }
 
     /// The next request that the device gives back.
