@@ -86,3 +86,17 @@ fn no_soft_reset_and_flr_show_in_their_capabilities() {
         assert_eq!(capabilities & 1 << 28 != 0, yes);
     }
 }
+
+#[test]
+fn a_window_needs_the_capability_that_it_is_said_to_be() {
+    let window = |bar_window, vendor: VendorSpec| {
+        let spec = FunctionSpec { vendor: vec![vendor], bar_window, ..FunctionSpec::new(IDS) };
+        let mut function = Function::new(spec).unwrap();
+        let _ = write8(&mut function, 0x40 + spec::vendor_window::ACCESS_LENGTH, 4);
+        function.window_access(0x40 + spec::vendor_window::DATA, 4).is_some()
+    };
+    assert!(window(Some(0), VendorSpec::bar_window(5)));
+    assert!(!window(None, VendorSpec::bar_window(5)));
+    assert!(!window(Some(1), VendorSpec::bar_window(5)));
+    assert!(!window(Some(0), VendorSpec::read_only(&[0; 4])));
+}

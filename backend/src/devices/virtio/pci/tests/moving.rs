@@ -148,7 +148,8 @@ fn a_state_that_no_function_can_have_is_refused() {
 #[test]
 fn requests_that_can_not_be_under_way_are_refused() {
     let features = Some(feature::VERSION_1);
-    let rows: [(&[(u16, u16)], Option<u64>, bool); 7] = [
+    type Requests = &'static [(u16, u16)];
+    let rows: [(Requests, Option<u64>, bool); 7] = [
         (&[], features, true),
         (&[], None, true),
         (&[(0, 7), (1, 7), (0, 0)], features, true),
