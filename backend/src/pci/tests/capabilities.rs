@@ -98,5 +98,7 @@ fn a_window_needs_the_capability_that_it_is_said_to_be() {
     assert!(window(Some(0), VendorSpec::bar_window(5)));
     assert!(!window(None, VendorSpec::bar_window(5)));
     assert!(!window(Some(1), VendorSpec::bar_window(5)));
-    assert!(!window(Some(0), VendorSpec::read_only(&[0; 4])));
+    // A byte too short.
+    let short = VendorSpec { bytes: vec![VendorByte { reset: 0, read_write: 0xff }; 16] };
+    assert!(!window(Some(0), short));
 }
