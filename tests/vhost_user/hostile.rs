@@ -179,22 +179,6 @@ fn eventfds_that_block_stop_nothing() {
 }
 
 #[test]
-fn an_eventfd_that_is_emptied_by_its_sender_stops_nothing() {
-    let sidecar = sidecar();
-    let driver = Driver::start(&sidecar.socket(0), 1, 8);
-    let kick = &driver.rings[0].kick;
-    for _ in 0..2000 {
-        signal(kick);
-        rustix::io::ioctl_fionbio(kick, true).unwrap();
-        let _ = rustix::io::read(kick, &mut [0; 8]);
-        rustix::io::ioctl_fionbio(kick, false).unwrap();
-    }
-    driver.front_end.ask(request::GET_VRING_BASE, &pair(0, 0));
-    drop(driver);
-    assert_unharmed(&sidecar);
-}
-
-#[test]
 fn a_malformed_ring_stops_its_device_until_a_reset() {
     let mut sidecar = sidecar();
     let malformed: [fn(&mut Driver); 4] = [

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use tracing::{error, info};
+use tracing::info;
 
 use self::control::Control;
 use self::port::Port;
@@ -70,7 +70,7 @@ impl VhostUserServer {
     /// look at their surroundings anew.
     ///
     /// # Errors
-    /// When the process has no more threads, or waiting fails.
+    /// When the process has no more threads, waiting fails, or a session does not end.
     pub fn run(self, stop: BorrowedFd<'_>, reload: BorrowedFd<'_>) -> io::Result<()> {
         let (done, ended) = channel::<()>();
         let mut result = Ok(());
@@ -94,8 +94,10 @@ impl VhostUserServer {
         self.ports.iter().for_each(|port| port.stop());
         drop(done);
         if ended.recv_timeout(STOP_TIME) == Err(RecvTimeoutError::Timeout) {
-            error!("a session does not end");
-        } else if result.is_ok() {
+            let reason = "a session does not end";
+            return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+        }
+        if result.is_ok() {
             info!("stopped");
         }
         result

@@ -194,3 +194,37 @@ fn take(eventfd: &EventFd) -> bool {
         Err(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn ring() -> Ring {
+        let ring = Ring::new(Table::new(GuestMemoryMmap::new()), 8).unwrap();
+        ring.set_enabled(true);
+        ring
+    }
+
+    #[test]
+    fn a_kick_that_was_taken_by_somebody_else_is_none_and_is_not_waited_for() {
+        // It would block.
+        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let ring = ring();
+        ring.set_kick(Some(kick.try_clone().unwrap().into()));
+        assert!(!ring.read_kick().unwrap());
+        rustix::io::write(&kick, &5_u64.to_ne_bytes()).unwrap();
+        assert!(ring.read_kick().unwrap());
+        assert!(!ring.read_kick().unwrap());
+    }
+
+    #[test]
+    fn a_kick_of_a_ring_that_is_not_enabled_is_taken_and_is_none() {
+        let kick = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+        let ring = ring();
+        ring.set_kick(Some(kick.into()));
+        ring.set_enabled(false);
+        assert!(!ring.read_kick().unwrap());
+    }
+}
