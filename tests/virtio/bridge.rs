@@ -111,7 +111,7 @@ fn a_daemon_that_is_killed_under_load_loses_nothing_when_it_is_back() {
     let Some((sidecar, mut daemon, image)) = bridge() else { return };
     let mut driver = drive(&sidecar, setup());
     let mut load = Load::new(SIZE, 512, DEPTH);
-    for _ in 0..10 {
+    for _ in 0..4 {
         load.run(&mut driver, 300);
         load.fill(&mut driver);
         daemon = daemon.killed_and_started_anew();

@@ -256,9 +256,6 @@ impl Bridge {
         let running = ring.is_running();
         let (Some(relay), Some(memory)) = (&mut ring.relay, world.memory()) else { return };
         let Some(queue) = world.queue(index) else { return };
-        if !running && !Setup::of(queue).is_reachable(&memory) {
-            return;
-        }
         let result = relay.give_back(queue, &memory).and_then(|interrupt| {
             if running {
                 relay.take(queue, &memory)?;
@@ -269,10 +266,7 @@ impl Bridge {
             Ok(true) => world.interrupt_queue(index),
             Ok(false) => {}
             Err(RelayError::Driver(error)) => world.needs_reset(&format!("queue {index}: {error}")),
-            Err(RelayError::Daemon(error)) => {
-                relay.distrust();
-                self.lost(error);
-            }
+            Err(RelayError::Daemon(error)) => self.lost(error),
         }
     }
 

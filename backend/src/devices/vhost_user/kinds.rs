@@ -26,6 +26,8 @@ pub(super) struct Kind {
     /// Whether a daemon gives back soon what it took. Others keep buffers for what may happen, in
     /// any state.
     pub(super) finishes: bool,
+    /// Whether any daemon may begin anew what another one left, so that it pays to keep track.
+    pub(super) resumes: bool,
 }
 
 /// The queues of a type.
@@ -74,6 +76,7 @@ const PLAIN: Kind = Kind {
     withheld: 0,
     repeats: false,
     finishes: false,
+    resumes: false,
 };
 
 /// Every type by name, sorted.
@@ -90,6 +93,7 @@ pub(super) const KINDS: [Kind; 13] = [
         // VIRTIO_BLK_F_SECURE_ERASE and ZONED, whose fields lie behind.
         withheld: 1 << 16 | 1 << 17,
         finishes: true,
+        resumes: true,
         ..PLAIN
     },
     Kind {
@@ -170,6 +174,7 @@ pub(super) const KINDS: [Kind; 13] = [
         writable: 20..28,
         queues_at: Some(Field::U32(0)),
         finishes: true,
+        resumes: true,
         ..PLAIN
     },
     Kind {

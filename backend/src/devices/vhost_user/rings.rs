@@ -25,8 +25,6 @@ pub(super) struct Ring {
     state: State,
     /// Signalled while the driver could not be interrupted, or perhaps without its notice.
     pub(super) owed: bool,
-    /// Whether a daemon has served the queue, this one or one before.
-    served: bool,
     /// If the daemon does not have the driver's own rings.
     pub(super) relay: Option<Relay>,
 }
@@ -80,8 +78,7 @@ pub(super) struct Setup {
 impl Ring {
     pub(super) fn new(index: u16, kick: EventFd, call: EventFd, relay: Option<Relay>) -> Self {
         let state = State::Stopped(Position::At(0));
-        let (kick, call) = (Arc::new(kick), Arc::new(call));
-        Self { index, kick, call, state, owed: false, served: false, relay }
+        Self { index, kick: Arc::new(kick), call: Arc::new(call), state, owed: false, relay }
     }
 
     pub(super) fn index(&self) -> u16 {
@@ -100,7 +97,6 @@ impl Ring {
     pub(super) fn forget(&mut self) {
         self.state = State::Stopped(Position::At(0));
         self.owed = false;
-        self.served = false;
         if let Some(relay) = &mut self.relay {
             relay.forget();
         }
@@ -111,7 +107,7 @@ impl Ring {
         if let State::Running { setup, memory, .. } | State::Stopping { setup, memory, .. } =
             &self.state
         {
-            let idle = setup.idle_at(memory);
+            let idle = if self.relay.is_some() { Some(0) } else { setup.idle_at(memory) };
             self.state = State::Stopped(idle.map_or(Position::Lost, Position::At));
         }
     }
@@ -141,7 +137,7 @@ impl Ring {
                 (setup, setup.used_index(guest.memory).ok_or(StartError::Ring)?)
             }
         };
-        self.set_up(daemon, setup, base, call, broken)?;
+        self.set_up(daemon, theirs, base, call, broken)?;
         let memory = guest.memory.clone();
         self.state = State::Running { call: Arc::clone(call), setup, memory };
         Ok(())
@@ -175,6 +171,10 @@ impl Ring {
         const BASE: FrontendReq = FrontendReq::GET_VRING_BASE;
         const CALL: FrontendReq = FrontendReq::SET_VRING_CALL;
         let State::Running { setup, memory, .. } = &self.state else { return Ok(()) };
+        if let Some(relay) = &self.relay {
+            // It gets nothing new, so this ends, and then it has nothing under way.
+            daemon.exchange.wait_until(|| relay.is_idle())?;
+        }
         daemon.exchange.send_request(BASE, &pair(self.index.into(), 0))?;
         // libvhost-user forgets what it has to signal and signals all the same when something under
         // way ends, which is the end of it. So it gets something else before it comes to that.
@@ -202,7 +202,7 @@ impl Ring {
     /// [`DaemonError`].
     pub(super) fn wait(&mut self, daemon: &mut Daemon, finishes: bool) -> Result<(), DaemonError> {
         let State::Stopping { base, setup, memory } = &self.state else { return Ok(()) };
-        if finishes {
+        if finishes && self.relay.is_none() {
             // Memory that is gone is nothing to wait for.
             let done = || setup.used_index(memory).is_none_or(|used| used == *base);
             daemon.exchange.wait_until(done)?;
@@ -226,7 +226,8 @@ impl Ring {
         daemon.exchange.tell(FrontendReq::SET_VRING_BASE, &pair(index, base.into()), &[])?;
         daemon.exchange.tell(FrontendReq::SET_VRING_ADDR, &setup.addresses(index), &[])?;
         set_fd(daemon, FrontendReq::SET_VRING_ERR, self.index, broken)?;
-        // Before the kick, which may be waiting: libvhost-user gives up if it has nothing to signal.
+        let kick = self.relay.as_ref().map_or(&*self.kick, |relay| &relay.feed);
+        set_fd(daemon, FrontendReq::SET_VRING_KICK, self.index, kick.as_fd())?;
         set_fd(daemon, FrontendReq::SET_VRING_CALL, self.index, call.as_fd())?;
         let kick = self.relay.as_ref().map_or(&*self.kick, |relay| &relay.feed);
         set_fd(daemon, FrontendReq::SET_VRING_KICK, self.index, kick.as_fd())?;

@@ -34,6 +34,7 @@ impl Bridge {
     /// memory of them, or with nobody.
     pub(super) fn lost(&mut self, error: DaemonError) {
         self.rings.iter_mut().for_each(Ring::lose);
+        self.shadow = None;
         self.has_inflight = false;
         let stable = matches!(self.link, Link::Up(_)) && self.up_since.elapsed() > LONGEST_PAUSE;
         self.pause = match error {
