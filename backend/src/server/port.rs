@@ -10,6 +10,7 @@ use super::event_loop::{Epoll, Interest, Source, Token};
 use super::served::ServedFunction;
 use super::session::{Progress, Session, SessionEnd};
 use super::unmask_watch::UnmaskWatch;
+use crate::log_limit::RateLimit;
 use crate::socket_path::SocketPath;
 
 /// How long a client may take from being accepted to its VERSION message. The next one is waiting,
