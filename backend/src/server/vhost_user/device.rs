@@ -76,6 +76,8 @@ enum Halt {
     MemoryLost,
     #[error("the driver is not one of virtio 1")]
     Legacy,
+    #[error("queue {0} stops with {1} requests that are not done")]
+    Unfinished(u16, usize),
     #[error("queue {0} has {1} descriptors, which are too many")]
     Size(u16, u16),
 }
@@ -260,6 +262,14 @@ impl State {
                 break;
             }
         }
+        if let Some(index) = stopped {
+            // A limit keeps some waiting for longer than a front-end should.
+            let left = core.in_flight().into_iter().filter(|request| request.queue == index);
+            let left: Vec<_> = left.map(|request| request.head).collect();
+            if !queues.untake(index, &left) {
+                return Err(Halt::Unfinished(index, left.len()));
+            }
+        }
         Ok(queues.finish()?)
     }
 
@@ -289,7 +299,8 @@ impl State {
         self.core.quiesce();
         match halt {
             Halt::Device(DeviceError::Queue { queue, .. } | DeviceError::Request { queue, .. })
-            | Halt::Size(queue, _) => {
+            | Halt::Size(queue, _)
+            | Halt::Unfinished(queue, _) => {
                 if let Some(ring) = self.rings.get(usize::from(*queue)) {
                     ring.report_error();
                 }

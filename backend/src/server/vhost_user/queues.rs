@@ -1,6 +1,10 @@
+use std::sync::atomic::Ordering;
+
 use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::ring::{LockedRing, Ring};
+use crate::devices::virtio::spec::avail;
 use crate::devices::virtio::{DeviceError, Io, QueueAccess, needs_interrupt};
 use crate::dma::SharedMemory;
 
@@ -59,6 +63,31 @@ impl<'a> Queues<'a> {
     /// The number of descriptors of a ring.
     pub(super) fn size(&self, index: u16) -> u16 {
         self.queues.get(usize::from(index)).map_or(0, |queue| queue.state.get_queue().size())
+    }
+
+    /// Gives the last requests that were taken from a ring back as if they had not been. `false` if
+    /// these are not the last ones.
+    pub(super) fn untake(&mut self, index: u16, heads: &[u16]) -> bool {
+        let (Some(memory), Some(ring), Ok(count)) =
+            (self.memory, self.queues.get_mut(usize::from(index)), u16::try_from(heads.len()))
+        else {
+            return false;
+        };
+        let queue = ring.state.get_queue_mut();
+        let first = queue.next_avail().wrapping_sub(count);
+        let last = (0..count).zip(heads).all(|(number, head)| {
+            let slot = first.wrapping_add(number) % queue.size();
+            let entry = avail::RING + 2 * u64::from(slot);
+            let found = queue
+                .avail_ring()
+                .checked_add(entry)
+                .and_then(|address| memory.load(GuestAddress(address), Ordering::Relaxed).ok());
+            found.map(u16::from_le) == Some(*head)
+        });
+        if last {
+            queue.set_next_avail(first);
+        }
+        last
     }
 
     /// Interrupts the driver for the requests that were given back. Tells whether the configuration
