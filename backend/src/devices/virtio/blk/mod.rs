@@ -176,7 +176,8 @@ impl<G: MemoryGuard> Block<G> {
 
     /// Begins a request that waits.
     fn begin(&mut self, id: Id, memory: &G) {
-        let durable = !self.acknowledges_early();
+        // A driver that knows of no cache finds none: see `start`.
+        let durable = !self.configuration.writeback;
         let Some(taken) = self.requests.get_mut(id) else { return };
         let running = State::Running(Progress::default());
         let State::Waiting(command) = std::mem::replace(&mut taken.state, running) else { return };
@@ -188,12 +189,6 @@ impl<G: MemoryGuard> Block<G> {
         let (progress, next) = Progress::start(command, memory, durable, &self.serial);
         taken.state = State::Running(progress);
         self.follow(id, next);
-    }
-
-    /// Whether a write may be acknowledged before it is durable (5.2.6.2).
-    fn acknowledges_early(&self) -> bool {
-        let told = self.features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
-        self.configuration.writeback && told
     }
 
     /// Goes on with a request.

@@ -1,6 +1,7 @@
 //! The engines and a client's memory, which has rights and can go away.
 
 use std::io::Write;
+use std::sync::mpsc;
 use std::thread;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -164,15 +165,42 @@ fn memory_is_held_until_the_kernel_is_done_with_it() {
 }
 
 #[test]
+fn the_rest_of_a_transfer_goes_to_the_rest_of_the_memory() {
+    let driver = Driver::new(1);
+    let (mut engine, mut pipe, _wake) = piped();
+    let pieces =
+        vec![(GuestAddress(MIB), 4), (GuestAddress(2 * MIB), 4), (GuestAddress(MIB + 4), 1)];
+    let mut into = Span::new(Arc::clone(&driver.memory), pieces);
+    for (data, left) in [(&b"ab"[..], 7), (b"cdef", 3), (b"ghi", 0)] {
+        pipe.write_all(data).unwrap();
+        let Completion { operation, result, .. } =
+            perform(&mut engine, Operation::Read { at: 0, into });
+        let Operation::Read { into: rest, .. } = operation else { unreachable!() };
+        into = rest;
+        into.advance(result.unwrap());
+        assert_eq!((into.len(), into.is_empty()), (left, left == 0));
+    }
+    assert_eq!(driver.bytes(MIB, 5), b"abcdi");
+    assert_eq!(driver.bytes(2 * MIB, 4), b"efgh");
+}
+
+#[test]
 fn an_engine_goes_away_when_the_kernel_is_done() {
     let driver = Driver::new(1);
     let (mut engine, mut pipe, _wake) = piped();
     let into = Span::new(Arc::clone(&driver.memory), vec![(GuestAddress(MIB), 100)]);
     engine.start(Id(0), Operation::Read { at: 0, into });
     engine.submit();
-    let gone = thread::spawn(move || drop(engine));
+    let (tell, gone) = mpsc::channel();
+    let dropping = thread::spawn(move || {
+        drop(engine);
+        tell.send(()).unwrap();
+    });
+    // However long one waits: the kernel is not done.
+    let early = gone.recv_timeout(Duration::from_millis(50));
+    assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout));
     pipe.write_all(b"last").unwrap();
-    gone.join().unwrap();
+    dropping.join().unwrap();
     assert_eq!(driver.bytes(MIB, 4), b"last");
     assert_eq!(Arc::strong_count(&driver.memory), 1);
 }
