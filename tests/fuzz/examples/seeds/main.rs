@@ -5,6 +5,7 @@
 mod config_space;
 mod messages;
 mod sessions;
+mod virtio;
 
 use std::path::Path;
 
@@ -29,6 +30,7 @@ fn main() {
     }
     sessions::write_seeds();
     config_space::write_seeds();
+    virtio::write_seeds();
 }
 
 fn save(target: &str, name: &str, bytes: &[u8]) {
