@@ -1,5 +1,6 @@
 //! What requests do to a real image, with both engines.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
@@ -221,12 +222,15 @@ fn a_full_disk_is_an_error_of_the_request_alone() {
             println!("skipped: may not mount a small tmpfs here");
             return;
         }
-        let image = NamedTempFile::new_in(folder.path()).unwrap();
-        image.as_file().set_len(4 * MIB).unwrap();
-        let mut disk = Fixture::over(image, &format!(",aio={engine}"));
+        let image = File::create_new(folder.path().join("image"));
         // What is open stays, and nothing is left behind whatever becomes of this test.
         let umount = std::process::Command::new("umount").arg("-l").arg(folder.path()).status();
         assert!(umount.unwrap().success());
+        let image = image.unwrap();
+        image.set_len(4 * MIB).unwrap();
+        let path = format!("/proc/self/fd/{}", image.as_raw_fd());
+        let block = create(&format!("virtio-blk,path={path},aio={engine}")).unwrap();
+        let mut disk = Fixture::started(block, NamedTempFile::new().unwrap());
         let data = pattern(1 << 20, 7);
         assert_eq!(disk.request(OUT, 0, &[Part::Readable(&data)]), FAILED, "{engine}");
         // Space that is given back can be written again.
