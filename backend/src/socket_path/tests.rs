@@ -12,6 +12,7 @@ use rustix::net::{SocketFlags, accept_with};
 use super::*;
 use crate::devices::{Context, Device};
 use crate::pci::{BarIndex, ClassCode, FunctionSpec, Ids};
+use crate::server::{HostedFunction, Server};
 
 fn directory() -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();

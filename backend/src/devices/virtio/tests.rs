@@ -33,6 +33,19 @@ fn a_chain_has_what_the_device_reads_and_what_it_writes() {
 }
 
 #[test]
+fn a_queue_that_stops_gives_no_request_and_takes_those_it_gave() {
+    let mut driver = Driver::new(1);
+    let first = driver.send(0, &[Part::Writable(5)]);
+    pop(&mut driver).unwrap().unwrap();
+    let second = driver.send(0, &[Part::Writable(5)]);
+    let mut stopping = driver.queue(0).unwrap().without_new_requests();
+    assert!(!stopping.pop(&mut Chain::default()).unwrap() && !stopping.rearm().unwrap());
+    stopping.push(first.head, 0).unwrap();
+    assert_eq!(driver.used(0), Some((first.head, 0)));
+    assert_eq!(pop(&mut driver).unwrap().unwrap().head(), second.head);
+}
+
+#[test]
 fn a_request_that_is_given_back_is_used_and_interrupts_once() {
     let mut driver = Driver::new(1);
     let sent = driver.send(0, &[Part::Writable(5)]);
