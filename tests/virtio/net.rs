@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barkeep_tests::virtio::requests::net;
 use barkeep_tests::virtio::{DATA, Driver, Event, Part, Setup, Used};
@@ -28,6 +29,8 @@ impl Net {
         let directory = tempfile::tempdir().unwrap();
         let [path, peer] = ["net.sock", "peer.sock"].map(|name| directory.path().join(name));
         let socket = UnixDatagram::bind(&peer).unwrap();
+        // A frame that takes so long is lost.
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let device =
             format!("virtio-net,socket={},peer={}{options}", path.display(), peer.display());
         let sidecar = Sidecar::start_in(directory, &device);
