@@ -19,6 +19,9 @@ mod session;
 mod unmask_watch;
 mod vhost_user;
 
+#[cfg(test)]
+mod tests;
+
 pub use function::HostedFunction;
 #[cfg(feature = "passthrough")]
 pub use passthrough::PassthroughFunction;

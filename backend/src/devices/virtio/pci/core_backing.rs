@@ -90,6 +90,11 @@ impl CoreBacking {
             let served = std::mem::replace(&mut self.served[usize::from(queue)], ready);
             if ready && !(served && was_live) {
                 self.serve(world, |core, io| core.kicked(queue, io));
+                if served {
+                    // A client may drop the message that was sent just before bus mastering went off,
+                    // and with event indices nothing would ever ask for another one.
+                    world.interrupt_queue(queue);
+                }
             }
         }
         for wake in 0..if was_live { 0 } else { self.own_wakes } {
