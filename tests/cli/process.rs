@@ -114,15 +114,26 @@ pub(crate) fn arguments(functions: &[(&Path, &str)]) -> Vec<String> {
         .collect()
 }
 
-/// Runs `barkeep serve` with arguments that it refuses.
+/// Runs `barkeep serve` with arguments that it refuses. One that serves all the same is ended.
 pub(crate) fn run(arguments: &[String]) -> Output {
-    serve(arguments).output().expect("barkeep starts")
+    let mut command = serve(arguments);
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("barkeep starts");
+    let mut stdout = Vec::new();
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe"));
+    if lines.read_until(b'\n', &mut stdout).expect("a pipe") > 0 {
+        child.kill().expect("it is our child");
+    }
+    let mut output = child.wait_with_output().expect("it is our child");
+    output.stdout = stdout;
+    output
 }
 
 /// Checks the answer to an operator's mistake: one line on standard error that has all of `words`,
 /// nothing on standard output, and status 2.
 pub(crate) fn assert_refused(arguments: &[String], words: &[&str]) {
     let output = run(arguments);
+    assert!(output.stdout.is_empty(), "{arguments:?} was served");
     let stderr = String::from_utf8(output.stderr).expect("UTF-8");
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
     assert_eq!(stderr.matches('\n').count(), 1, "{arguments:?} has one line: {stderr}");
@@ -130,7 +141,6 @@ pub(crate) fn assert_refused(arguments: &[String], words: &[&str]) {
     for word in words {
         assert!(stderr.contains(word), "{stderr:?} says {word:?}");
     }
-    assert!(output.stdout.is_empty(), "nothing was served");
 }
 
 fn serve(arguments: &[String]) -> Command {
