@@ -122,6 +122,32 @@ fn a_limited_device_gives_what_is_allowed_and_the_rest_when_the_time_has_come() 
 }
 
 #[test]
+fn a_wake_does_not_lift_the_limit() {
+    // A byte in 10 milliseconds, and all in 10 minutes.
+    let (mut device, mut driver) = (device(",max-bytes=60000,period=600000"), Driver::new(1));
+    let all = driver.send(0, &[Part::Writable(60_000)]);
+    let byte = driver.send(0, &[Part::Writable(1)]);
+    driver.send(0, &[Part::Writable(60_000)]);
+    device.kicked(0, &mut driver).unwrap();
+    assert_eq!(driver.used(0), Some((all.head, 60_000)));
+    let used = loop {
+        if let Some(used) = driver.used(0) {
+            break used;
+        }
+        wait_and_wake(&mut *device, &mut driver).unwrap();
+    };
+    assert_eq!(used, (byte.head, 1));
+    // Nor do those without cause.
+    for wake in [LIMITER, AGAIN, LIMITER] {
+        assert_eq!(driver.used(0), None);
+        device.woken(wake, &mut driver).unwrap();
+    }
+    device.kicked(0, &mut driver).unwrap();
+    assert_eq!(driver.used(0), None);
+    assert_eq!(wakes(&*device), 0);
+}
+
+#[test]
 fn a_reset_does_not_lift_the_limit() {
     let (mut device, mut driver) = (device(",max-bytes=16,period=3600000"), Driver::new(1));
     let sent = driver.send(0, &[Part::Writable(16)]);
