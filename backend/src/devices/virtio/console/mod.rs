@@ -9,6 +9,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 pub use self::options::Options;
 use self::port::{Output, Port};
@@ -19,10 +20,11 @@ use crate::devices::RestoreError;
 
 /// The console device.
 ///
-/// While somebody is at the host's end, nothing that the guest says is lost: a request stays with the
-/// device until they have taken all of it. (A driver that waits for that, as the one of Linux does
-/// for hvc, waits for them. QEMU drops output then.) While nobody is there, output is dropped, as by
-/// QEMU. Input stays with the host until the guest has room for it.
+/// While somebody reads at the host's end, nothing that the guest says is lost: a request stays with
+/// the device until they have taken all of it. If they take nothing for a second, though, output is
+/// dropped until they do: a driver that waits for it, as the one of Linux does for hvc with a spinlock
+/// held, must not wait for ever. While nobody is there, output is dropped, as by QEMU. Input stays
+/// with the host until the guest has room for it.
 ///
 /// Clients stay through a reset of the device: a guest that boots anew is the same console.
 #[derive(Debug)]
@@ -49,6 +51,9 @@ const PIECE: usize = 64 << 10;
 /// has others wait.
 const TURN: usize = 128;
 
+/// How long output waits for a reader that takes nothing.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// How a turn of a queue ended.
 enum Turn {
     /// All is done that can be done.
@@ -71,12 +76,16 @@ impl Console {
     /// # Errors
     /// [`ConfigError`] when the path can't be used.
     pub fn new(options: &Options) -> Result<Self, ConfigError> {
-        let (parameter, path) = match options {
-            Options::Socket(path) => ("socket", path),
-            Options::Pty(path) => ("pty", path),
-        };
-        let port = Port::new(options).map_err(|error| {
-            ConfigError::invalid(parameter, format!("{}: {error}", path.display()))
+        Self::with_patience(options, PATIENCE)
+    }
+
+    fn with_patience(options: &Options, patience: Duration) -> Result<Self, ConfigError> {
+        let port = Port::new(options, patience).map_err(|error| {
+            let parameter = match options {
+                Options::Socket(_) => "socket",
+                Options::Pty(_) => "pty",
+            };
+            ConfigError::invalid(parameter, format!("{}: {error}", options.path().display()))
         })?;
         Ok(Self {
             port,
@@ -164,6 +173,10 @@ impl Console {
                         }
                     }
                     Output::Blocked => return Ok(Turn::Over),
+                    Output::Dropped => {
+                        self.port.count_dropped(rest);
+                        self.give_back(queue)?;
+                    }
                     Output::Nobody => self.give_back(queue)?,
                 }
             }
@@ -202,6 +215,7 @@ impl Console {
     fn forget(&mut self) {
         self.taken.clear();
         self.sent = 0;
+        self.port.nothing_waits();
     }
 }
 
@@ -224,7 +238,9 @@ impl<G: MemoryGuard> Core<G> for Console {
     fn config_write(&mut self, offset: u64, data: &[u8]) {
         if let Some(character) = config::emergency_character(offset, data) {
             self.port.update();
-            let _ = self.port.write(&[character]);
+            if self.port.write_now(&[character]) == Output::Dropped {
+                self.port.count_dropped(1);
+            }
             // What else there was to see is still to be done.
             self.port.wake_again();
         }

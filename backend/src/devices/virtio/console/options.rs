@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::{ConfigError, Parameters};
 
@@ -12,6 +12,12 @@ pub enum Options {
 }
 
 impl Options {
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Socket(path) | Self::Pty(path) => path,
+        }
+    }
+
     /// Takes them.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
 mod chains;
+mod patience;
 mod pty;
 mod socket;
 
@@ -28,23 +29,38 @@ struct Bench {
     driver: Driver,
     /// Watches the device's wake by edges, as transports do.
     transport: OwnedFd,
+    /// What runs while output waits for a reader.
+    timer: OwnedFd,
     /// Where the guest's buffers for input are, in the order of their use.
     room: Vec<(u16, u64)>,
     path: PathBuf,
     _directory: TempDir,
 }
 
+/// Longer than any test takes, however slow the machine.
+const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+
 impl Bench {
+    /// One whose patience ends when the test [says so](Self::expire).
     fn new(end: &str) -> Self {
+        Self::with_patience(end, FOR_EVER)
+    }
+
+    fn with_patience(end: &str, patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console");
-        let device: Box<dyn Core<Memory>> =
-            Box::new(parse(&format!(",{end}={}", path.display())).unwrap());
+        let options = match end {
+            "socket" => Options::Socket(path.clone()),
+            _ => Options::Pty(path.clone()),
+        };
+        let console = Console::with_patience(&options, patience).unwrap();
+        let timer = console.port.timer().try_clone_to_owned().unwrap();
+        let device: Box<dyn Core<Memory>> = Box::new(console);
         let transport = epoll::create(CreateFlags::CLOEXEC).unwrap();
         let edges = EventFlags::IN | EventFlags::ET;
         epoll::add(&transport, device.wakes()[0], EventData::new_u64(0), edges).unwrap();
         let driver = Driver::new(2);
-        Self { device, driver, transport, room: Vec::new(), path, _directory: directory }
+        Self { device, driver, transport, timer, room: Vec::new(), path, _directory: directory }
     }
 
     /// The guest says something.

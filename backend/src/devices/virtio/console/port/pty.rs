@@ -58,6 +58,10 @@ impl Pty {
         }
     }
 
+    pub(super) fn is_open(&self) -> bool {
+        self.connected
+    }
+
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> usize {
         // What was said before the other side was closed can still be read; behind it there is EIO.
         rustix::io::retry_on_intr(|| rustix::io::read(&self.master, &mut *bytes)).unwrap_or(0)

@@ -77,6 +77,10 @@ impl Socket {
         self.client.as_ref().is_some_and(|client| client.gone)
     }
 
+    pub(super) fn has_client(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| !client.gone)
+    }
+
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> usize {
         if let Some(former) = &self.former {
             match receive(former, bytes) {
