@@ -26,7 +26,13 @@ use crate::{usage_error, vhost_user};
     Devices:\n  edu[,dma_mask=MASK]              QEMU's educational device\n  \
     ivshmem,size=SIZE[,path=FILE][,vectors=N]\n                                   \
     shared memory (ivshmem-plain, ivshmem-doorbell)\n  \
-    passthrough,host=BDF[,map=WHOM]  a real PCI device that is bound to vfio-pci\n\n\
+    passthrough,host=BDF[,map=WHOM]  a real PCI device that is bound to vfio-pci\n  \
+    virtio-blk,path=IMAGE[,...]      a disk\n  \
+    virtio-net,tap=IFNAME[,...]      a network card; also with socket=PATH or fd=N\n  \
+    virtio-rng                       random bytes of this machine's kernel\n  \
+    virtio-console,socket=PATH       a console; also with pty=PATH\n  \
+    vhost-user,type=TYPE,socket=PATH any vhost-user daemon's device\n\n\
+    With --transport vhost-user, the four virtio devices. docs/virtio.md has their options.\n\n\
     Options of every device but passthrough:\n  \
     decode=strict|always             'always' serves clients that never enable memory or\n                                   \
     bus mastering in the Command register\n  \

@@ -31,7 +31,10 @@ fn numbers_and_sizes_have_their_usual_forms() {
 #[test]
 fn a_bad_specification_is_told_in_one_line_that_names_the_culprit() {
     let known = if cfg!(feature = "passthrough") { ", passthrough" } else { "" };
-    let unknown = format!("unknown device 'floppy' (known: edu, ivshmem{known})");
+    let unknown = format!(
+        "unknown device 'floppy' (known: edu, ivshmem, vhost-user, virtio-blk, virtio-console, \
+         virtio-net, virtio-rng{known})"
+    );
     let rows = [
         ("", "device name is missing"),
         (",size=1", "device name is missing"),
