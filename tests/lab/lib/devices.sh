@@ -1,4 +1,4 @@
-# Sourced by `virtio`, whose variables it uses (`work`, `nonce`): the devices, and how a machine gets them.
+# Sourced by `virtio`, whose variables it uses (`work`, `nonce`, `pairs`): the devices, and how a machine gets them.
 # shellcheck shell=bash disable=SC2154,SC2034
 
 mac=52:54:00:ba:00:01
@@ -19,7 +19,7 @@ barkeep_device() {
     # As many entries as the guest has writers.
     busy) echo "virtio-blk,path=$work/disk,queues=1,queue-size=32" ;;
     read-only) echo "virtio-blk,path=$work/read-only,readonly=on,logical-block-size=4096" ;;
-    net) echo "virtio-net,tap=lab0,mac=$mac,queues=2" ;;
+    net) echo "virtio-net,tap=lab0,mac=$mac,queues=$pairs" ;;
     rng) echo "virtio-rng" ;;
     console) echo "virtio-console,socket=$work/terminal.sock" ;;
     qcow2 | nbd) echo "vhost-user,type=blk,socket=$work/$1-daemon.sock,queues=2" ;;
@@ -50,8 +50,8 @@ of_qemu_itself() {
         ;;
       net)
         functions+=(
-          -netdev tap,id=net,ifname=lab0,script=no,downscript=no,queues=2
-          -device "virtio-net-pci-non-transitional,netdev=net,mac=$mac,mq=on,vectors=6"
+          -netdev "tap,id=net,ifname=lab0,script=no,downscript=no,queues=$pairs"
+          -device "virtio-net-pci-non-transitional,netdev=net,mac=$mac,mq=on,vectors=$((2 * pairs + 2))"
         )
         ;;
       rng) functions+=(-device virtio-rng-pci-non-transitional) ;;
@@ -84,8 +84,8 @@ of_daemons() {
       read-only) functions+=(-device "vhost-user-blk-pci-non-transitional,chardev=$name,num-queues=1") ;;
       net)
         functions+=(
-          -netdev vhost-user,id=net,chardev=net,queues=2
-          -device "virtio-net-pci-non-transitional,netdev=net,mac=$mac,mq=on,vectors=6"
+          -netdev "vhost-user,id=net,chardev=net,queues=$pairs"
+          -device "virtio-net-pci-non-transitional,netdev=net,mac=$mac,mq=on,vectors=$((2 * pairs + 2))"
         )
         ;;
       rng) functions+=(-device vhost-user-rng-pci,chardev=rng) ;;

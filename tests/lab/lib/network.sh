@@ -32,14 +32,18 @@ open_network() {
   return 1
 }
 
-# make_tap: a fresh one, with a queue for each processor of the guest.
+# make_tap: a fresh one, with as many pairs of queues as `pairs` says.
 make_tap() {
+  local kind=()
+  # A tap is of one kind or the other, and whoever opens it has to know.
+  [ "$pairs" = 1 ] || kind=(multi_queue)
   "${in_network[@]}" sh -c '
     ip=$1
+    shift
     "$ip" link delete lab0 2> /dev/null
-    "$ip" tuntap add dev lab0 mode tap multi_queue &&
+    "$ip" tuntap add dev lab0 mode tap "$@" &&
       "$ip" address add 192.0.2.1/24 dev lab0 && "$ip" link set lab0 up' \
-    sh "$host/bin/ip" 2>> "$work/network.log"
+    sh "$host/bin/ip" "${kind[@]}" 2>> "$work/network.log"
 }
 
 # start_net_peer: what the guest's transfers are with.

@@ -21,7 +21,7 @@ use toggle::Bit;
 /// The report can't be written.
 pub(crate) fn run_devices(report: &mut Report<impl Write>, nonce: &str, rounds: u32) -> Result<()> {
     rng::run_all(report)?;
-    net::run_all(report, nonce, 2)?;
+    net::run_all(report, nonce)?;
     blk::run_all(report, nonce, rounds.into())?;
     blk::resize(report, nonce)?;
     console::run_all(report)
@@ -38,7 +38,7 @@ pub(crate) fn run_vhost_user(
 ) -> Result<()> {
     blk::run_all(report, nonce, rounds.into())?;
     rng::run_all(report)?;
-    net::run_all(report, nonce, 2)
+    net::run_all(report, nonce)
 }
 
 /// A disk whose memory is switched off under load.
