@@ -172,8 +172,8 @@ pub enum QueueError {
     /// A descriptor outside of its table.
     #[error("descriptor {0} is outside of its table")]
     Index(u16),
-    /// A chain that is longer than its table.
-    #[error("descriptors form a loop")]
+    /// A chain that is longer than its table, or than drivers make them.
+    #[error("descriptors form a loop, or a chain that is too long")]
     Loop,
     /// A table of descriptors that may not be there, or that is malformed.
     #[error("an indirect descriptor is not allowed there, or malformed")]

@@ -127,6 +127,29 @@ fn a_loop_and_a_head_outside_of_the_table_are_errors() {
 }
 
 #[test]
+fn a_chain_that_no_driver_makes_is_not_followed_to_its_end() {
+    let chained = |descriptors: u16| {
+        let mut driver = Driver::new(1);
+        let table = driver.room(u64::from(descriptors) * descriptor::SIZE);
+        for index in 0..descriptors {
+            let flags = if index + 1 < descriptors { descriptor::NEXT } else { 0 };
+            let entry =
+                [&[0; 8][..], &[1, 0, 0, 0], &flags.to_le_bytes(), &(index + 1).to_le_bytes()];
+            let at = GuestAddress(table + u64::from(index) * descriptor::SIZE);
+            driver.memory.write_slice(&entry.concat(), at).unwrap();
+        }
+        let len = u32::from(descriptors) * 16;
+        driver.send(0, &[Part::Raw(table, len, descriptor::INDIRECT)]);
+        pop(&mut driver)
+    };
+    assert_eq!(chained(2048).unwrap().unwrap().readable.len(), 2048);
+    for descriptors in [2049, u16::MAX] {
+        let error = chained(descriptors).map(drop).unwrap_err();
+        assert!(matches!(error, QueueError::Loop), "{error:?}");
+    }
+}
+
+#[test]
 fn more_requests_than_a_queue_holds_are_an_error() {
     let mut driver = Driver::new(1);
     driver.overstate(0, 257);
