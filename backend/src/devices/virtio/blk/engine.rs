@@ -45,6 +45,21 @@ pub(super) enum Operation<G> {
     Allocate { at: u64, len: u64, mode: FallocateFlags },
 }
 
+impl<G> Operation<G> {
+    /// The same with other memory, or none.
+    pub(super) fn with_memory<H>(self, memory: H) -> Operation<H> {
+        match self {
+            Self::Read { at, into } => Operation::Read { at, into: into.with_memory(memory) },
+            Self::Write { at, from, durable } => {
+                Operation::Write { at, from: from.with_memory(memory), durable }
+            }
+            Self::Zeros { at, len } => Operation::Zeros { at, len },
+            Self::Sync => Operation::Sync,
+            Self::Allocate { at, len, mode } => Operation::Allocate { at, len, mode },
+        }
+    }
+}
+
 /// An operation that is done.
 #[derive(Debug)]
 pub(super) struct Completion<G> {
@@ -59,6 +74,17 @@ pub(super) struct Completion<G> {
 pub(super) struct Span<G> {
     memory: G,
     pieces: Pieces,
+}
+
+/// The most bytes that one operation moves; the rest of a longer transfer is done afterwards. The
+/// kernel may copy them while we wait, and [`Core::quiesce`](crate::devices::virtio::Core::quiesce)
+/// waits for all that was begun.
+const MAX_TRANSFER: usize = 1 << 20;
+
+impl<G> Span<G> {
+    fn with_memory<H>(self, memory: H) -> Span<H> {
+        Span { memory, pieces: self.pieces }
+    }
 }
 
 impl<G: MemoryGuard> Span<G> {
@@ -91,7 +117,8 @@ impl<G: MemoryGuard> Span<G> {
         }
     }
 
-    /// Shows the memory in this process to `each`, until that has enough of it and returns false.
+    /// Shows the memory of one operation in this process to `each`, until that has enough of it and
+    /// returns false.
     ///
     /// # Errors
     /// `FAULT` when a part of it is not there or may not be accessed so.
@@ -100,7 +127,13 @@ impl<G: MemoryGuard> Span<G> {
         access: Permissions,
         mut each: impl FnMut(Slice<'a, G>) -> bool,
     ) -> Result<(), Errno> {
+        let mut left = MAX_TRANSFER;
         for &(address, len) in &self.pieces {
+            if left == 0 {
+                break;
+            }
+            let len = len.min(left);
+            left -= len;
             let slices = self.memory.get_slices(address, len, access);
             for slice in slices.map_err(|_| Errno::FAULT)? {
                 if !each(slice.map_err(|_| Errno::FAULT)?) {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vm_memory::Bytes;
 
 use self::config::{Configuration, feature};
-use self::engine::{Completion, Engine, Id};
+use self::engine::{Completion, Engine, Id, Operation};
 use self::options::{Aio, Image, Options, SERIAL};
 use self::progress::{Next, Progress};
 use self::request::{Disk, Request, Status};
@@ -49,6 +49,11 @@ pub struct Block<G> {
     engine: Box<dyn Engine<G>>,
     /// Operations that the engine has.
     running: usize,
+    limiter: RateLimiter,
+    /// What waits for the limiter, oldest first.
+    waiting: VecDeque<Id>,
+    /// What was under way when the device was quiesced, and is not done.
+    paused: VecDeque<Id>,
     /// What is to be given back.
     finished: VecDeque<Id>,
     /// Signalled when operations or requests are done.
@@ -62,8 +67,10 @@ pub struct Block<G> {
 /// Its wakes: [`Block::wake`] and, if there is a limit, its timer.
 const LIMITER: usize = 1;
 
-/// After so many steps of its requests that were done at once, others get their turn.
+/// After so many steps of its requests that were done at once, or bytes that they moved, others get
+/// their turn.
 const MAX_ROUNDS: usize = 16;
+const MAX_MOVED: u64 = 64 << 20;
 
 impl<G: MemoryGuard> Block<G> {
     /// Creates the device: `virtio-blk,path=FILE[,readonly=on|off][,serial=TEXT]
@@ -122,6 +129,9 @@ impl<G: MemoryGuard> Block<G> {
             requests: Requests::new(queues, queue_size),
             engine,
             running: 0,
+            limiter,
+            waiting: VecDeque::new(),
+            paused: VecDeque::new(),
             finished: VecDeque::new(),
             wake,
             failures: 0,
@@ -162,7 +172,10 @@ impl<G: MemoryGuard> Block<G> {
             Ok(command) => State::Waiting(command),
             Err(status) => State::Finished(status, 0),
         };
-        let refusal = matches!(state, State::Finished(..));
+        let bytes = match &state {
+            State::Waiting(command) => Some(command.bytes()),
+            State::Running(_) | State::Paused(..) | State::Finished(..) => None,
+        };
         if !self.requests.insert(id, answer, state) {
             return Err(refused("a request is available again before it was given back"));
         }
@@ -172,6 +185,50 @@ impl<G: MemoryGuard> Block<G> {
             self.begin(id, memory);
         }
         Ok(())
+    }
+
+    fn admits(&mut self, bytes: u64) -> bool {
+        self.limiter.admit(1, bytes, Instant::now()) == Admission::Now
+    }
+
+    /// Goes on with what was paused, and begins what waited for the limiter, as far as that and the
+    /// queues allow.
+    fn resume(&mut self, io: &mut dyn Io<G>) {
+        for _ in 0..self.paused.len() {
+            let Some(id) = self.paused.pop_front() else { break };
+            let Some(access) = io.queue(self.requests.name(id).queue) else {
+                self.paused.push_back(id);
+                continue;
+            };
+            let Some(taken) = self.requests.get_mut(id) else { continue };
+            let running = State::Running(Progress::default());
+            if let State::Paused(progress, operation) = std::mem::replace(&mut taken.state, running)
+            {
+                taken.state = State::Running(progress);
+                let memory = access.memory().clone();
+                self.follow(id, Next::Start(operation.with_memory(memory)));
+            }
+        }
+        let mut kept = VecDeque::new();
+        while let Some(id) = self.waiting.pop_front() {
+            let queue = self.requests.name(id).queue;
+            let Some(access) = io.queue(queue) else {
+                kept.push_back(id);
+                continue;
+            };
+            let Some(Taken { state: State::Waiting(command), .. }) = self.requests.get_mut(id)
+            else {
+                continue;
+            };
+            let bytes = command.bytes();
+            if !self.admits(bytes) {
+                kept.push_back(id);
+                break;
+            }
+            self.begin(id, access.memory());
+        }
+        kept.append(&mut self.waiting);
+        self.waiting = kept;
     }
 
     /// Begins a request that waits.
@@ -213,36 +270,48 @@ impl<G: MemoryGuard> Block<G> {
         let Some(taken) = self.requests.get_mut(id) else { return };
         let written = match &taken.state {
             State::Running(progress) => progress.written(),
-            State::Waiting(_) | State::Finished(..) => 0,
+            State::Waiting(_) | State::Paused(..) | State::Finished(..) => 0,
         };
         taken.state = State::Finished(status, written);
         self.finished.push_back(id);
     }
 
-    /// Takes in an operation that is done, if there is one.
-    fn complete(&mut self) -> bool {
-        let Some(Completion { id, operation, result }) = self.engine.completed() else {
-            return false;
-        };
+    /// Takes in an operation that is done, if there is one, and lets `then` see to what comes next.
+    /// Returns how many bytes were moved.
+    fn complete(&mut self, then: fn(&mut Self, Id, Next<G>)) -> Option<u64> {
+        let Completion { id, operation, result } = self.engine.completed()?;
         self.running -= 1;
         if let Some(Taken { state: State::Running(progress), .. }) = self.requests.get_mut(id) {
             let next = progress.advance(operation, result);
-            self.follow(id, next);
+            then(self, id, next);
         }
-        true
+        Some(result.unwrap_or(0))
+    }
+
+    /// Goes on with a request only if that needs no operation.
+    fn pause(&mut self, id: Id, next: Next<G>) {
+        let Next::Start(operation) = next else { return self.follow(id, next) };
+        let Some(Taken { state, .. }) = self.requests.get_mut(id) else { return };
+        if let State::Running(progress) = state {
+            *state = State::Paused(std::mem::take(progress), operation.with_memory(()));
+            self.paused.push_back(id);
+        }
     }
 
     /// Hands over what was started, and takes in and gives back what is done.
     fn proceed(&mut self, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
         self.resume(io);
+        let mut moved = 0;
         for _ in 0..MAX_ROUNDS {
+            if moved > MAX_MOVED {
+                break;
+            }
             self.engine.submit();
             let mut any = false;
             // One step of each, for what takes no time ends only when the request does.
             for _ in 0..self.running {
-                if !self.complete() {
-                    break;
-                }
+                let Some(bytes) = self.complete(Self::follow) else { break };
+                moved += bytes;
                 any = true;
             }
             if !any {
@@ -338,25 +407,29 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
     fn quiesce(&mut self) {
         while self.running > 0 {
             self.engine.submit();
-            while self.complete() {}
-            // What they led to is to be waited for as well.
+            // What comes next can take very long: zeros of many gigabytes, for instance.
+            while self.complete(Self::pause).is_some() {}
             self.engine.wait();
         }
-        if !self.finished.is_empty() {
+        if !(self.finished.is_empty() && self.paused.is_empty()) {
             self.wake.signal();
         }
     }
 
     fn queue_stopped(&mut self, queue: u16) {
         self.quiesce();
-        let Self { requests, finished, .. } = self;
-        finished.retain(|id| requests.name(*id).queue != queue);
+        let Self { requests, waiting, paused, finished, .. } = self;
+        for list in [waiting, paused, finished] {
+            list.retain(|id| requests.name(*id).queue != queue);
+        }
         requests.forget(queue);
     }
 
     fn reset(&mut self) {
         self.quiesce();
         self.requests.clear();
+        self.waiting.clear();
+        self.paused.clear();
         self.finished.clear();
         self.features = 0;
         self.configuration.writeback = self.initial_writeback;

@@ -1,4 +1,4 @@
-use super::engine::Id;
+use super::engine::{Id, Operation};
 use super::progress::Progress;
 use super::request::{Answer, Command, Status};
 use crate::devices::virtio::InFlight;
@@ -28,6 +28,8 @@ pub(super) enum State {
     Waiting(Command),
     /// The engine has an operation of it.
     Running(Progress),
+    /// The next operation of it waits until memory can be reached again.
+    Paused(Progress, Operation<()>),
     /// It is to be given back, with the number of bytes that were written from the first on.
     Finished(Status, u64),
 }

@@ -92,16 +92,64 @@ fn a_quiesced_device_holds_no_memory_and_loses_no_result() {
 }
 
 #[test]
-fn quiesce_waits_for_the_last_step_of_a_request() {
+fn quiesce_waits_for_one_step_of_a_request_and_leaves_the_others_for_later() {
     let (mut disk, script) = Fixture::scripted(MIB, ",cache=writethrough");
     let ranges = [segment(0, 1, 0), segment(8, 1, 0)].concat();
     let sent = disk.send(0, WRITE_ZEROES, 0, &[Part::Readable(&ranges)]);
     disk.kick(0);
     assert_eq!(script.started(), ["zero 0+512"]);
+    disk.driver.paused = true;
     disk.block.quiesce();
     assert_eq!(script.started(), [""; 0]);
-    assert_eq!(script.submissions().len(), 3, "two ranges and a sync");
+    assert_eq!(disk.block.in_flight(), [InFlight { queue: 0, head: sent.head }]);
+    // While its queue can't be served, it stays where it is.
+    disk.wake();
+    assert_eq!(script.started(), [""; 0]);
+    disk.driver.paused = false;
+    disk.block.woken(0, &mut disk.driver).unwrap();
+    assert_eq!(script.started(), ["zero 4096+512"]);
+    disk.block.quiesce();
+    disk.wake();
+    assert_eq!(script.started(), ["sync"]);
+    disk.block.quiesce();
     assert_eq!(disk.outcome(0, &sent), DONE);
+}
+
+#[test]
+fn what_is_left_of_a_transfer_waits_without_memory_and_is_then_done() {
+    let (mut disk, script) = Fixture::scripted(MIB, "");
+    let guards = Arc::strong_count(&disk.driver.memory);
+    let sent = disk.send(0, IN, 0, &[Part::Writable(1536)]);
+    disk.kick(0);
+    script.end(0, Ok(512));
+    disk.block.quiesce();
+    assert_eq!(Arc::strong_count(&disk.driver.memory), guards);
+    disk.wake();
+    assert_eq!(script.started(), ["read 512+1024"]);
+    script.end(0, Ok(1024));
+    disk.block.quiesce();
+    assert_eq!(disk.outcome(0, &sent), Outcome { status: OK, written: 1537 });
+}
+
+#[test]
+fn what_is_left_of_a_request_is_forgotten_with_its_queue() {
+    for reset in [false, true] {
+        let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");
+        let ranges = [segment(0, 1, 0), segment(8, 1, 0)].concat();
+        let sent = disk.send(0, WRITE_ZEROES, 0, &[Part::Readable(&ranges)]);
+        disk.kick(0);
+        disk.block.quiesce();
+        if reset {
+            disk.block.reset()
+        } else {
+            disk.block.queue_stopped(0)
+        }
+        assert_eq!(disk.block.in_flight(), []);
+        disk.block.woken(0, &mut disk.driver).unwrap();
+        assert_eq!(script.started(), [""; 0], "{reset}");
+        assert_eq!(disk.driver.used(0), None);
+        assert_eq!(disk.status(&sent), 0xff);
+    }
 }
 
 #[test]

@@ -137,6 +137,21 @@ fn what_is_too_much_for_one_operation_is_done_in_parts() {
     }
 }
 
+#[test]
+fn one_operation_takes_no_longer_than_others_can_wait() {
+    let image = image(4 * MIB);
+    for (name, mut engine) in engines::<Memory>(image.as_file()) {
+        let driver = Driver::new(1);
+        // As long as a request may be, in memory that is the same again and again.
+        let pieces: Vec<_> = (0..64).map(|_| (GuestAddress(MIB), 1 << 26 >> 1)).collect();
+        let span = || Span::new(Arc::clone(&driver.memory), pieces.clone());
+        let reading = Operation::Read { at: 0, into: span() };
+        assert_eq!(perform(&mut *engine, reading).result, Ok(MIB), "{name}");
+        let writing = Operation::Write { at: 0, from: span(), durable: false };
+        assert_eq!(perform(&mut *engine, writing).result, Ok(MIB), "{name}");
+    }
+}
+
 /// An engine that reads from a pipe, which takes as long as the test wants.
 fn piped() -> (UringEngine<Memory>, File, Arc<EventFd>) {
     let (from, to) = rustix::pipe::pipe().unwrap();
