@@ -256,6 +256,9 @@ impl Bridge {
         let running = ring.is_running();
         let (Some(relay), Some(memory)) = (&mut ring.relay, world.memory()) else { return };
         let Some(queue) = world.queue(index) else { return };
+        if !running && !Setup::of(queue).is_reachable(&memory) {
+            return;
+        }
         let result = relay.give_back(queue, &memory).and_then(|interrupt| {
             if running {
                 relay.take(queue, &memory)?;

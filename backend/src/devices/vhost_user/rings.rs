@@ -25,6 +25,8 @@ pub(super) struct Ring {
     state: State,
     /// Signalled while the driver could not be interrupted, or perhaps without its notice.
     pub(super) owed: bool,
+    /// Whether a daemon has served the queue, this one or one before.
+    served: bool,
     /// If the daemon does not have the driver's own rings.
     pub(super) relay: Option<Relay>,
 }
@@ -78,7 +80,8 @@ pub(super) struct Setup {
 impl Ring {
     pub(super) fn new(index: u16, kick: EventFd, call: EventFd, relay: Option<Relay>) -> Self {
         let state = State::Stopped(Position::At(0));
-        Self { index, kick: Arc::new(kick), call: Arc::new(call), state, owed: false, relay }
+        let (kick, call) = (Arc::new(kick), Arc::new(call));
+        Self { index, kick, call, state, owed: false, served: false, relay }
     }
 
     pub(super) fn index(&self) -> u16 {
@@ -97,6 +100,7 @@ impl Ring {
     pub(super) fn forget(&mut self) {
         self.state = State::Stopped(Position::At(0));
         self.owed = false;
+        self.served = false;
         if let Some(relay) = &mut self.relay {
             relay.forget();
         }
@@ -140,6 +144,9 @@ impl Ring {
         self.set_up(daemon, theirs, base, call, broken)?;
         let memory = guest.memory.clone();
         self.state = State::Running { call: Arc::clone(call), setup, memory };
+        // A client may drop a message that was sent just before bus mastering went off, and a daemon
+        // may die between giving a buffer back and saying so. Nobody would ask for another message.
+        self.owed |= std::mem::replace(&mut self.served, true);
         Ok(())
     }
 
