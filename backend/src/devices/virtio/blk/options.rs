@@ -3,6 +3,8 @@ use std::fs::{self, File, FileType, OpenOptions};
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, SeekFrom, flock, ioctl_blkpbszget, seek};
 use rustix::io::Errno;
@@ -11,6 +13,11 @@ use crate::config::{ConfigError, Parameters};
 
 /// The length of a disk's serial number in bytes (5.2.6).
 pub(super) const SERIAL: usize = 20;
+
+/// How long an image may stay locked after the death of the process that served it: the kernel keeps the
+/// file until the last write that it had begun is done, and so must whoever comes next.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// What the operator chose.
 #[derive(Debug)]
@@ -140,7 +147,7 @@ impl Image {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        flock(&file, lock).map_err(|errno| match errno {
+        lock_soon(&file, lock).map_err(|errno| match errno {
             Errno::WOULDBLOCK => invalid(&path, "in use: another process has locked it"),
             errno => invalid(&path, format!("can't be locked: {errno}")),
         })?;
@@ -188,4 +195,15 @@ fn is_device(file_type: FileType) -> Result<bool, &'static str> {
 
 fn invalid(path: &str, reason: impl Display) -> ConfigError {
     ConfigError::invalid("path", format!("{path}: {reason}"))
+}
+
+/// Locks the image, and waits for [`LOCK_PATIENCE`] if somebody else has it.
+fn lock_soon(file: &File, lock: FlockOperation) -> Result<(), Errno> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(file, lock) {
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+            result => return result,
+        }
+    }
 }
