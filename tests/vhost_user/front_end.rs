@@ -30,13 +30,15 @@ pub(crate) mod request {
     pub(crate) const GET_QUEUE_NUM: u32 = 17;
     pub(crate) const SET_VRING_ENABLE: u32 = 18;
     pub(crate) const RESET_DEVICE: u32 = 34;
+    pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
     pub(crate) const ADD_MEM_REG: u32 = 37;
 }
 
 /// The feature bit that protocol features hang on.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION: u32 = 1;
-const NEED_REPLY: u32 = 8;
+const REPLY: u32 = 4;
+pub(crate) const NEED_REPLY: u32 = 8;
 /// What the front-end calls guest memory, as addresses of its own process.
 const USER: u64 = 0x7f00_0000_0000;
 /// Longer is a hang.
@@ -86,11 +88,13 @@ impl FrontEnd {
         let _ = sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
     }
 
-    /// The payload of the next message; `None` at the end of the session.
-    pub(crate) fn receive(&self) -> Option<Vec<u8>> {
+    /// The payload of the next message, which answers this request; `None` at the end of the session.
+    pub(crate) fn receive(&self, request: u32) -> Option<Vec<u8>> {
         let mut header = [0; 12];
         (&self.socket).read_exact(&mut header).ok()?;
-        let size = u32::from_le_bytes(header[8..].try_into().unwrap());
+        let [code, flags, size] =
+            [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
+        assert_eq!((code, flags), (request, VERSION | REPLY), "the answer to another request");
         let mut payload = vec![0; usize::try_from(size).unwrap()];
         (&self.socket).read_exact(&mut payload).ok()?;
         Some(payload)
@@ -99,13 +103,13 @@ impl FrontEnd {
     /// A request with an answer.
     pub(crate) fn ask(&self, request: u32, payload: &[u8]) -> Vec<u8> {
         self.send(request, 0, payload, &[]);
-        self.receive().expect("an answer")
+        self.receive(request).expect("an answer")
     }
 
     /// A request without an answer, which is acknowledged.
     pub(crate) fn command(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         self.send(request, NEED_REPLY, payload, fds);
-        let answer = self.receive().expect("an acknowledgement");
+        let answer = self.receive(request).expect("an acknowledgement");
         assert_eq!(u64_of(&answer), 0, "request {request} is refused");
     }
 
@@ -197,6 +201,15 @@ impl Driver {
 
     pub(crate) fn start_with(path: &Path, queues: u16, size: u16, features: u64) -> Self {
         let front_end = FrontEnd::negotiated(path, features | PROTOCOL_FEATURES);
+        let driver = Self::prepare(front_end, queues, size, features);
+        for index in 0..queues {
+            driver.start_ring(index, size, 0);
+        }
+        driver
+    }
+
+    /// One with memory and queues, of which the device does not know where they are.
+    pub(crate) fn prepare(front_end: FrontEnd, queues: u16, size: u16, features: u64) -> Self {
         let memory = Arc::new(Memory::new(16 << 20));
         front_end.set_memory(&memory);
         let mut driver = Self { front_end, memory, rings: Vec::new() };
@@ -206,13 +219,18 @@ impl Driver {
             let queue = Queue::new(&driver.memory, index, size, event_idx, indirect);
             let [kick, call, error] = [(); 3].map(|()| new_eventfd());
             driver.rings.push(Ring { queue, kick, call, error });
-            driver.start_ring(index, size, 0);
         }
         driver
     }
 
     /// Starts a ring from the `base`th request on.
     pub(crate) fn start_ring(&self, index: u16, size: u16, base: u16) {
+        self.place_ring(index, size, base);
+        self.front_end.set_ring(request::SET_VRING_ENABLE, index.into(), 1);
+    }
+
+    /// Starts a ring, but does not enable it.
+    pub(crate) fn place_ring(&self, index: u16, size: u16, base: u16) {
         let ring = &self.rings[usize::from(index)];
         let (front_end, number) = (&self.front_end, u32::from(index));
         front_end.set_ring(request::SET_VRING_NUM, number, size.into());
@@ -223,7 +241,6 @@ impl Driver {
         front_end.set_eventfd(request::SET_VRING_CALL, byte, ring.call.as_fd());
         front_end.set_eventfd(request::SET_VRING_ERR, byte, ring.error.as_fd());
         front_end.set_eventfd(request::SET_VRING_KICK, byte, ring.kick.as_fd());
-        front_end.set_ring(request::SET_VRING_ENABLE, number, 1);
     }
 
     /// Stops a ring. Returns the number of the next request.

@@ -25,7 +25,7 @@ fn a_front_end_waits_until_the_one_before_it_has_left() {
     second.send(request::GET_FEATURES, 0, &[], &[]);
     random(&mut first);
     drop(first);
-    assert!(second.receive().is_some());
+    assert!(second.receive(request::GET_FEATURES).is_some());
 }
 
 #[test]
