@@ -42,6 +42,12 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         self.memory
     }
 
+    /// Whether it is [about to stop](Self::without_new_requests): what is not given back soon is lost.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        !self.takes
+    }
+
     /// How many descriptors it has.
     #[must_use]
     pub fn size(&self) -> u16 {

@@ -104,13 +104,23 @@ impl RateLimiter {
         });
         let wait = waits[0].max(waits[1]);
         if wait.is_zero() {
-            self.take(operations, bytes);
+            self.charge(operations, bytes);
             return Admission::Now;
         }
         if let Some(timer) = &mut self.timer {
             timer.arm(wait, now);
         }
         Admission::Later
+    }
+
+    /// Counts what is done whether it may be or not, because it can't wait: others wait for it.
+    pub fn charge(&mut self, operations: u64, bytes: u64) {
+        if let Some(bucket) = &mut self.operations {
+            bucket.take(operations);
+        }
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes);
+        }
     }
 
     /// What becomes readable when a request that had to wait may be done; none without a limit. It
@@ -124,15 +134,6 @@ impl RateLimiter {
     pub fn acknowledge(&mut self) {
         if let Some(timer) = &mut self.timer {
             timer.acknowledge();
-        }
-    }
-
-    fn take(&mut self, operations: u64, bytes: u64) {
-        if let Some(bucket) = &mut self.operations {
-            bucket.take(operations);
-        }
-        if let Some(bucket) = &mut self.bytes {
-            bucket.take(bytes);
         }
     }
 }

@@ -23,6 +23,8 @@ pub(crate) struct Driver {
     pub(crate) config_changes: usize,
     /// Whether the queues can't be served.
     pub(crate) paused: bool,
+    /// Whether the queues are about to stop.
+    pub(crate) stopping: bool,
 }
 
 #[derive(Debug)]
@@ -83,6 +85,7 @@ impl Driver {
             free: u64::from(queues) * RINGS,
             config_changes: 0,
             paused: false,
+            stopping: false,
         }
     }
 
@@ -209,7 +212,9 @@ impl Io<Memory> for Driver {
             return None;
         }
         let state = self.queues.get_mut(usize::from(index))?;
-        Some(QueueAccess::new(&mut state.queue, &self.memory, self.features, &mut state.used))
+        let access =
+            QueueAccess::new(&mut state.queue, &self.memory, self.features, &mut state.used);
+        Some(if self.stopping { access.without_new_requests() } else { access })
     }
 
     fn config_changed(&mut self) {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vm_memory::Bytes;
 
 use self::config::{Configuration, feature};
-use self::engine::{Completion, Engine, Id, Operation};
+use self::engine::{Completion, Engine, Id};
 use self::options::{Aio, Image, Options, SERIAL};
 use self::progress::{Next, Progress};
 use self::request::{Disk, Request, Status};
@@ -221,7 +221,10 @@ impl<G: MemoryGuard> Block<G> {
                 continue;
             };
             let bytes = command.bytes();
-            if !self.admits(bytes) {
+            if access.is_stopping() {
+                // Nobody would remember it.
+                self.limiter.charge(1, bytes);
+            } else if !self.admits(bytes) {
                 kept.push_back(id);
                 break;
             }
