@@ -195,3 +195,20 @@ fn a_request_of_many_steps_lets_others_have_their_turn() {
     // Nobody else wakes it.
     assert_eq!(disk.outcome(0, &sent), DONE);
 }
+
+#[test]
+fn a_long_request_that_is_done_at_once_lets_others_have_their_turn() {
+    let (mut disk, script) = Fixture::scripted(256 * MIB, "");
+    script.hurry(32 * MIB);
+    let (head, end) = (disk.driver.room(16), disk.driver.room(1));
+    disk.driver.memory.write_slice(&header(IN, 0), GuestAddress(head)).unwrap();
+    let piece = (MIB, 32 << 20, descriptor::WRITE);
+    let mut parts = vec![(head, 16, 0)];
+    parts.extend([piece; 6]);
+    parts.push((end, 1, descriptor::WRITE));
+    let sent = disk.send_indirect(0, &parts);
+    disk.kick(0);
+    assert_eq!(disk.driver.used(0), None);
+    assert_eq!(disk.used(0).0, sent.head);
+    assert_eq!(disk.driver.bytes(end, 1), [OK]);
+}
