@@ -85,8 +85,9 @@ enum Halt {
 /// Tokens of events, behind those of the queues. The crate has the first one for itself.
 const DOOR: u64 = 1;
 
-/// Rounds of waiting for the requests of a queue that stops: more than a request has steps.
-const STOP_ROUNDS: usize = 4096;
+/// Rounds of waiting for the requests of a queue that stops: more than a request has steps, of which a
+/// disk has one for each MiB of at most 4 GiB.
+const STOP_ROUNDS: usize = 8192;
 
 impl VhostUserDevice {
     /// `greeted` is called when a front-end has sent its first message.
