@@ -233,8 +233,7 @@ impl Ring {
         daemon.exchange.tell(FrontendReq::SET_VRING_BASE, &pair(index, base.into()), &[])?;
         daemon.exchange.tell(FrontendReq::SET_VRING_ADDR, &setup.addresses(index), &[])?;
         set_fd(daemon, FrontendReq::SET_VRING_ERR, self.index, broken)?;
-        let kick = self.relay.as_ref().map_or(&*self.kick, |relay| &relay.feed);
-        set_fd(daemon, FrontendReq::SET_VRING_KICK, self.index, kick.as_fd())?;
+        // Before the kick, which may be waiting: libvhost-user gives up if it has nothing to signal.
         set_fd(daemon, FrontendReq::SET_VRING_CALL, self.index, call.as_fd())?;
         let kick = self.relay.as_ref().map_or(&*self.kick, |relay| &relay.feed);
         set_fd(daemon, FrontendReq::SET_VRING_KICK, self.index, kick.as_fd())?;
