@@ -1,13 +1,14 @@
 //! Serves virtio devices to VMMs that speak vhost-user, through the crate `vhost-user-backend`.
 //!
 //! A front-end brings the PCI function, a device core does what its queues ask for. Each device has
-//! a thread that takes one front-end after another; a session has two more, of the crate, for
-//! messages and for events. A front-end ends its own session and nothing else.
+//! a thread that takes one front-end after another; a session has three more: two of the crate, for
+//! messages and for events, and one that passes messages on to the crate. A front-end ends its own session and nothing else.
 
 mod control;
 mod device;
 mod port;
 mod queues;
+mod relay;
 mod ring;
 
 #[cfg(test)]

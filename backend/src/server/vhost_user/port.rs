@@ -1,18 +1,23 @@
 use std::fmt;
 use std::mem;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
 use tracing::{error, info, warn};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryMmap;
 
 use super::control::Control;
 use super::device::VhostUserDevice;
+use super::relay::{self, Relay};
 use super::ring::Table;
 use crate::devices::virtio::Core;
 use crate::dma::SharedMemory;
@@ -37,7 +42,7 @@ pub(super) struct Port {
 #[derive(Default)]
 struct Client {
     greeted: bool,
-    connection: Option<ShutdownHandle>,
+    connection: Option<Arc<UnixStream>>,
     /// When it must have sent its first message.
     until: Option<Instant>,
     expired: bool,
@@ -105,7 +110,7 @@ impl Port {
     /// Ends the session, if there is one. Called when the server is already known to stop.
     pub(super) fn stop(&self) {
         if let Some(connection) = &lock(&self.client).connection {
-            connection.shutdown();
+            let _ = connection.shutdown(Shutdown::Both);
         }
     }
 
@@ -144,24 +149,35 @@ impl Port {
     }
 
     fn serve_client(&self) -> Result<End, DaemonError> {
-        let listener = self.listener.try_clone().map_err(DaemonError::StartDaemon)?;
         let mut session = Session::new(&self.device)?;
-        // It does not wait: nobody else accepts here, and a connection stays until it is accepted.
-        session.daemon().start(&mut Listener::from(UnixListener::from(listener)))?;
-        if let Some(handle) = session.daemon().shutdown_handle() {
+        let (entrance, back_end) = relay::connection().map_err(DaemonError::StartDaemon)?;
+        let front_end =
+            Arc::new(self.accept().map_err(|errno| DaemonError::StartDaemon(errno.into()))?);
+        let relay = Relay { front_end: Arc::clone(&front_end), back_end };
+        session.daemon().start(&mut Listener::from(entrance))?;
+        {
             let mut client = lock(&self.client);
-            client.connection = Some(handle);
+            client.connection = Some(front_end);
             client.until = Some(Instant::now() + HANDSHAKE_TIME);
-            drop(client);
-            self.control.new_deadline();
-            if self.control.is_stopping() {
-                self.stop();
-            }
         }
-        let result = session.daemon().wait();
+        self.control.new_deadline();
+        if self.control.is_stopping() {
+            self.stop();
+        }
+        let result = session.run(&relay);
         drop(session);
         let client = mem::take(&mut *lock(&self.client));
-        Ok(End::new(result, &client))
+        Ok(End::new(result?, &client))
+    }
+
+    /// It does not wait: nobody else accepts here, and a connection stays until it is accepted.
+    fn accept(&self) -> Result<UnixStream, Errno> {
+        loop {
+            match accept_with(&self.listener, SocketFlags::CLOEXEC) {
+                Err(Errno::INTR) => {}
+                accepted => return accepted.map(UnixStream::from),
+            }
+        }
     }
 }
 
@@ -192,7 +208,7 @@ impl fmt::Display for End {
     }
 }
 
-/// The crate's two threads for one front-end. Dropped, they are gone and the device is reset.
+/// The threads for one front-end. Dropped, they are gone and the device is reset.
 struct Session<'a> {
     device: &'a VhostUserDevice,
     /// Always there, but in the midst of the drop.
@@ -217,6 +233,21 @@ impl<'a> Session<'a> {
                 Err(DaemonError::StartDaemon(failure))
             }
         }
+    }
+
+    /// Passes messages on until the crate's thread ends. Returns how it did.
+    fn run(&mut self, relay: &Relay) -> Result<Result<(), DaemonError>, DaemonError> {
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("relay".into());
+            let passing = thread.spawn_scoped(scope, || relay.run());
+            if passing.is_err() {
+                relay.finish();
+            }
+            let result = self.daemon().wait();
+            // After a panic, the crate's end is still open.
+            relay.finish();
+            passing.map(|_| result).map_err(DaemonError::StartDaemon)
+        })
     }
 
     fn daemon(&mut self) -> &mut Daemon {
