@@ -1,12 +1,16 @@
 //! Front-ends and drivers that mean harm: they cost themselves their session or their device.
 
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use barkeep_tests::virtio::{DATA, Memory, Part, RINGS, feature, raw_descriptor};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::ftruncate;
+use rustix::process::Signal;
 
 use crate::front_end::{
-    Driver, FrontEnd, PROTOCOL_FEATURES, addresses, new_eventfd, pair, request, signal, wait,
+    Driver, FrontEnd, NEED_REPLY, PROTOCOL_FEATURES, addresses, new_eventfd, pair, request, signal,
+    u64_of, wait,
 };
 use crate::rng::random;
 use crate::sidecar::Sidecar;
@@ -264,4 +268,85 @@ fn sessions_by_the_hundred_leave_nothing_behind() {
     for _ in 0..100 {
         assert_eq!(descriptors(), before);
     }
+}
+
+#[test]
+fn rings_that_are_enabled_out_of_order_harm_nobody() {
+    let sidecar = sidecar();
+    let eventfd = new_eventfd();
+    let fds = [eventfd.as_fd(); 32];
+    let enable =
+        |index, value| [header(request::SET_VRING_ENABLE, 1, 8), pair(index, value)].concat();
+    // A ring that is not there; no such state; another size; descriptors, of which there are none.
+    let cases: [(Vec<u8>, &[BorrowedFd<'_>]); 7] = [
+        (enable(1, 1), &[]),
+        (enable(u32::MAX, 1), &[]),
+        (enable(0, 2), &[]),
+        (header(request::SET_VRING_ENABLE, 1, 0), &[]),
+        (header(request::SET_VRING_ENABLE, 1, 0x1001), &[]),
+        (enable(0, 1), &fds[..1]),
+        (enable(0, 1), &fds),
+    ];
+    for (bytes, fds) in cases {
+        let front_end = FrontEnd::connect(&sidecar.socket(0));
+        front_end.send_bytes(&bytes, fds);
+        front_end.expect_closed();
+    }
+    // Without the bit that it takes, there is no such request.
+    let front_end = FrontEnd::connect(&sidecar.socket(0));
+    front_end.send(request::SET_FEATURES, 0, &feature::VERSION_1.to_le_bytes(), &[]);
+    front_end.send_bytes(&enable(0, 1), &[]);
+    front_end.expect_closed();
+    // Half of it.
+    FrontEnd::connect(&sidecar.socket(0)).send_bytes(&enable(0, 1)[..15], &[]);
+    assert_unharmed(&sidecar);
+}
+
+/// Sends requests until nobody takes more of them, and reads none of the answers.
+fn flood(front_end: &FrontEnd, request: &[u8]) {
+    front_end.socket.set_nonblocking(true).unwrap();
+    let briefly = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+    let mut watched = [PollFd::new(&front_end.socket, PollFlags::OUT)];
+    while poll(&mut watched, Some(&briefly)) == Ok(1) {
+        let _ = (&front_end.socket).write(request);
+    }
+    front_end.socket.set_nonblocking(false).unwrap();
+}
+
+#[test]
+fn answers_that_nobody_reads_hold_nobody_up() {
+    let sidecar = sidecar();
+    let enable = [header(request::SET_VRING_ENABLE, 1 | 8, 8), pair(0, 1)].concat();
+    for request in [header(request::GET_FEATURES, 1, 0), enable] {
+        let front_end = FrontEnd::negotiated(&sidecar.socket(0), FEATURES);
+        flood(&front_end, &request);
+        random(&mut Driver::start(&sidecar.socket(1), 1, 8));
+        drop(front_end);
+        assert_unharmed(&sidecar);
+    }
+    let front_end = FrontEnd::negotiated(&sidecar.socket(0), FEATURES);
+    flood(&front_end, &header(request::GET_FEATURES, 1, 0));
+    sidecar.stop(Signal::TERM);
+}
+
+#[test]
+fn every_request_of_a_flood_is_answered_once() {
+    let sidecar = sidecar();
+    let front_end = FrontEnd::connect(&sidecar.socket(0));
+    let protocol = front_end.ask(request::GET_PROTOCOL_FEATURES, &[]);
+    front_end.ask(request::GET_FEATURES, &[]);
+    front_end.send(request::SET_PROTOCOL_FEATURES, 0, &protocol, &[]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..2000 {
+                front_end.send(request::SET_VRING_ENABLE, NEED_REPLY, &pair(0, 1), &[]);
+                front_end.send(request::GET_QUEUE_NUM, 0, &[], &[]);
+            }
+        });
+        for _ in 0..2000 {
+            let answer = front_end.receive(request::SET_VRING_ENABLE).unwrap();
+            assert_eq!(u64_of(&answer), 0);
+            assert_eq!(u64_of(&front_end.receive(request::GET_QUEUE_NUM).unwrap()), 1);
+        }
+    });
 }
