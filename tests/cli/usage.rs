@@ -16,7 +16,7 @@ fn a_device_that_cant_be_made_is_named_with_the_reason() {
     for (spec, reason) in [
         ("", "name is missing"),
         (",size=4K", "name is missing"),
-        ("nvme", "unknown device 'nvme' (known: edu, ivshmem, virtio-"),
+        ("nvme", "unknown device 'nvme' (known: edu, ivshmem, vhost-user, virtio-"),
         ("EDU", "unknown device 'EDU'"),
         ("edu,size=4K", "unknown parameter 'size'"),
         ("edu,dma_mask=lots", "'dma_mask': 'lots' is no number"),

@@ -265,9 +265,10 @@ fn sessions_by_the_hundred_leave_nothing_behind() {
     };
     descriptors();
     let before = descriptors();
-    for _ in 0..100 {
-        assert_eq!(descriptors(), before);
-    }
+    (0..100).for_each(|_| {
+        descriptors();
+    });
+    assert_eq!(descriptors(), before);
 }
 
 #[test]

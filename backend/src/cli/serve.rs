@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if arguments.transport == Transport::VhostUser {
         return vhost_user::run(arguments, &stop, &reload);
     }
-    let server = match prepare(arguments) {
+    let mut server = match prepare(arguments) {
         Ok(server) => server,
         Err(message) => return usage_error(&message),
     };

@@ -12,6 +12,7 @@ pub mod passthrough;
 mod registry;
 mod saved;
 mod transfers;
+pub mod vhost_user;
 pub mod virtio;
 
 #[cfg(test)]

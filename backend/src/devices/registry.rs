@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use super::ivshmem::Groups;
+use super::vhost_user::Bridge;
 use super::virtio::models;
 use super::virtio::pci::{CoreBacking, VirtioFunction};
 use super::{Device, Edu, Ivshmem};
@@ -26,10 +27,14 @@ pub struct Options {
 type Constructor = fn(&mut Parameters, &mut Registry) -> Result<Box<dyn Device>, ConfigError>;
 
 /// Every device by name, sorted.
-const DEVICES: [(&str, Constructor); 2] = [
+const DEVICES: [(&str, Constructor); 3] = [
     ("edu", |parameters, _| Ok(Box::new(Edu::from_parameters(parameters)?))),
     ("ivshmem", |parameters, registry| {
         Ok(Box::new(Ivshmem::from_parameters(parameters, &mut registry.ivshmem)?))
+    }),
+    ("vhost-user", |parameters, _| {
+        let bridge = Bridge::from_parameters(parameters)?;
+        Ok(Box::new(VirtioFunction::new(Box::new(bridge))?))
     }),
 ];
 

@@ -27,6 +27,7 @@ pub use function::HostedFunction;
 pub use passthrough::PassthroughFunction;
 pub use request_error::RequestError;
 pub use served::ServedFunction;
+pub use vhost_user::VhostUserServer;
 
 pub use crate::socket_path::{SocketError, SocketPath};
 

@@ -12,9 +12,9 @@ use crate::Input;
 pub type Memory = Arc<GuestMemoryMmap>;
 
 /// Where memory is: from an address on, so many bytes. Between and behind them there is none.
-pub const MEMORY: [(u64, usize); 2] = [(0, 0x1_0000), (ISLAND, 0x2000)];
+pub const MEMORY: [(u64, usize); 2] = [(0, 0x3000), (ISLAND, 0x800)];
 /// The smaller piece.
-pub const ISLAND: u64 = 0x2_0000;
+pub const ISLAND: u64 = 0x8000;
 
 /// Memory full of zeros. One piece of memory is used again and again, so there is one at a time.
 pub fn memory() -> Memory {
@@ -37,9 +37,10 @@ pub fn address(input: &mut Input<'_>) -> u64 {
     let kind = input.u8();
     let low = u64::from(input.u16());
     match kind {
-        0..=0xc0 => low,
-        0xc1..=0xe0 => ISLAND + low % 0x2100,
-        0xe1..=0xf0 => 0xff00 + low % 0x200,
+        0..=0xc0 => low % 0x3000,
+        0xc1..=0xe0 => ISLAND + low % 0x900,
+        0xe1..=0xec => 0x2f00 + low % 0x200,
+        0xed..=0xf0 => low,
         0xf1..=0xf8 => u64::MAX - low,
         kind => low << (4 * (kind & 0xf)),
     }

@@ -269,7 +269,10 @@ impl Bridge {
             Ok(true) => world.interrupt_queue(index),
             Ok(false) => {}
             Err(RelayError::Driver(error)) => world.needs_reset(&format!("queue {index}: {error}")),
-            Err(RelayError::Daemon(error)) => self.lost(error),
+            Err(RelayError::Daemon(error)) => {
+                relay.distrust();
+                self.lost(error);
+            }
         }
     }
 

@@ -2,8 +2,8 @@
 //!
 //! This process is the daemon's frontend: it hands on the client's memory, the eventfds of the
 //! doorbells and those of the interrupts, and is not there while requests are served, unless the
-//! daemon keeps no track of them (docs/decisions/0017-vhost-user-bridge.md). Sections in quotation marks are those of QEMU's
-//! `docs/interop/vhost-user.rst`.
+//! daemon keeps no track of them (docs/decisions/0017-vhost-user-bridge.md). Sections in quotation
+//! marks are those of QEMU's `docs/interop/vhost-user.rst`.
 
 mod bridge;
 mod channel;

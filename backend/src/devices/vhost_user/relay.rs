@@ -151,6 +151,11 @@ impl Relay {
         self.taken.fill(None);
     }
 
+    /// What the daemon wrote so far is all that is believed.
+    pub(super) fn distrust(&mut self) {
+        self.shadow = None;
+    }
+
     /// A daemon gets the queue, whose size is this, or gets it again. Returns where in the available
     /// ring it begins.
     pub(super) fn begin(&mut self, shadow: &Arc<Shadow>, size: u16) -> u16 {

@@ -9,6 +9,7 @@ pub mod console;
 mod core;
 pub mod models;
 pub mod net;
+pub mod pci;
 mod queue;
 pub mod rate_limit;
 pub mod rng;

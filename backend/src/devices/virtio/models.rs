@@ -14,6 +14,7 @@ type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigErro
 fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     // One line a device; the names are also in `NAMES`.
     match name {
+        "virtio-net" => Some(|p| Ok(Box::new(Net::from_parameters(p)?))),
         "virtio-console" => Some(|p| Ok(Box::new(Console::from_parameters(p)?))),
         "virtio-rng" => Some(|p| Ok(Box::new(Entropy::from_parameters(p)?))),
         "virtio-blk" => Some(|parameters| Ok(Box::new(Block::from_parameters(parameters)?))),
@@ -22,7 +23,7 @@ fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
 }
 
 /// Every virtio device by name, sorted.
-pub const NAMES: [&str; 2] = ["virtio-console", "virtio-rng"];
+pub const NAMES: [&str; 4] = ["virtio-blk", "virtio-console", "virtio-net", "virtio-rng"];
 
 /// Creates the virtio device that is called `name`; `None` when there is none.
 ///

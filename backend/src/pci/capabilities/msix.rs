@@ -213,11 +213,6 @@ impl MsixStructures {
         MsiOutcome::Pending
     }
 
-    /// Whether there is such a vector and its own mask bit lets it out.
-    pub(in crate::pci) fn lets_out(&self, vector: u16) -> bool {
-        vector < self.vectors.count() && !self.masked(vector)
-    }
-
     /// Takes the vectors that are not masked out of the pending bits.
     pub(in crate::pci) fn take_deliverable(&mut self) -> MsixVectorSet {
         let deliver = self.deliverable();

@@ -455,3 +455,28 @@ fn a_function_knows_which_messages_would_go_out() {
     }
     assert!(!unmasked().msix_delivers(VECTORS));
 }
+
+/// Whoever delivers in the function's place asks before, and must get the answer that raising gives.
+#[test]
+fn an_interrupt_is_foretold_to_be_delivered_exactly_when_it_would_be() {
+    type Change = fn(&mut Function);
+    let rows: &[(&str, Change)] = &[
+        ("as it is", |_| {}),
+        ("a masked vector", |function| drop(mask(function, 3, true))),
+        ("another vector is masked", |function| drop(mask(function, 4, true))),
+        ("the function is masked", |function| {
+            drop(write16(function, CONTROL, ENABLE | FUNCTION_MASK));
+        }),
+        ("disabled", |function| drop(write16(function, CONTROL, 0))),
+        ("no bus master", |function| drop(command(function, Command::empty()))),
+        ("reset", |function| drop(function.reset(ResetKind::Device))),
+    ];
+    for (name, change) in rows {
+        let mut function = unmasked();
+        change(&mut function);
+        let foretold = function.msix_delivers(3);
+        assert_eq!(foretold, function.raise_msix(3) == MsiOutcome::Deliver, "{name}");
+    }
+    assert!(unmasked().msix_delivers(VECTORS - 1));
+    assert!(!unmasked().msix_delivers(VECTORS), "there is no such vector");
+}

@@ -15,7 +15,7 @@ use crate::devices::virtio::spec::feature;
 use crate::devices::virtio::{Core, DeviceError};
 use crate::dma::SharedMemory;
 use crate::irq::EventFd;
-use crate::server::rate_limit::RateLimit;
+use crate::log_limit::RateLimit;
 
 /// A virtio device as the crate serves it: the same in every session.
 ///

@@ -22,7 +22,7 @@ use super::ring::Table;
 use crate::devices::virtio::Core;
 use crate::dma::SharedMemory;
 use crate::irq::EventFd;
-use crate::server::rate_limit::RateLimit;
+use crate::log_limit::RateLimit;
 
 /// How long a front-end may take to its first message. The next one is waiting.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(1);

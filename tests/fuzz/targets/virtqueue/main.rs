@@ -24,9 +24,8 @@ fuzz_target!(|bytes: &[u8]| {
     let mut queue = guest::queue(&mut input);
     queue.set_event_idx(flags & 2 != 0);
     let mut queues = Queues::new(&memory, features, vec![queue]);
-    let mut taken = 0;
+    let mut taken = false;
     while !input.is_empty() {
-        let model = Model::of(&queues, indirect);
         let (size, table) = (queues.queues[0].size(), queues.queues[0].desc_table());
         match input.u8() % 9 {
             0 => {
@@ -48,21 +47,24 @@ fuzz_target!(|bytes: &[u8]| {
                 let (head, more) = (input.u16(), input.u16());
                 guest::make_available(&memory, &queues.queues[0], head, more);
             }
-            5 | 6 => taken += u32::from(pop(&mut queues, &model)),
-            7 => push(&mut queues, input.u16(), input.u32(), &model),
-            _ => match input.u8() % 5 {
-                0 => follow(&mut queues, input.u16(), &model),
-                1 if taken > 0 => {
-                    queues.queue(0).expect("it is there").unpop();
-                    taken = 0;
-                    assert_eq!(queues.queues[0].next_avail(), model.next_avail.wrapping_sub(1));
+            kind => {
+                let model = Model::of(&queues, indirect);
+                match (kind, input.u8() % 5) {
+                    (5 | 6, _) => taken = pop(&mut queues, &model),
+                    (7, _) => push(&mut queues, input.u16(), input.u32(), &model),
+                    (_, 0) => follow(&mut queues, input.u16(), &model),
+                    (_, 1) if taken => {
+                        queues.queue(0).expect("it is there").unpop();
+                        taken = false;
+                        assert_eq!(queues.queues[0].next_avail(), model.next_avail.wrapping_sub(1));
+                    }
+                    (_, 2) => {
+                        let _ = needs_interrupt(&mut queues.queues[0], &memory);
+                    }
+                    (_, 3) => rearm(&mut queues, &model),
+                    _ => disable(&mut queues, &model),
                 }
-                2 => {
-                    let _ = needs_interrupt(&mut queues.queues[0], &memory);
-                }
-                3 => rearm(&mut queues, &model),
-                _ => disable(&mut queues, &model),
-            },
+            }
         }
     }
 });

@@ -119,10 +119,7 @@ impl Configuration {
             let alignment = u64::from(self.physical_block_size) / SECTOR;
             put(at::MAX_DISCARD_SECTORS, &MAX_DISCARD.to_le_bytes());
             put(at::MAX_DISCARD_SEG, &MAX_SEGMENTS.to_le_bytes());
-            put(
-                at::DISCARD_SECTOR_ALIGNMENT,
-                &u32::try_from(alignment).unwrap_or(0).to_le_bytes(),
-            );
+            put(at::DISCARD_SECTOR_ALIGNMENT, &u32::try_from(alignment).unwrap_or(0).to_le_bytes());
         }
         if features & feature::WRITE_ZEROES != 0 {
             put(at::MAX_WRITE_ZEROES_SECTORS, &MAX_WRITE_ZEROES.to_le_bytes());

@@ -13,8 +13,10 @@ mod uring;
 mod tests;
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::Bytes;
 
@@ -26,6 +28,7 @@ use self::request::{Disk, Request, Status};
 use self::requests::{Requests, State, Taken};
 use self::sync::SyncEngine;
 use self::uring::UringEngine;
+use super::rate_limit::{Admission, RateLimiter};
 use super::spec::DeviceType;
 use super::{Chain, Core, DeviceError, InFlight, Io, MemoryGuard, QueueError};
 use crate::config::{ConfigError, Parameters};
@@ -75,7 +78,7 @@ const MAX_MOVED: u64 = 64 << 20;
 impl<G: MemoryGuard> Block<G> {
     /// Creates the device: `virtio-blk,path=FILE[,readonly=on|off][,serial=TEXT]
     /// [,logical-block-size=512|4096][,queues=N][,queue-size=N][,cache=writeback|writethrough]
-    /// [,discard=on|off][,aio=io_uring|sync]`.
+    /// [,discard=on|off][,iops=N][,bps=SIZE][,aio=io_uring|sync]`.
     ///
     /// # Errors
     /// [`ConfigError`] when a parameter is missing or can't be used, or the image can't: it is
@@ -84,21 +87,15 @@ impl<G: MemoryGuard> Block<G> {
         let options = Options::from_parameters(parameters)?;
         let wake = EventFd::create().map_err(|errno| ConfigError::invalid("aio", errno))?;
         let wake = Arc::new(wake);
-        let depth = usize::from(options.queues) * usize::from(options.queue_size);
-        let file = Arc::clone(&options.image.file);
         let ring = match options.aio {
             Aio::Sync => None,
-            Aio::IoUring => UringEngine::new(Arc::clone(&file), Arc::clone(&wake), depth)
-                .inspect_err(|error| {
-                    let path = &options.image.path;
-                    tracing::warn!("virtio-blk {path}: no io_uring ({error}), so aio=sync");
-                })
-                .ok(),
+            Aio::IoUring => {
+                let depth = usize::from(options.queues) * usize::from(options.queue_size);
+                let file = Arc::clone(&options.image.file);
+                Some(UringEngine::new(file, Arc::clone(&wake), depth))
+            }
         };
-        let engine: Box<dyn Engine<G>> = match ring {
-            Some(ring) => Box::new(ring),
-            None => Box::new(SyncEngine::new(file)),
-        };
+        let engine = choose_engine(&options.image, ring);
         Self::new(options, engine, wake)
     }
 
@@ -107,8 +104,10 @@ impl<G: MemoryGuard> Block<G> {
         engine: Box<dyn Engine<G>>,
         wake: Arc<EventFd>,
     ) -> Result<Self, ConfigError> {
-        let Options { image, read_only, serial, queues, queue_size, writeback, discard, aio: _ } =
-            options;
+        let Options { image, read_only, serial, queues, queue_size, .. } = options;
+        let Options { writeback, discard, limits, .. } = options;
+        let limiter = RateLimiter::new(limits);
+        let limiter = limiter.map_err(|errno| ConfigError::invalid("iops", errno))?;
         let size = image.size().map_err(|reason| ConfigError::invalid("path", reason))?;
         let configuration = Configuration {
             size,
@@ -179,10 +178,11 @@ impl<G: MemoryGuard> Block<G> {
         if !self.requests.insert(id, answer, state) {
             return Err(refused("a request is available again before it was given back"));
         }
-        if refusal {
-            self.finished.push_back(id);
-        } else {
-            self.begin(id, memory);
+        match bytes {
+            None => self.finished.push_back(id),
+            // Nobody overtakes those who wait.
+            Some(bytes) if self.waiting.is_empty() && self.admits(bytes) => self.begin(id, memory),
+            Some(_) => self.waiting.push_back(id),
         }
         Ok(())
     }
@@ -352,6 +352,21 @@ impl<G: MemoryGuard> Block<G> {
     }
 }
 
+/// The engine of an image: io_uring, if it is wanted and the kernel lets us have it.
+fn choose_engine<G: MemoryGuard>(
+    image: &Image,
+    ring: Option<io::Result<UringEngine<G>>>,
+) -> Box<dyn Engine<G>> {
+    match ring {
+        Some(Ok(ring)) => return Box::new(ring),
+        Some(Err(error)) => {
+            tracing::warn!("virtio-blk {}: no io_uring ({error}), so aio=sync", image.path);
+        }
+        None => {}
+    }
+    Box::new(SyncEngine::new(Arc::clone(&image.file)))
+}
+
 impl<G: MemoryGuard> Core<G> for Block<G> {
     fn device_type(&self) -> DeviceType {
         DeviceType::BLOCK
@@ -373,9 +388,7 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
     fn config_write(&mut self, offset: u64, data: &[u8]) {
         // A driver may choose before it is set up, when its features are not told yet.
         let chooses = self.features == 0 || self.features & feature::CONFIG_WCE != 0;
-        if chooses
-            && let Some(writeback) = Configuration::written_mode(offset, data)
-        {
+        if chooses && let Some(writeback) = Configuration::written_mode(offset, data) {
             self.configuration.writeback = writeback;
         }
     }
@@ -398,12 +411,18 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
     }
 
     fn wakes(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.wake.as_fd()]
+        let mut wakes = vec![self.wake.as_fd()];
+        wakes.extend(self.limiter.fd());
+        wakes
     }
 
-    fn woken(&mut self, _wake: usize, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
-        // Before looking: what is done from now on wakes again.
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+    fn woken(&mut self, wake: usize, io: &mut dyn Io<G>) -> Result<(), DeviceError> {
+        // Before looking: what comes from now on wakes again.
+        if wake == LIMITER {
+            self.limiter.acknowledge();
+        } else {
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        }
         self.proceed(io)
     }
 

@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, SeekFrom, flock, ioctl_blkpbszget, seek};
 use rustix::io::Errno;
 
 use crate::config::{ConfigError, Parameters};
+use crate::devices::virtio::rate_limit::Limits;
 
 /// The length of a disk's serial number in bytes (5.2.6).
 pub(super) const SERIAL: usize = 20;
@@ -32,6 +33,7 @@ pub(super) struct Options {
     /// Whether the cache starts as one that acknowledges writes before they are durable.
     pub(super) writeback: bool,
     pub(super) discard: bool,
+    pub(super) limits: Limits,
     pub(super) aio: Aio,
 }
 
@@ -82,9 +84,10 @@ impl Options {
         let discard = choice(parameters, "discard", true, &switch)?;
         let kinds = [("io_uring", Aio::IoUring), ("sync", Aio::Sync)];
         let aio = choice(parameters, "aio", Aio::IoUring, &kinds)?;
+        let limits = Limits::from_parameters(parameters)?;
         // Last: a lock that is taken for nothing could disturb the one who holds the image.
         let image = Image::open(path, read_only, block_size)?;
-        Ok(Self { image, read_only, serial, queues, queue_size, writeback, discard, aio })
+        Ok(Self { image, read_only, serial, queues, queue_size, writeback, discard, limits, aio })
     }
 }
 

@@ -40,11 +40,6 @@ impl Requests {
         Self { queue_size, slots: (0..slots).map(|_| None).collect(), next: 0 }
     }
 
-    /// The most requests there can be.
-    pub(super) fn depth(&self) -> usize {
-        self.slots.len()
-    }
-
     /// The place of a request; `None` when the queue or head is out of range.
     pub(super) fn id(&self, InFlight { queue, head }: InFlight) -> Option<Id> {
         let index = usize::from(queue) * usize::from(self.queue_size) + usize::from(head);

@@ -80,7 +80,8 @@ fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 
 /// Bytes that differ from place to place.
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    let byte = |index: usize| (index / 512) as u8 ^ (index as u8).wrapping_mul(7) ^ seed;
+    let low = |number: usize| number.to_le_bytes()[0];
+    let byte = |index: usize| low(index / 512) ^ low(index * 7) ^ seed;
     (0..len).map(byte).collect()
 }
 

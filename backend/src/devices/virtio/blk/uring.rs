@@ -100,9 +100,7 @@ impl<G: MemoryGuard> UringEngine<G> {
                 let (first, count) = raw(&vectors);
                 opcode::Writev::new(file, first, count).offset(*at).build()
             }
-            Operation::Sync => {
-                opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build()
-            }
+            Operation::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
             Operation::Allocate { at, len, mode } => {
                 let mode = mode.bits().cast_signed();
                 opcode::Fallocate::new(file, *len).offset(*at).mode(mode).build()
@@ -192,10 +190,7 @@ impl<G: MemoryGuard> Drop for UringEngine<G> {
 }
 
 /// The vectors of guest memory, at most as many as one operation can have.
-fn vectors_of<G: MemoryGuard>(
-    span: &Span<G>,
-    access: Permissions,
-) -> Result<Vec<Vector>, Errno> {
+fn vectors_of<G: MemoryGuard>(span: &Span<G>, access: Permissions) -> Result<Vec<Vector>, Errno> {
     let mut vectors = Vec::new();
     span.slices(access, |slice| {
         let address = slice.ptr_guard().as_ptr().expose_provenance();

@@ -122,6 +122,10 @@ impl Device for VirtioFunction {
         name.clone_into(&mut self.driver.name);
     }
 
+    fn needs_window_files(&self) -> bool {
+        self.backing.needs_window_files()
+    }
+
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8], context: &mut Context<'_>) {
         match self.structure(bar, offset, data.len()) {
             Some(Structure::Common(offset)) => common::read(&self.driver, offset, data),

@@ -9,13 +9,30 @@ const SIZE: usize = 512 * 64;
 
 #[derive(Clone, Debug)]
 enum Action {
-    Write { sector: u64, sectors: usize, seed: u8, cut: usize },
-    Read { sector: u64, sectors: usize, cut: usize },
-    Clear { kind: u32, segments: Vec<(u64, u32, u32)> },
+    Write {
+        sector: u64,
+        sectors: usize,
+        seed: u8,
+        cut: usize,
+    },
+    Read {
+        sector: u64,
+        sectors: usize,
+        cut: usize,
+    },
+    Clear {
+        kind: u32,
+        segments: Vec<(u64, u32, u32)>,
+    },
     Flush,
     Quiesce,
     /// Any header, any data, any room.
-    Any { kind: u32, sector: u64, data: Vec<u8>, room: u32 },
+    Any {
+        kind: u32,
+        sector: u64,
+        data: Vec<u8>,
+        room: u32,
+    },
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -65,9 +82,8 @@ impl Model {
         if kind == DISCARD && segments.iter().any(|(_, _, flags)| *flags != 0) {
             return UNSUPP;
         }
-        let range = |(sector, sectors, _): &(u64, u32, u32)| {
-            Self::range(*sector, *sectors as usize * 512)
-        };
+        let range =
+            |(sector, sectors, _): &(u64, u32, u32)| Self::range(*sector, *sectors as usize * 512);
         let Some(ranges) = segments.iter().map(range).collect::<Option<Vec<_>>>() else {
             return IOERR;
         };
@@ -101,7 +117,8 @@ fn run(engine: &str, actions: &[Action]) {
             Action::Read { sector, sectors, cut } => {
                 let len = sectors * 512;
                 let cut = (*cut).min(len);
-                let (first, second) = (cut as u32, (len - cut) as u32);
+                let size = |len: usize| u32::try_from(len).unwrap();
+                let (first, second) = (size(cut), size(len - cut));
                 let parts = [Part::Writable(first), Part::Writable(second)];
                 let sent = disk.send(0, IN, *sector, &parts);
                 let outcome = disk.finish(0, &sent);
@@ -110,15 +127,15 @@ fn run(engine: &str, actions: &[Action]) {
                     assert_eq!(outcome, Outcome { status: IOERR, written });
                     continue;
                 };
-                assert_eq!(outcome, Outcome { status: OK, written: len as u32 + 1 });
+                assert_eq!(outcome, Outcome { status: OK, written: size(len) + 1 });
                 let mut found = disk.driver.bytes(sent.addresses[1], cut);
                 found.extend(disk.driver.bytes(sent.addresses[2], len - cut));
                 model.assert_same(range.start, &found);
             }
             Action::Clear { kind, segments } => {
-                let bytes = segments.iter().map(|(sector, sectors, flags)| {
-                    segment(*sector, *sectors, *flags)
-                });
+                let bytes = segments
+                    .iter()
+                    .map(|(sector, sectors, flags)| segment(*sector, *sectors, *flags));
                 let bytes = bytes.collect::<Vec<_>>().concat();
                 let outcome = disk.request(*kind, 0, &[Part::Readable(&bytes)]);
                 let status = model.clear(*kind, segments);
@@ -127,7 +144,8 @@ fn run(engine: &str, actions: &[Action]) {
             Action::Flush => assert_eq!(disk.request(FLUSH, 0, &[]), DONE),
             Action::Quiesce => disk.block.quiesce(),
             Action::Any { kind, sector, data, room } => {
-                let sent = disk.send(0, *kind, *sector, &[Part::Readable(data), Part::Writable(*room)]);
+                let sent =
+                    disk.send(0, *kind, *sector, &[Part::Readable(data), Part::Writable(*room)]);
                 let outcome = disk.finish(0, &sent);
                 assert!(outcome.status <= UNSUPP && outcome.written <= room + 1);
                 if *kind == OUT && outcome.status == OK {

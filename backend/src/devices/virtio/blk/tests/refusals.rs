@@ -9,7 +9,9 @@ fn a_bad_request_is_refused_by_its_status() {
     let data = [0xaa; 512];
     let segments = |list: &[Vec<u8>]| list.concat();
     let many: Vec<_> = (0..17).map(|_| segment(0, 1, 0)).collect();
-    let rows: Vec<(&str, &str, u32, u64, Vec<u8>, u8)> = vec![
+    // Name, options, type, sector, data, status.
+    type Row = (&'static str, &'static str, u32, u64, Vec<u8>, u8);
+    let rows: Vec<Row> = vec![
         ("write past the end", "", OUT, SECTORS, data.into(), IOERR),
         ("write over the end", "", OUT, SECTORS - 1, vec![0; 1024], IOERR),
         ("write of half a sector", "", OUT, 0, vec![0; 256], IOERR),
