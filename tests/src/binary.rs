@@ -1,6 +1,7 @@
 //! The binaries under test.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 /// The built `barkeep`: `BARKEEP_BIN`, else the one of the profile that this test was built with.
 ///
@@ -16,4 +17,25 @@ pub fn barkeep() -> PathBuf {
     let path = test.ancestors().nth(2).expect("tests are in target/PROFILE/deps").join("barkeep");
     assert!(path.exists(), "{} is missing: cargo build --bin barkeep", path.display());
     path
+}
+
+/// Brings `barkeep` up to date with the tree, next to this benchmark; not if `BARKEEP_BIN` names one.
+///
+/// # Panics
+/// If it can't be built.
+pub fn build_for_benchmark() {
+    if std::env::var_os("BARKEEP_BIN").is_some() {
+        return;
+    }
+    let program = std::env::current_exe().expect("a benchmark has a path");
+    // target/PROFILE/deps/BENCH
+    let target = program.ancestors().nth(3).expect("benchmarks are in target/PROFILE/deps");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--quiet", "--package", "barkeep-backend", "--bin", "barkeep"])
+        .arg("--target-dir")
+        .arg(target)
+        .status()
+        .expect("cargo starts");
+    assert!(status.success(), "barkeep does not build");
 }

@@ -148,9 +148,7 @@ fn toggled_bus_mastering_delays_the_daemons_requests_and_loses_none() {
     load.verify(&image);
     // The driver is bound anew.
     let mut driver = Driver::start(&driver.function, &driver.memory, setup());
-    load.run(&mut driver, 1000);
-    load.finish(&mut driver);
-    load.verify(&image);
+    load.run_to_end(&mut driver, 1000, &image);
 }
 
 struct Stop<'a>(&'a AtomicBool);

@@ -76,9 +76,7 @@ fn toggled_memory_space_and_bus_mastering_delay_requests_and_lose_none() {
     load.verify(&image);
     // The driver is bound anew.
     let mut driver = Driver::start(&driver.function, &driver.memory, setup());
-    load.run(&mut driver, 1000);
-    load.finish(&mut driver);
-    load.verify(&image);
+    load.run_to_end(&mut driver, 1000, &image);
 }
 
 #[test]
@@ -131,9 +129,7 @@ fn memory_that_was_taken_back_is_neither_read_nor_written() {
             load.abandon();
         }
     }
-    load.run(&mut driver, 1000);
-    load.finish(&mut driver);
-    load.verify(&image);
+    load.run_to_end(&mut driver, 1000, &image);
 }
 
 #[test]
@@ -175,9 +171,7 @@ fn reset_in_the_middle(reset: impl Fn(&Driver)) {
         load.verify(&image);
         assert_eq!(memory.data.first_other_than(PATTERN), None, "round {round}");
     }
-    load.run(&mut driver, 1000);
-    load.finish(&mut driver);
-    load.verify(&image);
+    load.run_to_end(&mut driver, 1000, &image);
 }
 
 #[test]
@@ -237,7 +231,5 @@ fn a_killed_server_has_written_all_that_it_acknowledged() {
         load.abandon();
     }
     let mut driver = drive(&sidecar, setup());
-    load.run(&mut driver, 300);
-    load.finish(&mut driver);
-    load.verify(&image);
+    load.run_to_end(&mut driver, 300, &image);
 }

@@ -86,6 +86,13 @@ impl Load {
         }
     }
 
+    /// Runs until so many more requests ended, waits for the others, and looks at the whole image.
+    pub(crate) fn run_to_end(&mut self, driver: &mut Driver, requests: u64, image: &File) {
+        self.run(driver, requests);
+        self.finish(driver);
+        self.verify(image);
+    }
+
     /// Makes requests available until no slot is free.
     pub(crate) fn fill(&mut self, driver: &mut Driver) {
         let queues = u64::from(driver.queues());

@@ -39,7 +39,7 @@ fn main() {
     } else {
         Effort { rounds: 20, accesses: 5000 }
     };
-    servers::build();
+    barkeep_tests::binary::build_for_benchmark();
     let Effort { rounds, accesses } = effort;
     println!("{rounds} rounds in turns, {accesses} accesses each; times in microseconds");
     let worlds = worlds::available();

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use barkeep_tests::binary;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -40,24 +41,6 @@ pub(crate) struct Served {
     child: Child,
     sockets: Vec<PathBuf>,
     _directory: TempDir,
-}
-
-/// Brings `barkeep` up to date with the tree, next to this program.
-pub(crate) fn build() {
-    if std::env::var_os("BARKEEP_BIN").is_some() {
-        return;
-    }
-    let program = std::env::current_exe().unwrap();
-    // target/PROFILE/deps/BENCH
-    let target = program.ancestors().nth(3).unwrap();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--release", "--quiet", "--package", "barkeep-backend", "--bin", "barkeep"])
-        .arg("--target-dir")
-        .arg(target)
-        .status()
-        .unwrap();
-    assert!(status.success(), "barkeep does not build");
 }
 
 /// Becomes the server that the arguments describe.
@@ -128,17 +111,13 @@ impl Drop for Served {
     }
 }
 
-fn binary() -> PathBuf {
-    barkeep_tests::binary::barkeep()
-}
-
 fn barkeep_polls() -> bool {
-    let help = Command::new(binary()).args(["serve", "--help"]).output().unwrap();
+    let help = Command::new(binary::barkeep()).args(["serve", "--help"]).output().unwrap();
     String::from_utf8_lossy(&help.stdout).contains("--poll")
 }
 
 fn barkeep(sockets: &[String], polls: bool) -> ! {
-    let mut command = Command::new(binary());
+    let mut command = Command::new(binary::barkeep());
     // What it fails with is on its standard error; who connects is of no interest here.
     command.env("BARKEEP_LOG", "error").arg("serve");
     for socket in sockets {

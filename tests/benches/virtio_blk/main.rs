@@ -43,6 +43,7 @@ fn main() {
     } else {
         Effort { rounds: 15, requests: 40_000 }
     };
+    barkeep_tests::binary::build_for_benchmark();
     let image = Image::create();
     let servers = [
         Some(Server::barkeep(&image, "vfio-user")),

@@ -20,7 +20,7 @@ impl Server {
     /// `barkeep serve`, built as this program is.
     pub(crate) fn barkeep(image: &Image, transport: &str) -> Self {
         let socket = image.directory.path().join(format!("{transport}.sock"));
-        let mut command = Command::new(binary());
+        let mut command = Command::new(barkeep_tests::binary::barkeep());
         // Nobody else writes here: two servers on one image are what the lock is against.
         let path = image.directory.path().join(format!("{transport}.image"));
         std::fs::copy(&image.path, &path).unwrap();
@@ -64,25 +64,6 @@ fn wait_for(socket: &Path) {
         assert!(start.elapsed() < Duration::from_secs(10), "no {}", socket.display());
         std::thread::yield_now();
     }
-}
-
-/// Brings `barkeep` up to date with the tree, next to this program.
-fn binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("BARKEEP_BIN") {
-        return path.into();
-    }
-    let program = std::env::current_exe().unwrap();
-    // target/PROFILE/deps/BENCH
-    let target = program.ancestors().nth(3).unwrap();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--release", "--quiet", "--package", "barkeep-backend", "--bin", "barkeep"])
-        .arg("--target-dir")
-        .arg(target)
-        .status()
-        .unwrap();
-    assert!(status.success(), "barkeep does not build");
-    target.join("release/barkeep")
 }
 
 /// Starts a process that inherits the second processor, or the only one.
