@@ -16,4 +16,6 @@ pub mod irq;
 mod log_limit;
 pub mod pci;
 pub mod server;
+#[cfg(test)]
+mod skip;
 pub mod socket_path;

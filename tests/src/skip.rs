@@ -11,10 +11,12 @@ use std::io::Write;
 #[expect(clippy::print_stdout, reason = "a test's output is shown with its name")]
 pub fn skip(reason: &dyn Display) {
     let test = std::thread::current().name().unwrap_or("unknown test").to_owned();
-    println!("skipped {test}: {reason}");
+    // In one piece: tests run side by side.
+    let line = format!("skipped {test}: {reason}\n");
+    print!("{line}");
     if let Some(path) = std::env::var_os("BARKEEP_SKIPPED") {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        file.and_then(|mut file| writeln!(file, "skipped {test}: {reason}"))
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
             .expect("the list of skipped tests is writable");
     }
 }

@@ -1,7 +1,6 @@
 //! Real taps, each test in a network namespace of its own.
 
 use std::fs::File;
-use std::io::Write;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -41,16 +40,7 @@ fn with_tap(flags: i32, test: impl FnOnce() + Send) {
         thread.unwrap().join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
     if let Some(reason) = skipped {
-        skip(&name, &reason);
-    }
-}
-
-/// A skipped test counts as passed, unless the list that `tests/run` keeps has it.
-fn skip(test: &str, reason: &str) {
-    println!("skipped {test}: {reason}");
-    if let Some(path) = std::env::var_os("BARKEEP_SKIPPED") {
-        let mut list = File::options().append(true).create(true).open(path).unwrap();
-        writeln!(list, "skipped {test}: {reason}").unwrap();
+        crate::skip::skip(reason);
     }
 }
 
