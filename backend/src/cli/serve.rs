@@ -1,7 +1,7 @@
 //! `barkeep serve`
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -43,16 +43,16 @@ use crate::{usage_error, vhost_user};
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
     #[arg(long = "socket", value_name = "PATH", required_unless_present = "socket_dir")]
-    pub(crate) sockets: Vec<PathBuf>,
+    sockets: Vec<PathBuf>,
     /// How clients reach the devices
     #[arg(long, value_enum, default_value_t, value_name = "PROTOCOL")]
     transport: Transport,
     /// Directory for a socket of each device: its id, or its name and position, and .sock
     #[arg(long, value_name = "DIR", conflicts_with = "sockets")]
-    pub(crate) socket_dir: Option<PathBuf>,
+    socket_dir: Option<PathBuf>,
     /// Device to serve, as NAME[,KEY=VALUE...]; may repeat
     #[arg(long = "device", value_name = "SPEC", required = true)]
-    pub(crate) devices: Vec<String>,
+    devices: Vec<String>,
     /// Microseconds to look for a client's next request before sleeping, while its requests follow
     /// each other closely; costs a processor for as long
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
@@ -104,7 +104,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 /// A descriptor that becomes readable on one of these signals.
-fn signals(signals: &[i32]) -> std::io::Result<UnixStream> {
+fn signals(signals: &[i32]) -> io::Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
     for signal in signals {
         signal_hook::low_level::pipe::register(*signal, writer.try_clone()?)?;
@@ -114,50 +114,56 @@ fn signals(signals: &[i32]) -> std::io::Result<UnixStream> {
 
 fn prepare(arguments: Arguments) -> Result<Server, String> {
     arguments.check_pairs()?;
-    let Arguments { sockets, socket_dir, devices, poll, .. } = arguments;
-    // Every device is made before the first socket appears: a client that can connect is served.
     let mut registry = Registry::default();
-    let functions = devices
-        .into_iter()
-        .map(|text| Described::new(text, &mut registry))
-        .collect::<Result<Vec<_>, _>>()?;
-    let sockets = match socket_dir {
-        Some(directory) => {
-            let names = functions.iter().map(|function| (&*function.name, function.id.as_deref()));
-            in_directory(&directory, names)?
-        }
-        None => sockets,
-    };
     let mut server = Server::new().map_err(|failure| format!("event loop: {failure}"))?;
-    server.set_poll_budget(Duration::from_micros(poll));
-    let mut ready = String::new();
-    for (path, Described { text, function, .. }) in sockets.into_iter().zip(functions) {
-        let option = format!("--socket {}", path.display());
-        let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
-        ready.push_str(&format!("serving {text} on {socket}\n"));
-        server.add(socket, function).map_err(|error| format!("{option}: {error}"))?;
-    }
-    // For whoever started us: the sockets are there. Nobody may be reading, which is fine.
-    let _ = std::io::stdout().write_all(ready.as_bytes());
+    server.set_poll_budget(Duration::from_micros(arguments.poll));
+    let described = |text| Described::new(text, &mut registry);
+    open_sockets(arguments, described, |socket, _, function| server.add(socket, function))?;
     Ok(server)
 }
 
-/// A function, and what the operator called it.
-struct Described {
-    text: String,
-    name: String,
-    id: Option<String>,
-    function: ServedFunction,
+/// Makes the devices and has each of them served on its socket, by `add` with what the operator called
+/// it.
+pub(crate) fn open_sockets<T>(
+    arguments: Arguments,
+    describe: impl FnMut(String) -> Result<Described<T>, String>,
+    mut add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
+) -> Result<(), String> {
+    let Arguments { sockets, socket_dir, devices, .. } = arguments;
+    // Every device is made before the first socket appears: a client that can connect is served.
+    let devices = devices.into_iter().map(describe).collect::<Result<Vec<_>, _>>()?;
+    let sockets = match socket_dir {
+        Some(directory) => in_directory(&directory, &devices)?,
+        None => sockets,
+    };
+    let mut ready = String::new();
+    for (path, Described { text, served, .. }) in sockets.into_iter().zip(devices) {
+        let option = format!("--socket {}", path.display());
+        let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
+        ready.push_str(&format!("serving {text} on {socket}\n"));
+        add(socket, text, served).map_err(|error| format!("{option}: {error}"))?;
+    }
+    // For whoever started us: the sockets are there. Nobody may be reading, which is fine.
+    let _ = io::stdout().write_all(ready.as_bytes());
+    Ok(())
 }
 
-impl Described {
+/// What is to be served, and what the operator called it.
+pub(crate) struct Described<T> {
+    pub(crate) text: String,
+    pub(crate) name: String,
+    pub(crate) id: Option<String>,
+    pub(crate) served: T,
+}
+
+impl Described<ServedFunction> {
     fn new(text: String, registry: &mut Registry) -> Result<Self, String> {
         // Whatever the specification holds, the answer is one line.
         let shown = text.replace(char::is_control, "?");
         let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
         let (spec, id) = parse(&text).map_err(|error| option(&error))?;
         let name = spec.name.clone();
-        let described = |function| Self { text: text.clone(), name, id, function };
+        let described = |served| Self { text: text.clone(), name, id, served };
         #[cfg(feature = "passthrough")]
         if spec.name == passthrough::NAME {
             let (function, map) = passthrough::create(spec).map_err(|error| option(&error))?;
@@ -184,14 +190,11 @@ fn is_file_name(id: &str) -> bool {
     !id.is_empty() && !id.starts_with('.') && !id.contains(|c: char| c == '/' || c.is_control())
 }
 
-/// A path for each function, by its name and id: unique, or it is an error.
-pub(crate) fn in_directory<'a>(
-    directory: &Path,
-    functions: impl Iterator<Item = (&'a str, Option<&'a str>)>,
-) -> Result<Vec<PathBuf>, String> {
+/// A path for each device, by its name and id: unique, or it is an error.
+fn in_directory<T>(directory: &Path, devices: &[Described<T>]) -> Result<Vec<PathBuf>, String> {
     let mut names = BTreeSet::new();
-    let paths = functions.enumerate().map(|(position, (name, id))| {
-        let name = id.map_or_else(|| format!("{name}{position}"), str::to_owned);
+    let paths = devices.iter().enumerate().map(|(position, Described { name, id, .. })| {
+        let name = id.clone().unwrap_or_else(|| format!("{name}{position}"));
         if !names.insert(name.clone()) {
             return Err(format!("two devices are called '{name}'"));
         }

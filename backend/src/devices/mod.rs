@@ -11,6 +11,7 @@ mod ivshmem;
 pub mod passthrough;
 mod registry;
 mod saved;
+mod timer;
 mod transfers;
 pub mod vhost_user;
 pub mod virtio;

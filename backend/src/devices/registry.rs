@@ -2,8 +2,8 @@ use std::path::Path;
 
 use super::ivshmem::Groups;
 use super::vhost_user::Bridge;
-use super::virtio::models;
 use super::virtio::pci::{CoreBacking, VirtioFunction};
+use super::virtio::{Core, models};
 use super::{Device, Edu, Ivshmem};
 use crate::config::{ConfigError, DeviceSpec, Parameters};
 use crate::dma::DmaGuard;
@@ -48,8 +48,9 @@ impl Registry {
     /// [`ConfigError`] that names the device or parameter and the reason.
     pub fn create(&mut self, spec: DeviceSpec) -> Result<(Box<dyn Device>, Options), ConfigError> {
         let own = DEVICES.iter().find(|(name, _)| *name == spec.name);
-        let constructor: Option<&Constructor> = own.map(|(_, constructor)| constructor);
-        if constructor.is_none() && !models::NAMES.contains(&spec.name.as_str()) {
+        let own = own.map(|(_, constructor)| Made::By(*constructor));
+        let virtio = || models::constructor(&spec.name).map(Made::OfCore);
+        let Some(made) = own.or_else(virtio) else {
             let own = DEVICES.iter().map(|(name, _)| *name);
             let mut known = own.chain(models::NAMES).collect::<Vec<_>>().join(", ");
             if cfg!(feature = "passthrough") {
@@ -57,25 +58,27 @@ impl Registry {
                 known.push_str(", passthrough");
             }
             return Err(ConfigError::UnknownDevice { name: spec.name, known });
-        }
+        };
         let mut parameters = spec.parameters;
         let options = Options::from_parameters(&mut parameters)?;
-        let device = match constructor {
-            Some(constructor) => constructor(&mut parameters, self)?,
-            None => virtio_function(&spec.name, &mut parameters)?,
+        let device = match made {
+            Made::By(constructor) => constructor(&mut parameters, self)?,
+            Made::OfCore(constructor) => virtio_function(constructor(&mut parameters)?)?,
         };
         parameters.finish()?;
         Ok((device, options))
     }
 }
 
+/// How a device comes to be.
+enum Made {
+    By(Constructor),
+    /// It is a virtio device, and gets a function.
+    OfCore(models::Constructor<DmaGuard>),
+}
+
 /// A virtio device whose queues this process serves, over PCI.
-fn virtio_function(
-    name: &str,
-    parameters: &mut Parameters,
-) -> Result<Box<dyn Device>, ConfigError> {
-    let unknown = || ConfigError::UnknownDevice { name: name.into(), known: String::new() };
-    let core = models::create::<DmaGuard>(name, parameters).ok_or_else(unknown)??;
+fn virtio_function(core: Box<dyn Core<DmaGuard>>) -> Result<Box<dyn Device>, ConfigError> {
     let backing = CoreBacking::new(core).map_err(|errno| ConfigError::invalid("queues", errno))?;
     Ok(Box::new(VirtioFunction::new(Box::new(backing))?))
 }

@@ -7,6 +7,8 @@ use rustix::net::RecvFlags;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use vhost::vhost_user::message::BackendReq;
 
+use super::exchange::{HEADER, NEED_REPLY, REPLY, VERSION};
+
 /// Our end of the socket on which a daemon sends requests. Nothing here waits for the daemon.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -20,10 +22,6 @@ pub(super) struct Channel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Broken;
 
-const HEADER: usize = 12;
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
 /// The longest payload; the requests that are known have 48 bytes and less.
 const MAX_SIZE: usize = 4096;
 /// What one call reads.

@@ -78,11 +78,11 @@ pub(super) enum Arrived {
 }
 
 /// "Message Specification", "Header": request, flags, size.
-const HEADER: usize = 12;
-const VERSION: u32 = 1;
+pub(super) const HEADER: usize = 12;
+pub(super) const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
+pub(super) const REPLY: u32 = 1 << 2;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 /// Room for descriptors of a reply; there is never more than one, and the rest is closed.
 const REPLY_FDS: usize = 4;
 /// Descriptors of a request: one for each region of a memory table.

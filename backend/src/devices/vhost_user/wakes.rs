@@ -3,10 +3,8 @@ use std::time::Duration;
 
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 
+use crate::devices::timer::Timer;
 use crate::irq::EventFd;
 
 /// Everything that wakes a bridge, behind one descriptor: connections come and go, and a function's
@@ -14,7 +12,7 @@ use crate::irq::EventFd;
 #[derive(Debug)]
 pub(super) struct Wakes {
     epoll: OwnedFd,
-    timer: OwnedFd,
+    timer: Timer,
     again: EventFd,
 }
 
@@ -74,9 +72,7 @@ impl Wakes {
     /// When the process has no more descriptors.
     pub(super) fn new() -> Result<Self, Errno> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let wakes = Self { epoll, timer, again: EventFd::create()? };
+        let wakes = Self { epoll, timer: Timer::new()?, again: EventFd::create()? };
         wakes.watch(wakes.timer.as_fd(), Wake::Timer)?;
         wakes.watch(wakes.again.as_fd(), Wake::Again)?;
         Ok(wakes)
@@ -115,12 +111,7 @@ impl Wakes {
 
     /// Wakes once, that much later. An earlier time that was set is forgotten.
     pub(super) fn set_timer(&self, after: Duration) {
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // Zero would be never.
-        let after = Timespec::try_from(after.max(Duration::from_nanos(1))).unwrap_or(zero);
-        let time = Itimerspec { it_interval: zero, it_value: after };
-        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time);
-        debug_assert!(set.is_ok(), "the time is a valid one");
+        self.timer.set(after);
     }
 }
 

@@ -8,10 +8,11 @@ use super::{Core, MemoryGuard};
 use crate::config::{ConfigError, Parameters};
 
 /// Makes a virtio device by its name, for a transport whose guest memory is of one kind.
-type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigError>;
+pub type Constructor<G> = fn(&mut Parameters) -> Result<Box<dyn Core<G>>, ConfigError>;
 
-/// The constructor of a device.
-fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
+/// What makes the virtio device that is called `name`; `None` when there is none.
+#[must_use]
+pub fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
     // One line a device; the names are also in `NAMES`.
     match name {
         "virtio-net" => Some(|p| Ok(Box::new(Net::from_parameters(p)?))),
@@ -24,14 +25,3 @@ fn constructor<G: MemoryGuard>(name: &str) -> Option<Constructor<G>> {
 
 /// Every virtio device by name, sorted.
 pub const NAMES: [&str; 4] = ["virtio-blk", "virtio-console", "virtio-net", "virtio-rng"];
-
-/// Creates the virtio device that is called `name`; `None` when there is none.
-///
-/// # Errors
-/// [`ConfigError`] that names the parameter and the reason.
-pub fn create<G: MemoryGuard>(
-    name: &str,
-    parameters: &mut Parameters,
-) -> Option<Result<Box<dyn Core<G>>, ConfigError>> {
-    constructor(name).map(|constructor| constructor(parameters))
-}

@@ -6,17 +6,14 @@ mod bucket;
 mod tests;
 
 use std::num::{NonZeroU32, NonZeroU64};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 
 use self::bucket::Bucket;
 use crate::config::{ConfigError, Parameters};
+use crate::devices::timer::Timer;
 
 /// So much in a period. As much may come at once after a rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +54,7 @@ pub struct RateLimiter {
     operations: Option<Bucket>,
     bytes: Option<Bucket>,
     /// There is one if there is a limit.
-    timer: Option<Timer>,
+    timer: Option<Alarm>,
 }
 
 impl Limit {
@@ -91,7 +88,7 @@ impl RateLimiter {
         Ok(Self {
             operations: limits.operations.map(Bucket::new),
             bytes: limits.bytes.map(Bucket::new),
-            timer: limited.then(Timer::new).transpose()?,
+            timer: limited.then(Alarm::new).transpose()?,
         })
     }
 
@@ -127,7 +124,7 @@ impl RateLimiter {
     /// stays readable until it is [acknowledged](Self::acknowledge).
     #[must_use]
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.timer.as_ref().map(|timer| timer.fd.as_fd())
+        self.timer.as_ref().map(|alarm| alarm.timer.as_fd())
     }
 
     /// [`fd`](Self::fd) was seen to be readable. To be called before asking again.
@@ -148,16 +145,15 @@ fn per_second(parameter: &'static str, amount: Option<u64>) -> Result<Option<Lim
 }
 
 #[derive(Debug)]
-struct Timer {
-    fd: OwnedFd,
+struct Alarm {
+    timer: Timer,
     /// When it goes off or went off, until that is acknowledged.
     due: Option<Instant>,
 }
 
-impl Timer {
+impl Alarm {
     fn new() -> Result<Self, Errno> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        Ok(Self { fd: timerfd_create(TimerfdClockId::Monotonic, flags)?, due: None })
+        Ok(Self { timer: Timer::new()?, due: None })
     }
 
     /// Sets it, unless it goes off earlier or did: somebody else waits for that.
@@ -167,17 +163,12 @@ impl Timer {
             return;
         }
         self.due = due;
-        let seconds = i64::try_from(wait.as_secs()).unwrap_or(i64::MAX);
-        let it_value = Timespec { tv_sec: seconds, tv_nsec: wait.subsec_nanos().into() };
-        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let time = Itimerspec { it_interval, it_value };
-        timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &time)
-            .expect("a timer of ours takes a time that is not negative");
+        self.timer.set(wait);
     }
 
     fn acknowledge(&mut self) {
         // Nothing to read: it was set anew, or somebody woke us without cause.
-        if rustix::io::read(&self.fd, &mut [0; 8]).is_ok() {
+        if self.timer.take() {
             self.due = None;
         }
     }

@@ -1,15 +1,12 @@
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::event::Timespec;
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 use tracing::warn;
 
 use super::Output;
+use crate::devices::timer::Timer;
 use crate::log_limit::RateLimit;
 
 /// How long output waits for a reader that takes none of it.
@@ -19,7 +16,7 @@ use crate::log_limit::RateLimit;
 #[derive(Debug)]
 pub(super) struct Patience {
     /// It runs while output waits, and only then.
-    timer: OwnedFd,
+    timer: Timer,
     length: Duration,
     state: State,
     /// What logs call the console.
@@ -42,8 +39,7 @@ enum State {
 
 impl Patience {
     pub(super) fn new(length: Duration, path: &Path) -> Result<Self, Errno> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let timer = Timer::new()?;
         let log = RateLimit::default();
         Ok(Self { timer, length, state: State::Calm, path: path.to_owned(), log })
     }
@@ -57,7 +53,7 @@ impl Patience {
     pub(super) fn blocked(&mut self) -> Output {
         match self.state {
             State::Calm => {
-                self.set(self.length);
+                self.timer.set(self.length);
                 self.state = State::Waiting;
                 Output::Blocked
             }
@@ -106,19 +102,9 @@ impl Patience {
     /// The output that waited is forgotten. A reader that is stuck is still stuck.
     pub(super) fn nothing_waits(&mut self) {
         if matches!(self.state, State::Waiting | State::LastTry) {
-            self.set(Duration::ZERO);
+            self.timer.stop();
             self.state = State::Calm;
         }
-    }
-
-    /// Zero stops it.
-    fn set(&self, time: Duration) {
-        let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-        let it_value = Timespec { tv_sec: seconds, tv_nsec: time.subsec_nanos().into() };
-        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let time = Itimerspec { it_interval, it_value };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time)
-            .expect("a timer of ours takes a time that is not negative");
     }
 }
 
