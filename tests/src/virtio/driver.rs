@@ -60,6 +60,8 @@ pub struct Driver {
     setup: Setup,
     /// Queues that had an interrupt and are not empty yet, as far as is known.
     interrupted: Vec<bool>,
+    /// The queue that is looked at first.
+    next_queue: u16,
     kicks: Vec<Kick>,
     /// The configuration's vector, then those of the queues.
     vectors: Vec<EventCounter>,
@@ -109,6 +111,7 @@ impl Driver {
             vectors,
             setup,
             interrupted: vec![false; count.into()],
+            next_queue: 0,
         };
         driver.connect_vectors();
         driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
@@ -280,6 +283,9 @@ impl Driver {
             if self.vectors[0].take() > 0 {
                 return Some(Event::Config);
             }
+            for (interrupted, vector) in self.interrupted.iter_mut().zip(&self.vectors[1..]) {
+                *interrupted |= vector.take() > 0;
+            }
             if let Some((queue, used)) = self.next_of_interrupted() {
                 return Some(Event::Used(queue, used));
             }
@@ -288,19 +294,19 @@ impl Driver {
             if poll(&mut fds, Some(deadline)).expect("eventfds") == 0 {
                 return None;
             }
-            for (interrupted, vector) in self.interrupted.iter_mut().zip(&self.vectors[1..]) {
-                *interrupted |= vector.take() > 0;
-            }
         }
     }
 
-    /// Looks at the queues that had an interrupt, each until it is empty and armed again.
+    /// Looks at the queues that had an interrupt, each until it is empty and armed again. They have
+    /// their turns: one that is never empty does not keep the others waiting.
     fn next_of_interrupted(&mut self) -> Option<(u16, Used)> {
-        for (index, (interrupted, queue)) in
-            (0..).zip(self.interrupted.iter_mut().zip(&mut self.queues))
-        {
+        let first = self.next_queue;
+        for index in (first..self.queues()).chain(0..first) {
+            let place = usize::from(index);
+            let (interrupted, queue) = (&mut self.interrupted[place], &mut self.queues[place]);
             while *interrupted {
                 if let Some(used) = queue.used() {
+                    self.next_queue = (index + 1) % self.queues();
                     return Some((index, used));
                 }
                 *interrupted = queue.arm();
