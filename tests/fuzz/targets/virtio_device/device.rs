@@ -146,9 +146,10 @@ impl Device {
 
 fn create(spec: &str) -> Box<dyn Core<Memory>> {
     let DeviceSpec { name, mut parameters } = spec.parse().expect("a specification");
-    let core = models::create(&name, &mut parameters).expect("a device of this name");
+    let constructor = models::constructor(&name).expect("a device of this name");
+    let core = constructor(&mut parameters).expect("a device");
     parameters.finish().expect("no parameter too much");
-    core.expect("a device")
+    core
 }
 
 fn image() -> &'static File {

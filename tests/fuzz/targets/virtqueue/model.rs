@@ -88,7 +88,7 @@ impl Model {
     }
 
     fn follow_table(&self, table: Piece, request: &mut Request) -> Result<(), ()> {
-        if table.length == 0 || table.length % 16 != 0 {
+        if table.length == 0 || !table.length.is_multiple_of(16) {
             return Err(());
         }
         let size = u16::try_from(table.length / 16).map_err(|_| ())?;
