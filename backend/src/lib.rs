@@ -6,7 +6,7 @@
 //! back as plain data ([`pci::Effects`]) and is applied when the device is no longer borrowed.
 //!
 //! ```text
-//! pci, dma, irq  <-  devices  <-  server
+//! pci, dma, irq, state  <-  devices  <-  server
 //! ```
 
 pub mod config;
@@ -19,3 +19,4 @@ pub mod server;
 #[cfg(test)]
 mod skip;
 pub mod socket_path;
+pub mod state;

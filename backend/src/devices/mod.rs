@@ -26,7 +26,8 @@ pub use registry::{Options, Registry};
 pub use saved::{RestoreError, Saved};
 pub use transfers::{MemoryMessage, Payload, Step, Ticket, Transfer, TransferResult, Transfers};
 
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::irq::EventFd;
@@ -107,6 +108,21 @@ pub trait Device: Send {
 
     /// Back to the state of power-on. The function's registers are reset already.
     fn reset(&mut self);
+
+    /// Descriptors of its own that a client may have, in an order of its choice: doorbells, memory
+    /// behind BARs. They are held for a successor in another process. Asked before a client comes.
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// Takes over what a predecessor [kept](Self::kept), in place of its own: the same devices with
+    /// the same parameters keep the same descriptors. Called before anything else happens.
+    ///
+    /// # Errors
+    /// When they are not what they should be. The device is then of no use.
+    fn adopt(&mut self, _kept: Vec<OwnedFd>) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The device's state as data, if it can move to another process.
     fn saved(&mut self) -> Option<&mut dyn Saved> {
