@@ -1,4 +1,5 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat, readlink};
@@ -9,7 +10,11 @@ use super::{IrqError, signaller};
 
 /// An eventfd to signal: the client's, or one of our own that a client may get.
 #[derive(Debug)]
-pub struct EventFd(OwnedFd);
+pub struct EventFd {
+    fd: OwnedFd,
+    /// Never the same twice, unlike the descriptor's number.
+    identity: u64,
+}
 
 impl EventFd {
     /// Takes the descriptor over.
@@ -26,7 +31,7 @@ impl EventFd {
         if signaller::writes() {
             fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(|_| IrqError::NotEventfd)?;
         }
-        Ok(Self(fd))
+        Ok(Self::of(fd))
     }
 
     /// A new eventfd of our own.
@@ -34,20 +39,25 @@ impl EventFd {
     /// # Errors
     /// When the process has no more descriptors.
     pub fn create() -> Result<Self, Errno> {
-        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map(Self)
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map(Self::of)
+    }
+
+    fn of(fd: OwnedFd) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { fd, identity: NEXT.fetch_add(1, Ordering::Relaxed) }
     }
 
     /// Adds one to the counter. A full counter is as good as a signalled one, so nothing can fail,
     /// and nothing blocks whatever the client does with its descriptor.
     pub fn signal(&self) {
-        signaller::signal(self.0.as_fd());
+        signaller::signal(self.fd.as_fd(), self.identity);
     }
 }
 
 /// For a kernel that signals it in our place, and for an event loop.
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

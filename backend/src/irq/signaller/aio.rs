@@ -1,22 +1,15 @@
-//! Signals eventfds without ever blocking.
-//!
-//! A write to an eventfd blocks while its counter is full, unless `O_NONBLOCK` is set; but that flag
-//! belongs to the open file, which the client shares and can clear again at any moment. A hostile
-//! client could stop this process in the write, and with it every function that it serves. Inside
-//! the kernel a signal never blocks, and Linux AIO gives access to that: the completion of a
-//! request signals an eventfd of one's choice. The request here reads nothing from an empty file and
-//! is complete when `io_submit` returns.
+//! Signals by Linux AIO: the completion of a request signals an eventfd of one's choice. The request
+//! here reads nothing from an empty file and is complete when `io_submit` returns.
 #![expect(unsafe_code, reason = "Linux AIO has no safe interface")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// The process's AIO context.
+/// An AIO context.
 #[derive(Debug)]
-struct Signaller {
+pub(super) struct Aio {
     context: libc::c_ulong,
     /// What the requests read from.
     empty: OwnedFd,
@@ -57,29 +50,9 @@ struct Completion {
     result2: i64,
 }
 
-/// Adds one to the counter of an eventfd. A full counter stays full; anything that is no eventfd is
-/// left alone.
-pub(super) fn signal(eventfd: BorrowedFd<'_>) {
-    match signaller() {
-        Some(signaller) => signaller.signal(eventfd),
-        None => {
-            let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
-        }
-    }
-}
-
-/// Whether a signal is a write after all: the kernel has no AIO, or no more contexts.
-pub(super) fn writes() -> bool {
-    signaller().is_none()
-}
-
-fn signaller() -> Option<&'static Signaller> {
-    static SIGNALLER: OnceLock<Option<Signaller>> = OnceLock::new();
-    SIGNALLER.get_or_init(Signaller::new).as_ref()
-}
-
-impl Signaller {
-    fn new() -> Option<Self> {
+impl Aio {
+    /// `None` when the kernel has no AIO, or no more contexts.
+    pub(super) fn new() -> Option<Self> {
         let empty = memfd_create("barkeep-empty", MemfdFlags::CLOEXEC).ok()?;
         let mut context: libc::c_ulong = 0;
         // SAFETY: io_setup writes the new context to the variable and nothing else.
@@ -87,7 +60,7 @@ impl Signaller {
         (result == 0).then_some(Self { context, empty })
     }
 
-    fn signal(&self, eventfd: BorrowedFd<'_>) {
+    pub(super) fn signal(&self, eventfd: BorrowedFd<'_>) {
         // EAGAIN means that completions fill the context: they are collected and it is tried again.
         if !self.submit(eventfd) {
             self.collect();
