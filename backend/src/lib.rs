@@ -20,3 +20,4 @@ pub mod server;
 mod skip;
 pub mod socket_path;
 pub mod state;
+pub mod supervisor;

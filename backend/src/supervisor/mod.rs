@@ -1,0 +1,3 @@
+//! Keeps workers alive, and what they need for it.
+
+pub mod systemd;
