@@ -44,7 +44,9 @@ impl FdName {
     /// Whether descriptors of a function with this name can be held.
     #[must_use]
     pub fn suits(function: &str) -> bool {
-        !function.is_empty() && !function.contains(SEPARATOR) && escape(function).len() <= MAX_FUNCTION
+        !function.is_empty()
+            && !function.contains(SEPARATOR)
+            && escape(function).len() <= MAX_FUNCTION
     }
 
     /// The name of something that was held, from what [`Display`](fmt::Display) made of it.
@@ -129,7 +131,18 @@ mod tests {
 
     #[test]
     fn names_of_others_mean_nothing() {
-        for text in ["", "disk", "/state", "disk/", "disk/other", "disk/-1", "disk/1/2", "%zz/state", "%/1", "%é/1"] {
+        for text in [
+            "",
+            "disk",
+            "/state",
+            "disk/",
+            "disk/other",
+            "disk/-1",
+            "disk/1/2",
+            "%zz/state",
+            "%/1",
+            "%é/1",
+        ] {
             assert_eq!(FdName::parse(text), None, "{text}");
         }
     }
