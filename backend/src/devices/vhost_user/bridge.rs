@@ -1,4 +1,5 @@
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use super::relay::{Relay, RelayError, Shadow};
 use super::rings::{Guest, Ring, Setup, StartError};
 use super::wakes::{Wake, Wakes};
 use crate::config::{ConfigError, Parameters};
-use crate::devices::virtio::pci::{Backing, World};
+use crate::devices::virtio::pci::{Backing, World, adopted};
 use crate::devices::virtio::spec::{DeviceType, feature};
 use crate::irq::EventFd;
 use crate::log_limit::RateLimit;
@@ -372,6 +373,18 @@ impl Backing for Bridge {
 
     fn kick(&self, queue: u16) -> &Arc<EventFd> {
         &self.rings[usize::from(queue)].kick
+    }
+
+    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()> {
+        let kicks = adopted(kicks, self.rings.len())?;
+        for (ring, kick) in self.rings.iter_mut().zip(kicks) {
+            let before = std::mem::replace(&mut ring.kick, kick);
+            if ring.relay.is_some() {
+                self.wakes.unwatch(before.as_fd());
+                self.wakes.watch(ring.kick.as_fd(), Wake::Kick(ring.index()))?;
+            }
+        }
+        Ok(())
     }
 
     fn config_read(&mut self, offset: u64, data: &mut [u8]) {

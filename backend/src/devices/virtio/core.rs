@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use vm_memory::GuestMemory;
 
+use super::inflight::Words;
 use super::queue::{QueueAccess, QueueError};
 use super::spec::DeviceType;
 use crate::devices::RestoreError;
@@ -99,6 +100,33 @@ pub trait Core<G: MemoryGuard>: Send {
     /// [`DeviceError`]: the device needs to be reset.
     fn resubmit(&mut self, _request: InFlight, _io: &mut dyn Io<G>) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    /// Whether it gives the requests of each queue back in the order in which they were made
+    /// available, and bears it to do those again that it did not give back: after a crash they are
+    /// available once more. The others are [resubmitted](Self::resubmit).
+    fn is_in_order(&self) -> bool {
+        false
+    }
+
+    /// A queue goes on where a process was killed: what [`restore`](Self::restore) told of the progress
+    /// of requests is older than they are.
+    fn queue_recovered(&mut self, _queue: u16) {}
+
+    /// How many words it needs that outlive the process: for what a driver may have been told of before
+    /// anybody asks it to [`save`](Self::save).
+    fn word_count(&self) -> usize {
+        0
+    }
+
+    /// Gives it that memory, before anything else happens: zeros, or what its predecessor left there.
+    /// It lasts through resets.
+    fn set_words(&mut self, _words: Words) {}
+
+    /// Differs whenever [`save`](Self::save) may return something else than before, the progress of
+    /// requests aside.
+    fn revision(&self) -> u64 {
+        0
     }
 
     /// What must move with the device, besides its queues and negotiated features.

@@ -7,6 +7,8 @@ pub mod blk;
 mod chain;
 pub mod console;
 mod core;
+mod crash;
+mod inflight;
 pub mod models;
 pub mod net;
 pub mod pci;
@@ -22,4 +24,5 @@ mod tests;
 
 pub use chain::{Buffers, Chain};
 pub use core::{Core, DeviceError, InFlight, Io, MemoryGuard};
-pub use queue::{QueueAccess, QueueError, needs_interrupt};
+pub use inflight::{Record, RecordError, Words, record_words};
+pub use queue::{QueueAccess, QueueError, needs_interrupt, recover};

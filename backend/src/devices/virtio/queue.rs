@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::Chain;
 use super::core::MemoryGuard;
+use super::inflight::{Record, RecordError};
 use super::spec::{avail, feature, used};
 
 /// A queue for as long as a device works on it.
@@ -19,6 +20,8 @@ pub struct QueueAccess<'a, G> {
     takes: bool,
     /// Whether buffers were given back that the driver has not been told of.
     used: &'a mut bool,
+    /// Where it is noted what is in flight.
+    record: Option<&'a Record>,
 }
 
 impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
@@ -26,7 +29,13 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     /// `used` is set when buffers are given back; the transport [notifies](needs_interrupt) then.
     pub fn new(queue: &'a mut Queue, memory: &'a G, features: u64, used: &'a mut bool) -> Self {
         let indirect = features & feature::INDIRECT_DESC != 0;
-        Self { queue, memory, indirect, takes: true, used }
+        Self { queue, memory, indirect, takes: true, used, record: None }
+    }
+
+    /// For transports that can go on where a process was killed: what is in flight is noted there.
+    #[must_use]
+    pub fn recorded(self, record: Option<&'a Record>) -> Self {
+        Self { record, ..self }
     }
 
     /// For transports: a queue that is about to stop. Requests that were taken can be given back, and
@@ -77,6 +86,9 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         let address = self.queue.avail_ring().checked_add(entry).ok_or(QueueError::Overflow)?;
         let head = u16::from_le(memory.load(GuestAddress(address), Ordering::Relaxed)?);
         self.chain(head, chain)?;
+        if let Some(record) = self.record {
+            record.take(head)?;
+        }
         self.queue.set_next_avail((next + Wrapping(1)).0);
         Ok(true)
     }
@@ -90,8 +102,12 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         chain.follow::<G::Target>(self.memory, table, self.queue.size(), head, self.indirect)
     }
 
-    /// Gives the last taken request back as if it had not been taken. Only the last one.
-    pub fn unpop(&mut self) {
+    /// Gives the last taken request, which starts at `head`, back as if it had not been taken. Only
+    /// the last one.
+    pub fn unpop(&mut self, head: u16) {
+        if let Some(record) = self.record {
+            record.untake(head);
+        }
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
@@ -100,9 +116,7 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
     /// # Errors
     /// [`QueueError`]: the used ring is not in memory.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.queue.add_used::<G::Target>(self.memory, head, written)?;
-        *self.used = true;
-        Ok(())
+        self.push_all(&[(head, written)])
     }
 
     /// Gives several requests back at once: the driver sees all of them or none.
@@ -114,7 +128,8 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
             return Ok(());
         };
         let memory: &G::Target = self.memory;
-        let mut position = Wrapping(self.queue.next_used());
+        let first = self.queue.next_used();
+        let mut position = Wrapping(first);
         for &(head, written) in before {
             let entry = used::RING + used::SIZE * u64::from(position.0 % self.queue.size());
             let address = self.queue.used_ring().checked_add(entry).ok_or(QueueError::Overflow)?;
@@ -124,10 +139,17 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         }
         // The crate publishes the index with each request that it is given, and counts requests for
         // the decision whether to interrupt: it is given the last one once for each of them.
+        if let Some(record) = self.record {
+            record.begin_return(first, requests);
+        }
         for _ in requests {
             self.queue.set_next_used(position.0);
-            self.push(*last, *written)?;
+            self.queue.add_used(memory, *last, *written)?;
         }
+        if let Some(record) = self.record {
+            record.end_return();
+        }
+        *self.used = true;
         Ok(())
     }
 
@@ -150,6 +172,27 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         }
         Ok(self.queue.enable_notification::<G::Target>(self.memory)?)
     }
+}
+
+/// Puts a queue where its record and its used ring say that it is, after the death of the process that
+/// served it. Returns what is in flight, oldest first, with the time at which it was taken; what is
+/// served in order is available again instead.
+///
+/// # Errors
+/// [`QueueError`]: the used ring is not in memory, or is not as the device left it.
+pub fn recover<G: MemoryGuard>(
+    queue: &mut Queue,
+    memory: &G,
+    record: &Record,
+) -> Result<Vec<(u64, u16)>, QueueError> {
+    let address = queue.used_ring().checked_add(used::INDEX).ok_or(QueueError::Overflow)?;
+    let used: u16 = memory.load(GuestAddress(address), Ordering::Acquire)?;
+    let used = u16::from_le(used);
+    let in_flight = record.recover(used, queue.size())?;
+    let taken = u16::try_from(in_flight.len()).unwrap_or(u16::MAX);
+    queue.set_next_used(used);
+    queue.set_next_avail(used.wrapping_add(taken));
+    Ok(in_flight)
 }
 
 /// Whether the driver wants to be interrupted for the buffers that were given back since this was
@@ -175,6 +218,9 @@ pub enum QueueError {
     /// More requests than the queue has room for.
     #[error("{0} requests are available, more than the queue's size")]
     TooManyAvailable(u16),
+    /// A request that was not given back is available again.
+    #[error("request {0} is available again before it was given back")]
+    Twice(u16),
     /// A descriptor outside of its table.
     #[error("descriptor {0} is outside of its table")]
     Index(u16),
@@ -196,6 +242,12 @@ pub enum QueueError {
     /// The buffers of a request are shorter than what they must hold.
     #[error("a request's buffers are too short")]
     Short,
+    /// Its state is older than what is known of it.
+    #[error("the queue was set up anew")]
+    SetUpAnew,
+    /// What was in flight can't be told any more.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// Memory that is not there or does not allow the access.
     #[error("memory: {0}")]
     Memory(#[from] GuestMemoryError),

@@ -63,6 +63,8 @@ pub mod avail {
 
 /// The used ring (2.7.8).
 pub mod used {
+    /// Where its index is, in bytes.
+    pub const INDEX: u64 = 2;
     /// Where the ring starts, in bytes.
     pub const RING: u64 = 4;
     /// Length of an entry in bytes.

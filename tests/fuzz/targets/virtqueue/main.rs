@@ -54,7 +54,7 @@ fuzz_target!(|bytes: &[u8]| {
                     (7, _) => push(&mut queues, input.u16(), input.u32(), &model),
                     (_, 0) => follow(&mut queues, input.u16(), &model),
                     (_, 1) if taken => {
-                        queues.queue(0).expect("it is there").unpop();
+                        queues.queue(0).expect("it is there").unpop(0);
                         taken = false;
                         assert_eq!(queues.queues[0].next_avail(), model.next_avail.wrapping_sub(1));
                     }

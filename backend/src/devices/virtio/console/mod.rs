@@ -122,7 +122,7 @@ impl Console {
             queue.disable_kicks()?;
             while queue.pop(&mut self.chain)? {
                 if left == 0 {
-                    queue.unpop();
+                    queue.unpop(self.chain.head());
                     return Ok(Turn::Unfinished);
                 }
                 left -= 1;
@@ -130,7 +130,7 @@ impl Console {
                 let read = if room > 0 { self.port.read(&mut self.bytes[..room]) } else { 0 };
                 if read == 0 && room > 0 {
                     // The port wakes when there is more.
-                    queue.unpop();
+                    queue.unpop(self.chain.head());
                     return Ok(Turn::Over);
                 }
                 let input = &self.bytes[..read];

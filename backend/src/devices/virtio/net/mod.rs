@@ -186,7 +186,7 @@ impl Net {
                 break;
             }
             if left == 0 {
-                queue.unpop();
+                queue.unpop(chain.head());
                 self.go_on(Turn::More);
                 break;
             }

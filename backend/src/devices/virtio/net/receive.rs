@@ -138,7 +138,7 @@ impl Receiver {
             }
             if !queue.pop(&mut self.chains[taken])? {
                 if taken == usize::from(queue.size()) {
-                    give_back(queue, taken);
+                    give_back(queue, &self.chains[..taken]);
                     return Ok(Placed::TooLong);
                 }
                 // Before the chains are given back: with indices (2.7.10) the driver is to kick for
@@ -146,7 +146,7 @@ impl Receiver {
                 if queue.rearm()? {
                     continue;
                 }
-                give_back(queue, taken);
+                give_back(queue, &self.chains[..taken]);
                 return Ok(Placed::Waits);
             }
             let buffer = self.chains[taken].writable.len();
@@ -157,7 +157,7 @@ impl Receiver {
             }
             room += buffer;
             if room < len && !mergeable {
-                give_back(queue, taken);
+                give_back(queue, &self.chains[..taken]);
                 return Ok(Placed::TooLong);
             }
         }
@@ -188,8 +188,8 @@ impl Receiver {
 }
 
 /// The driver's buffers are as if they had not been looked at.
-fn give_back<G: MemoryGuard>(queue: &mut QueueAccess<'_, G>, taken: usize) {
-    for _ in 0..taken {
-        queue.unpop();
+fn give_back<G: MemoryGuard>(queue: &mut QueueAccess<'_, G>, taken: &[Chain]) {
+    for chain in taken.iter().rev() {
+        queue.unpop(chain.head());
     }
 }

@@ -56,7 +56,7 @@ impl Transmitter {
                 let bytes = self.chain.readable.len().saturating_sub(header::SIZE as u64);
                 let bytes = bytes.min(frame::MAX_LEN as u64);
                 if limiter.admit(1, bytes, now) == Admission::Later {
-                    queue.unpop();
+                    queue.unpop(self.chain.head());
                     self.unfinished = true;
                     return Ok(Turn::Done);
                 }

@@ -1,8 +1,11 @@
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use super::records::Records;
 use super::world::World;
 use crate::devices::RestoreError;
+use crate::devices::virtio::Words;
 use crate::devices::virtio::spec::DeviceType;
 use crate::irq::EventFd;
 
@@ -71,6 +74,32 @@ pub trait Backing: Send {
     /// What is wrong with them, in one line. It goes on as before.
     fn reload(&mut self, _world: &mut World<'_>) -> Result<(), String> {
         Ok(())
+    }
+
+    /// The [doorbells](Self::kick), by queue, are these from now on: those of a predecessor in another
+    /// process, which clients have. Called before anything else happens.
+    ///
+    /// # Errors
+    /// When they are too few or too many, or no eventfds.
+    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()>;
+
+    /// How many words it needs that outlive the process. Asked once.
+    fn word_count(&self) -> usize {
+        0
+    }
+
+    /// Gives it that memory, before anything else happens: zeros, or what its predecessor left there.
+    fn set_words(&mut self, _words: Words) {}
+
+    /// What is in those words of its queues, if it has some.
+    fn records(&self) -> Option<&Records> {
+        None
+    }
+
+    /// Differs whenever [`save`](Self::save) may return something else than before, requests and their
+    /// progress aside.
+    fn revision(&self) -> u64 {
+        0
     }
 
     /// What must move with it, besides queues and negotiated features; `None` if it can't move. It

@@ -100,6 +100,7 @@ pub(super) fn read(driver: &DriverState, offset: u64, data: &mut [u8]) {
 /// can't have: it reads what it was.
 pub(super) fn write(driver: &mut DriverState, offset: u64, data: &[u8]) -> Request {
     let Some(field) = Field::at(offset, data.len()) else { return Request::Nothing };
+    driver.revision += 1;
     let mut bytes = [0; 8];
     bytes[..data.len()].copy_from_slice(data);
     driver.write(field, u64::from_le_bytes(bytes))
@@ -234,7 +235,12 @@ impl DriverState {
     fn enable_queue(&mut self) -> Request {
         let event_idx = self.event_idx();
         let index = self.queue_select;
+        if self.stopped_slot().is_none() {
+            return Request::Nothing;
+        }
+        let start = self.next_start();
         let Some(slot) = self.stopped_slot() else { return Request::Nothing };
+        slot.start = start;
         match slot.enable(event_idx) {
             Ok(()) => Request::Change,
             Err(error) => Request::Fail(format!("queue {index}: {error}")),

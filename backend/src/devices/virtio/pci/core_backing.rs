@@ -1,14 +1,18 @@
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::records::{Attached, Records};
 use super::{Backing, World};
 use crate::devices::RestoreError;
 use crate::devices::virtio::spec::{DeviceType, feature};
-use crate::devices::virtio::{Core, DeviceError, InFlight, Io, QueueAccess, needs_interrupt};
+use crate::devices::virtio::{
+    Core, DeviceError, InFlight, Io, QueueAccess, QueueError, Words, needs_interrupt,
+};
 use crate::dma::DmaGuard;
 use crate::irq::EventFd;
 
@@ -28,6 +32,8 @@ pub struct CoreBacking {
     served: Vec<bool>,
     /// Requests of another instance that the core was not given yet.
     to_resubmit: Vec<InFlight>,
+    /// What outlives the process, if something does.
+    records: Option<Records>,
 }
 
 impl CoreBacking {
@@ -46,6 +52,7 @@ impl CoreBacking {
             live: false,
             served: vec![false; queues],
             to_resubmit: Vec::new(),
+            records: None,
             core,
         })
     }
@@ -58,7 +65,8 @@ impl CoreBacking {
     ) {
         let memory = world.memory();
         let Some(memory) = &memory else { return };
-        let mut io = CoreIo { world, memory: Some(memory), used: &mut self.used };
+        let records = self.records.as_ref();
+        let mut io = CoreIo { world, memory: Some(memory), used: &mut self.used, records };
         let result = serve(self.core.as_mut(), &mut io);
         // What was given back before something went wrong is the driver's all the same.
         let told = self.interrupt(world, memory);
@@ -80,19 +88,62 @@ impl CoreBacking {
         Ok(())
     }
 
+    /// Finds out where the queues are that are not served yet. Returns those that a predecessor
+    /// served.
+    fn attach(&mut self, world: &mut World<'_>) -> BTreeSet<u16> {
+        let mut recovered = BTreeSet::new();
+        let mut resubmit = Vec::new();
+        let (Some(records), Some(memory)) = (&mut self.records, world.memory()) else {
+            return recovered;
+        };
+        for queue in (0..).take(self.kicks.len()) {
+            match records.attach(queue, world, &memory, &self.to_resubmit) {
+                Ok(Attached::Before | Attached::Anew) => {}
+                Ok(Attached::Recovered(requests)) => {
+                    recovered.insert(queue);
+                    self.to_resubmit.retain(|request| request.queue != queue);
+                    self.core.queue_recovered(queue);
+                    let request = |(when, head)| (when, InFlight { queue, head });
+                    resubmit.extend(requests.into_iter().map(request));
+                }
+                // Firmware changes the map under its own rings: it waits for them.
+                Err(QueueError::Memory(_)) => {}
+                Err(error) => {
+                    world.needs_reset(&DeviceError::Queue { queue, error }.to_string());
+                    break;
+                }
+            }
+        }
+        resubmit.sort_unstable();
+        self.to_resubmit.extend(resubmit.into_iter().map(|(_, request)| request));
+        recovered
+    }
+
+    /// Whether it is known where the queue is, if there is one.
+    fn may_serve(&self, queue: u16, world: &World<'_>) -> bool {
+        let Some(records) = &self.records else { return true };
+        world.queue_start(queue).is_none() || records.served(queue, world).is_some()
+    }
+
     /// The core can reach memory: what it may have missed is done now.
     fn catch_up(&mut self, world: &mut World<'_>, was_live: bool) {
-        for request in std::mem::take(&mut self.to_resubmit) {
+        let recovered = self.attach(world);
+        let resubmit = std::mem::take(&mut self.to_resubmit);
+        let (resubmit, later) =
+            resubmit.into_iter().partition(|request| self.may_serve(request.queue, world));
+        self.to_resubmit = later;
+        for request in resubmit {
             self.serve(world, |core, io| core.resubmit(request, io));
         }
         for queue in (0..).take(self.kicks.len()) {
-            let ready = world.queue(queue).is_some();
+            let ready = world.queue(queue).is_some() && self.may_serve(queue, world);
             let served = std::mem::replace(&mut self.served[usize::from(queue)], ready);
             if ready && !(served && was_live) {
                 self.serve(world, |core, io| core.kicked(queue, io));
-                if served {
+                if served || recovered.contains(&queue) {
                     // A client may drop the message that was sent just before bus mastering went off,
-                    // and with event indices nothing would ever ask for another one.
+                    // and a process may be killed before it sends one. With event indices nothing
+                    // would ever ask for another one.
                     world.interrupt_queue(queue);
                 }
             }
@@ -141,7 +192,10 @@ impl Backing for CoreBacking {
     }
 
     fn kicked(&mut self, queue: u16, world: &mut World<'_>) {
-        if world.queue(queue).is_some() {
+        if !self.may_serve(queue, world) {
+            // Its rings may be there now.
+            self.changed(world);
+        } else if world.queue(queue).is_some() {
             self.serve(world, |core, io| core.kicked(queue, io));
         }
     }
@@ -175,6 +229,30 @@ impl Backing for CoreBacking {
         self.to_resubmit.clear();
         self.started = false;
         self.live = false;
+    }
+
+    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()> {
+        self.kicks = adopted(kicks, self.kicks.len())?;
+        Ok(())
+    }
+
+    fn word_count(&self) -> usize {
+        let in_order = self.core.is_in_order();
+        Records::word_count(&self.core.queue_sizes(), in_order) + self.core.word_count()
+    }
+
+    fn set_words(&mut self, mut words: Words) {
+        let in_order = self.core.is_in_order();
+        self.records = Some(Records::new(&mut words, &self.core.queue_sizes(), in_order));
+        self.core.set_words(words);
+    }
+
+    fn records(&self) -> Option<&Records> {
+        self.records.as_ref()
+    }
+
+    fn revision(&self) -> u64 {
+        self.core.revision()
     }
 
     fn save(&self) -> Option<Vec<u8>> {
@@ -215,7 +293,8 @@ impl Backing for CoreBacking {
 
     fn reload(&mut self, world: &mut World<'_>) -> Result<(), String> {
         let memory = world.memory();
-        let mut io = CoreIo { world, memory: memory.as_ref(), used: &mut self.used };
+        let (memory_now, records) = (memory.as_ref(), self.records.as_ref());
+        let mut io = CoreIo { world, memory: memory_now, used: &mut self.used, records };
         let result = self.core.reload(&mut io);
         if let Some(memory) = &memory
             && let Err(error) = self.interrupt(world, memory)
@@ -224,6 +303,18 @@ impl Backing for CoreBacking {
         }
         result
     }
+}
+
+/// The doorbells of a predecessor.
+///
+/// # Errors
+/// When there are not so many, or they are no eventfds.
+pub(in crate::devices) fn adopted(fds: Vec<OwnedFd>, count: usize) -> io::Result<Vec<Arc<EventFd>>> {
+    if fds.len() != count {
+        return Err(io::Error::other(format!("{} descriptors in place of {count}", fds.len())));
+    }
+    let eventfd = |fd| EventFd::new(fd).map(Arc::new).map_err(io::Error::other);
+    fds.into_iter().map(eventfd).collect()
 }
 
 /// The first version of the state.
@@ -241,6 +332,7 @@ struct CoreIo<'a, 'w> {
     world: &'a mut World<'w>,
     memory: Option<&'a DmaGuard>,
     used: &'a mut [bool],
+    records: Option<&'a Records>,
 }
 
 impl Io<DmaGuard> for CoreIo<'_, '_> {
@@ -248,8 +340,12 @@ impl Io<DmaGuard> for CoreIo<'_, '_> {
         let memory = self.memory?;
         let used = self.used.get_mut(usize::from(index))?;
         let features = self.world.features();
+        let record = match self.records {
+            Some(records) => Some(records.served(index, self.world)?),
+            None => None,
+        };
         let queue = self.world.queue(index)?;
-        Some(QueueAccess::new(queue, memory, features, used))
+        Some(QueueAccess::new(queue, memory, features, used).recorded(record))
     }
 
     fn config_changed(&mut self) {

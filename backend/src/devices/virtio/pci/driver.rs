@@ -23,6 +23,10 @@ pub(super) struct DriverState {
     pub(super) config_vector: Option<u16>,
     pub(super) queue_select: u16,
     pub(super) isr: u8,
+    /// How often a queue was enabled. Not even a reset begins to count anew.
+    pub(super) starts: u64,
+    /// Counts what changes here, but for what a request changes.
+    pub(super) revision: u64,
     slots: Vec<Slot>,
     log: RateLimit,
 }
@@ -36,6 +40,8 @@ pub(super) struct Slot {
     pub(super) vector: Option<u16>,
     /// Addresses of descriptors, available and used ring, as they were written.
     pub(super) rings: [u64; 3],
+    /// Which start of a queue this was, while it is enabled.
+    pub(super) start: u64,
 }
 
 impl Slot {
@@ -71,6 +77,7 @@ impl DriverState {
             queue: Queue::new(size).expect("a device's queue sizes are powers of two"),
             vector: None,
             rings: [0; 3],
+            start: 0,
         };
         Self {
             name: String::new(),
@@ -82,6 +89,8 @@ impl DriverState {
             config_vector: None,
             queue_select: 0,
             isr: 0,
+            starts: 0,
+            revision: 0,
             slots: queue_sizes.iter().map(slot).collect(),
             log: RateLimit::default(),
         }
@@ -96,6 +105,7 @@ impl DriverState {
         self.config_vector = None;
         self.queue_select = 0;
         self.isr = 0;
+        self.revision += 1;
         self.slots_mut().for_each(Slot::reset);
     }
 
@@ -119,6 +129,12 @@ impl DriverState {
         self.slots.get_mut(usize::from(index))
     }
 
+    /// A queue is enabled: which start of one that is.
+    pub(super) fn next_start(&mut self) -> u64 {
+        self.starts += 1;
+        self.starts
+    }
+
     /// See [`World::features`](super::World::features).
     pub(super) fn negotiated(&self) -> u64 {
         let agreed = self.status & status::FEATURES_OK != 0;
@@ -136,6 +152,7 @@ impl DriverState {
             return false;
         }
         self.status |= status::DEVICE_NEEDS_RESET;
+        self.revision += 1;
         if let Some(suppressed) = self.log.admit() {
             warn!(function = self.name, suppressed, "device needs a reset: {reason}");
         }

@@ -1,5 +1,6 @@
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::common::{self, Request};
@@ -22,6 +23,10 @@ pub struct VirtioFunction {
     live: bool,
     /// Whether the backing can move.
     movable: bool,
+    /// Whether a state that was saved together with the backing's words may still come.
+    pub(super) awaits_own_state: bool,
+    /// Whether it has come, and the driver is to be told.
+    pub(super) recovered: bool,
 }
 
 impl fmt::Debug for VirtioFunction {
@@ -43,7 +48,9 @@ impl VirtioFunction {
         }
         let offered = backing.features() & feature::OFFERABLE;
         let movable = backing.save().is_some();
-        Ok(Self { driver: DriverState::new(offered, &sizes), backing, live: false, movable })
+        let driver = DriverState::new(offered, &sizes);
+        let (live, awaits_own_state, recovered) = (false, false, false);
+        Ok(Self { driver, backing, live, movable, awaits_own_state, recovered })
     }
 
     /// Tells the backing that something is another now.
@@ -74,6 +81,7 @@ impl VirtioFunction {
     }
 
     fn common_write(&mut self, offset: u64, data: &[u8], context: &mut Context<'_>) {
+        self.awaits_own_state = false;
         match common::write(&mut self.driver, offset, data) {
             Request::Nothing => {}
             Request::Reset => {
@@ -194,6 +202,14 @@ impl Device for VirtioFunction {
 
     fn reset(&mut self) {
         self.power_on();
+    }
+
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        (0..self.driver.queue_count()).map(|queue| self.backing.kick(queue).as_fd()).collect()
+    }
+
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
+        self.backing.adopt_kicks(kept)
     }
 
     fn saved(&mut self) -> Option<&mut dyn Saved> {

@@ -7,6 +7,7 @@ mod core_backing;
 mod driver;
 mod function;
 mod layout;
+mod records;
 mod saved;
 mod world;
 
@@ -15,5 +16,7 @@ mod tests;
 
 pub use backing::Backing;
 pub use core_backing::CoreBacking;
+pub(in crate::devices) use core_backing::adopted;
 pub use function::VirtioFunction;
+pub use records::Records;
 pub use world::World;

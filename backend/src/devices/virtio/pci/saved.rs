@@ -1,17 +1,49 @@
-//! Moving a virtio function to another process.
+//! Moving a virtio function to another process, or going on with it after the death of its process.
+//!
+//! To another process everything moves as data. After a death, the last state that was saved is older
+//! than what happened to the queues: it tells what the driver set up, and the [records](super::Records)
+//! and the driver's rings tell where the queues are.
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 
 use super::driver::{DriverState, Slot};
-use super::{VirtioFunction, layout};
+use super::{Records, VirtioFunction, layout};
+use crate::devices::virtio::Words;
 use crate::devices::virtio::spec::status;
 use crate::devices::{Context, RestoreError, Saved};
+use crate::state::Scratch;
 
-/// The first version of the state.
+/// The versions of the state.
 #[derive(Serialize, Deserialize)]
 enum State {
-    V1 { driver: Driver, queues: Vec<Queue>, backing: Vec<u8> },
+    V1 {
+        driver: Driver,
+        queues: Vec<Queue>,
+        backing: Vec<u8>,
+    },
+    /// Of a function with records.
+    V2 {
+        driver: Driver,
+        queues: Vec<Queue>,
+        backing: Vec<u8>,
+        records: RecordsState,
+    },
+}
+
+/// What belongs to the records of a function.
+#[derive(Serialize, Deserialize)]
+struct RecordsState {
+    identity: u64,
+    starts: u64,
+    queues: Vec<QueueStart>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct QueueStart {
+    start: u64,
+    /// Whether the rest of the state says where the queue is.
+    settled: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -47,10 +79,15 @@ const ISR_BITS: u8 = 3;
 
 impl Saved for VirtioFunction {
     fn save(&self) -> Vec<u8> {
-        let state = State::V1 {
-            driver: self.driver.saved(),
-            queues: self.driver.slots().map(Slot::saved).collect(),
-            backing: self.backing.save().expect("asked of a device that can move"),
+        let driver = self.driver.saved();
+        let queues = self.driver.slots().map(Slot::saved).collect();
+        let backing = self.backing.save().expect("asked of a device that can move");
+        let state = match self.backing.records() {
+            None => State::V1 { driver, queues, backing },
+            Some(records) => {
+                let records = self.driver.saved_starts(records);
+                State::V2 { driver, queues, backing, records }
+            }
         };
         postcard::to_allocvec(&state).expect("plain data serialises")
     }
@@ -60,24 +97,60 @@ impl Saved for VirtioFunction {
         self.power_on();
         let result = self.take_over(state);
         if result.is_err() {
+            self.recovered = false;
             self.power_on();
         }
         result
     }
 
+    fn scratch_words(&self) -> usize {
+        self.backing.word_count()
+    }
+
+    fn set_scratch(&mut self, scratch: Scratch) {
+        self.backing.set_words(Words::new(scratch));
+        let latest = self.backing.records().map_or(0, Records::latest_start);
+        self.driver.starts = self.driver.starts.max(latest);
+        self.awaits_own_state = true;
+    }
+
+    /// Without records, requests change the state.
+    fn revision(&self) -> Option<u64> {
+        let driver = self.driver.revision;
+        self.backing.records().map(|_| driver.wrapping_add(self.backing.revision()))
+    }
+
     fn resume(&mut self, context: &mut Context<'_>) {
         self.call(context, |backing, world| backing.resume(world));
+        if std::mem::take(&mut self.recovered) {
+            // What changed meanwhile, or just before, nobody was told.
+            self.call(context, |_, world| world.interrupt_config());
+        }
     }
 }
 
 impl VirtioFunction {
     fn take_over(&mut self, state: &[u8]) -> Result<(), RestoreError> {
         let (state, rest) = postcard::take_from_bytes(state).map_err(|_| RestoreError)?;
-        let State::V1 { driver, queues, backing } = state;
         if !rest.is_empty() {
             return Err(RestoreError);
         }
+        let (driver, queues, backing, records) = match state {
+            State::V1 { driver, queues, backing } => (driver, queues, backing, None),
+            State::V2 { driver, queues, backing, records } => {
+                (driver, queues, backing, Some(records))
+            }
+        };
         self.driver.restore(&driver, &queues)?;
+        let here = self.backing.records().map(Records::identity);
+        let awaited = std::mem::take(&mut self.awaits_own_state);
+        match records {
+            Some(records) if awaited && here == Some(records.identity) => {
+                self.driver.restore_starts(&records)?;
+                self.recovered = true;
+            }
+            records => self.driver.start_anew(records.as_ref())?,
+        }
         let set_up = driver.status & status::DRIVER_OK != 0;
         self.backing.restore(&backing, set_up.then(|| self.driver.negotiated()))
     }
@@ -119,9 +192,50 @@ impl DriverState {
         self.config_vector = saved.config_vector;
         self.queue_select = saved.queue_select;
         self.isr = saved.isr;
+        self.revision += 1;
 
         let event_idx = self.event_idx();
         self.slots_mut().zip(queues).try_for_each(|(slot, queue)| slot.restore(queue, event_idx))
+    }
+
+    fn saved_starts(&self, records: &Records) -> RecordsState {
+        let queue = |(index, slot): (u16, &Slot)| QueueStart {
+            start: slot.start,
+            settled: !slot.queue.ready() || records.is_settled(index, slot.start),
+        };
+        let queues = (0..).zip(self.slots()).map(queue).collect();
+        RecordsState { identity: records.identity(), starts: self.starts, queues }
+    }
+
+    /// The state is the one that belongs to the records here.
+    fn restore_starts(&mut self, saved: &RecordsState) -> Result<(), RestoreError> {
+        if saved.queues.len() != self.slots().count() {
+            return Err(RestoreError);
+        }
+        self.starts = saved.starts;
+        for (slot, queue) in self.slots_mut().zip(&saved.queues) {
+            slot.start = queue.start;
+        }
+        Ok(())
+    }
+
+    /// The state is from elsewhere, or from another time: the records here know nothing of its queues.
+    fn start_anew(&mut self, saved: Option<&RecordsState>) -> Result<(), RestoreError> {
+        for index in 0..self.queue_count() {
+            let start = self.next_start();
+            if let Some(slot) = self.slot_mut(index) {
+                slot.start = start;
+            }
+        }
+        let Some(saved) = saved else { return Ok(()) };
+        if saved.queues.len() != self.slots().count() {
+            return Err(RestoreError);
+        }
+        // It left where the queue is behind.
+        if self.is_started() && saved.queues.iter().any(|queue| !queue.settled) {
+            self.fail("it moved before it could go on after the death of its process");
+        }
+        Ok(())
     }
 
     fn has_vector(&self, vector: Option<u16>) -> bool {

@@ -48,6 +48,13 @@ impl<'a> World<'a> {
         self.driver.slot_mut(index).map(|slot| &mut slot.queue).filter(|queue| queue.ready())
     }
 
+    /// Which start of a queue it was when the driver enabled this one: they are numbered, and the
+    /// numbers last through resets.
+    #[must_use]
+    pub fn queue_start(&self, index: u16) -> Option<u64> {
+        self.driver.slot(index).filter(|slot| slot.queue.ready()).map(|slot| slot.start)
+    }
+
     /// Guest memory, while the world is live. The guard may be held until the next
     /// [`quiesce`](super::Backing::quiesce).
     #[must_use]
@@ -73,6 +80,7 @@ impl<'a> World<'a> {
     /// generation in any case (4.1.5.4).
     pub fn interrupt_config(&mut self) {
         self.driver.generation = self.driver.generation.wrapping_add(1);
+        self.driver.revision += 1;
         if self.driver.status & status::DRIVER_OK != 0 {
             self.notify_config();
         }

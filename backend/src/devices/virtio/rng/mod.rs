@@ -80,13 +80,13 @@ impl Entropy {
             queue.disable_kicks().map_err(malformed)?;
             while queue.pop(&mut self.chain).map_err(malformed)? {
                 if left == 0 {
-                    queue.unpop();
+                    queue.unpop(self.chain.head());
                     self.go_on_later();
                     return Ok(());
                 }
                 left -= 1;
                 if self.answer(queue)? == Admission::Later {
-                    queue.unpop();
+                    queue.unpop(self.chain.head());
                     return Ok(());
                 }
             }
