@@ -19,6 +19,13 @@ pub fn barkeep() -> PathBuf {
     path
 }
 
+/// The `barkeep` that was built with its points of failure: `BARKEEP_FAILPOINTS_BIN`. `tests/run`
+/// builds one.
+#[must_use]
+pub fn with_failpoints() -> Option<PathBuf> {
+    std::env::var_os("BARKEEP_FAILPOINTS_BIN").map(PathBuf::from)
+}
+
 /// Brings `barkeep` up to date with the tree, next to this benchmark; not if `BARKEEP_BIN` names one.
 ///
 /// # Panics

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 /// An eventfd that is read without waiting, as long as nobody makes it blocking.
@@ -29,6 +29,14 @@ impl EventCounter {
             Err(Errno::AGAIN) => 0,
             other => unreachable!("an eventfd is read whole or not at all: {other:?}"),
         }
+    }
+
+    /// Whether there is a signal within a long time, which is taken then.
+    #[must_use]
+    pub fn wait(&self) -> bool {
+        let deadline = Timespec { tv_sec: 20, tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&deadline));
+        ready == Ok(1) && self.take() > 0
     }
 
     /// Brings a counter that is at zero to its maximum: the next signal would have to wait.

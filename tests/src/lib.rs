@@ -4,7 +4,8 @@
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
 //! tests proves nothing, so none of these uses `barkeep_protocol`. [`virtio`] drives virtio devices
 //! through the shim's client, for which that protocol is a means. [`binary`] finds what was built,
-//! and [`skip`](skip()) says what this machine can't test.
+//! [`supervised`] runs it with workers that a test kills, and [`skip`](skip()) says what this machine
+//! can't test.
 
 pub mod backend;
 pub mod binary;
@@ -13,6 +14,7 @@ pub mod event_counter;
 pub mod memory;
 pub mod peer;
 mod skip;
+pub mod supervised;
 pub mod virtio;
 
 pub use skip::skip;

@@ -1,9 +1,8 @@
 //! virtio-blk under load.
 
-use barkeep_tests::virtio::{Kicks, Setup, feature};
+use barkeep_tests::virtio::{Kicks, Load, Setup, feature};
 
 use crate::blk::{self, sidecar};
-use crate::load::Load;
 use crate::sidecar::drive;
 
 const SIZE: u64 = 8 << 20;

@@ -6,11 +6,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use barkeep_tests::peer::requests::pci;
-use barkeep_tests::virtio::{Driver, Setup};
+use barkeep_tests::virtio::{Driver, Load, Setup};
 use tempfile::TempDir;
 
 use crate::blk;
-use crate::load::Load;
 use crate::sidecar::{Sidecar, drive};
 
 const SIZE: u64 = 2 << 20;

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use barkeep_tests::peer::requests::pci;
-use barkeep_tests::virtio::{Driver, Function, Memory, Setup};
+use barkeep_tests::virtio::{Driver, Function, Load, Memory, Setup};
 
 use crate::blk::{self, sidecar};
-use crate::load::Load;
 use crate::sidecar::drive;
 
 const SIZE: u64 = 2 << 20;

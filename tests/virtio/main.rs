@@ -9,7 +9,6 @@ mod blk_load;
 mod bridge;
 mod console;
 mod disturbances;
-mod load;
 mod malformed;
 mod migration;
 mod net;

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use barkeep_protocol::wire::MigrationState;
-use barkeep_tests::virtio::{Function, Kicks, Setup};
+use barkeep_tests::virtio::{Function, Kicks, Load, Setup};
 
 use crate::blk::{self, sidecar};
-use crate::load::Load;
 use crate::sidecar::drive;
 
 const SIZE: u64 = 8 << 20;

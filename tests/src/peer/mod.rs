@@ -52,6 +52,11 @@ impl Peer {
         Self { socket, next_id: 0x4201 }
     }
 
+    /// Waits for answers so much longer than usual: a backend may have to die of them first.
+    pub fn wait_for(&mut self, deadline: Duration) {
+        self.socket.set_read_timeout(Some(deadline)).expect("a deadline");
+    }
+
     /// Connects and negotiates version 0.2 with every extension.
     #[must_use]
     pub fn greeted(path: &Path) -> Self {

@@ -28,6 +28,8 @@ pub struct Setup {
     pub size: u16,
     /// How it notifies the device.
     pub kicks: Kicks,
+    /// How the device notifies it.
+    pub interrupts: Interrupts,
 }
 
 /// How a device is notified.
@@ -39,11 +41,21 @@ pub enum Kicks {
     Eventfd,
 }
 
+/// How a driver is notified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupts {
+    /// By MSI-X, with a vector for each queue and one for the configuration.
+    Msix,
+    /// By the pin, which masks itself until it is served.
+    Intx,
+}
+
 impl Default for Setup {
-    /// Everything that queues have, one queue of up to 256, eventfds.
+    /// Everything that queues have, one queue of up to 256, eventfds, MSI-X.
     fn default() -> Self {
         let features = feature::EVENT_IDX | feature::INDIRECT_DESC | feature::RING_RESET;
-        Self { features, queues: 1, size: 256, kicks: Kicks::Eventfd }
+        let (kicks, interrupts) = (Kicks::Eventfd, Interrupts::Msix);
+        Self { features, queues: 1, size: 256, kicks, interrupts }
     }
 }
 
@@ -63,7 +75,7 @@ pub struct Driver {
     /// The queue that is looked at first.
     next_queue: u16,
     kicks: Vec<Kick>,
-    /// The configuration's vector, then those of the queues.
+    /// The configuration's vector, then those of the queues. Only the first one for the pin.
     vectors: Vec<EventCounter>,
 }
 
@@ -101,7 +113,13 @@ impl Driver {
         assert_eq!(function.status(), ready, "the device agrees to {features:#x}");
 
         let count = setup.queues.min(function.queues());
-        let vectors: Vec<_> = (0..=count).map(|_| EventCounter::new()).collect();
+        let vectors = match setup.interrupts {
+            Interrupts::Msix => (0..=count).map(|_| EventCounter::new()).collect(),
+            Interrupts::Intx => {
+                function.use_pin();
+                vec![EventCounter::new()]
+            }
+        };
         let mut driver = Self {
             function: Arc::clone(function),
             memory: Arc::clone(memory),
@@ -114,7 +132,9 @@ impl Driver {
             next_queue: 0,
         };
         driver.connect_vectors();
-        driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
+        if setup.interrupts == Interrupts::Msix {
+            driver.set_vector(common::CONFIG_MSIX_VECTOR, 0);
+        }
         for index in 0..count {
             let queue = driver.place_queue(index);
             driver.queues.push(queue);
@@ -162,7 +182,10 @@ impl Driver {
         let set = SetIrqs {
             action: IrqAction::Trigger,
             data: IrqData::Eventfd,
-            index: PciIrq::Msix.index(),
+            index: match self.setup.interrupts {
+                Interrupts::Msix => PciIrq::Msix.index(),
+                Interrupts::Intx => PciIrq::Intx.index(),
+            },
             start: 0,
             count: u32::try_from(self.vectors.len()).expect("a few"),
         };
@@ -189,7 +212,9 @@ impl Driver {
         let (event_idx, indirect) = (has(feature::EVENT_IDX), has(feature::INDIRECT_DESC));
         let queue = Queue::new(&self.memory, index, size, event_idx, indirect);
         function.write(area, common::QUEUE_SIZE, &size.to_le_bytes());
-        self.set_vector(common::QUEUE_MSIX_VECTOR, index + 1);
+        if self.setup.interrupts == Interrupts::Msix {
+            self.set_vector(common::QUEUE_MSIX_VECTOR, index + 1);
+        }
         let registers = [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE];
         for (register, address) in registers.into_iter().zip(queue.addresses()) {
             function.write(area, register, &address.to_le_bytes());
@@ -280,11 +305,8 @@ impl Driver {
 
     fn next_before(&mut self, deadline: &Timespec) -> Option<Event> {
         loop {
-            if self.vectors[0].take() > 0 {
+            if self.take_interrupts() {
                 return Some(Event::Config);
-            }
-            for (interrupted, vector) in self.interrupted.iter_mut().zip(&self.vectors[1..]) {
-                *interrupted |= vector.take() > 0;
             }
             if let Some((queue, used)) = self.next_of_interrupted() {
                 return Some(Event::Used(queue, used));
@@ -293,6 +315,30 @@ impl Driver {
                 self.vectors.iter().map(|vector| PollFd::new(vector, PollFlags::IN)).collect();
             if poll(&mut fds, Some(deadline)).expect("eventfds") == 0 {
                 return None;
+            }
+        }
+    }
+
+    /// Takes note of the interrupts of queues. Whether there was one of the configuration.
+    fn take_interrupts(&mut self) -> bool {
+        match self.setup.interrupts {
+            Interrupts::Msix => {
+                for (interrupted, vector) in self.interrupted.iter_mut().zip(&self.vectors[1..]) {
+                    *interrupted |= vector.take() > 0;
+                }
+                self.vectors[0].take() > 0
+            }
+            Interrupts::Intx => {
+                if self.vectors[0].take() == 0 {
+                    return false;
+                }
+                // Reading it takes the level away (4.1.4.5); only then may the pin speak again.
+                let [status] = self.function.read::<1>(self.function.isr, 0);
+                self.function.unmask_pin();
+                if status & 1 != 0 {
+                    self.interrupted.fill(true);
+                }
+                status & 2 != 0
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use barkeep_protocol::wire::{IrqAction, IrqData, PciIrq, SetIrqs};
 use barkeep_shim::client::Client;
 
 use crate::peer::requests::{CONFIG, pci};
@@ -111,6 +112,24 @@ impl Function {
         }
         self.set_command(pci::MEMORY_SPACE | pci::BUS_MASTER | INTX_DISABLE);
         self.set_config(self.msix + 2, &MSIX_ENABLE.to_le_bytes());
+    }
+
+    /// Has the function interrupt by its pin rather than by MSI-X.
+    pub fn use_pin(&self) {
+        self.set_config(self.msix + 2, &[0, 0]);
+        self.set_command(pci::MEMORY_SPACE | pci::BUS_MASTER);
+    }
+
+    /// Lets the pin speak again after a signal, which masks it.
+    pub fn unmask_pin(&self) {
+        let set = SetIrqs {
+            action: IrqAction::Unmask,
+            data: IrqData::None,
+            index: PciIrq::Intx.index(),
+            start: 0,
+            count: 1,
+        };
+        self.client.set_irqs(&set, Vec::new()).expect("a function with a pin");
     }
 
     /// Writes the Command register.

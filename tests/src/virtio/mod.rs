@@ -6,12 +6,14 @@
 
 mod driver;
 mod function;
+mod load;
 mod memory;
 mod queue;
 pub mod requests;
 
-pub use driver::{DEADLINE, Driver, Event, Kicks, Setup};
+pub use driver::{DEADLINE, Driver, Event, Interrupts, Kicks, Setup};
 pub use function::{Area, Function, common, status};
+pub use load::Load;
 pub use memory::{DATA, HEADERS, Memory, RINGS, Window};
 pub use queue::{Part, Queue, Used, raw_descriptor};
 

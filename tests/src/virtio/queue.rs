@@ -94,6 +94,24 @@ impl Queue {
         self.taken.iter().filter(|taken| !taken.is_empty()).count()
     }
 
+    /// How many requests were ever made available, and how many were seen coming back: 16 bits each.
+    #[must_use]
+    pub fn counts(&self) -> (u16, u16) {
+        (self.available, self.seen)
+    }
+
+    /// How many requests the device ever gave back, seen or not: 16 bits.
+    #[must_use]
+    pub fn given_back(&self) -> u16 {
+        self.memory.rings.load(self.used_at())
+    }
+
+    /// Where the device counts what it gives back.
+    #[must_use]
+    pub fn used_at(&self) -> u64 {
+        self.base + USED + 2
+    }
+
     /// Makes a request available; its head. `None` when there are not enough descriptors.
     pub fn add(&mut self, parts: &[Part]) -> Option<u16> {
         let taken = if self.indirect && parts.len() > 1 {

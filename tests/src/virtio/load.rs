@@ -7,11 +7,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use barkeep_tests::virtio::requests::{BlkData, blk};
-use barkeep_tests::virtio::{DATA, Driver, Event};
+use super::driver::{Driver, Event};
+use super::function::status;
+use super::memory::DATA;
+use super::requests::{BlkData, blk};
 
 /// What blocks hold, and what is under way.
-pub(crate) struct Load {
+#[derive(Debug)]
+pub struct Load {
     block: u64,
     random: u64,
     /// The last number given to a write.
@@ -24,11 +27,12 @@ pub(crate) struct Load {
     free: Vec<usize>,
     data_is_gone: bool,
     /// Requests that ended well.
-    pub(crate) done: u64,
+    pub done: u64,
     /// Requests that ended with an error.
-    pub(crate) failed: u64,
+    pub failed: u64,
 }
 
+#[derive(Debug)]
 struct Request {
     slot: usize,
     kind: Kind,
@@ -36,7 +40,7 @@ struct Request {
     count: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// The number of its first block.
     Write(u64),
@@ -49,13 +53,15 @@ const SLOT: u64 = 16 << 10;
 
 impl Load {
     /// For an image that is all zeros, with so many requests at a time.
-    pub(crate) fn new(capacity: u64, block: u64, depth: usize) -> Self {
+    #[must_use]
+    pub fn new(capacity: u64, block: u64, depth: usize) -> Self {
         Self::with_slots(capacity, block, 0..depth)
     }
 
     /// With the memory of these slots.
-    pub(crate) fn with_slots(capacity: u64, block: u64, slots: Range<usize>) -> Self {
-        let blocks = usize::try_from(capacity / block).unwrap();
+    #[must_use]
+    pub fn with_slots(capacity: u64, block: u64, slots: Range<usize>) -> Self {
+        let blocks = usize::try_from(capacity / block).expect("a small image");
         Self {
             block,
             random: 0x9e37_79b9_7f4a_7c15,
@@ -70,8 +76,15 @@ impl Load {
         }
     }
 
+    /// Another sequence of requests than the usual one.
+    #[must_use]
+    pub fn seeded(mut self, seed: u64) -> Self {
+        self.random = scramble(seed);
+        self
+    }
+
     /// Runs until so many more requests ended, with all slots in use until then.
-    pub(crate) fn run(&mut self, driver: &mut Driver, requests: u64) {
+    pub fn run(&mut self, driver: &mut Driver, requests: u64) {
         let end = self.done + self.failed + requests;
         while self.done + self.failed < end {
             self.fill(driver);
@@ -80,27 +93,27 @@ impl Load {
     }
 
     /// Waits for everything that is under way.
-    pub(crate) fn finish(&mut self, driver: &mut Driver) {
+    pub fn finish(&mut self, driver: &mut Driver) {
         while !self.under_way.is_empty() {
             self.one(driver);
         }
     }
 
     /// Runs until so many more requests ended, waits for the others, and looks at the whole image.
-    pub(crate) fn run_to_end(&mut self, driver: &mut Driver, requests: u64, image: &File) {
+    pub fn run_to_end(&mut self, driver: &mut Driver, requests: u64, image: &File) {
         self.run(driver, requests);
         self.finish(driver);
         self.verify(image);
     }
 
     /// Makes requests available until no slot is free.
-    pub(crate) fn fill(&mut self, driver: &mut Driver) {
+    pub fn fill(&mut self, driver: &mut Driver) {
         let queues = u64::from(driver.queues());
         while let Some(slot) = self.free.pop() {
-            let queue = u16::try_from(self.next_random() % queues).unwrap();
+            let queue = u16::try_from(self.next_random() % queues).expect("a few");
             let request = self.choose(slot);
             let (length, at) = (request.count * self.block, address_of(slot));
-            let bytes = u32::try_from(length).unwrap();
+            let bytes = u32::try_from(length).expect("a small request");
             let (kind, data) = match request.kind {
                 Kind::Write(number) => {
                     for index in 0..request.count {
@@ -122,12 +135,16 @@ impl Load {
     fn one(&mut self, driver: &mut Driver) {
         match driver.wait() {
             Event::Used(queue, used) => self.ended(driver, queue, used.head),
-            Event::Config => unreachable!("status {:#x}", driver.function.status()),
+            // Told of nothing, a driver looks and goes on.
+            Event::Config => {
+                let status = driver.function.status();
+                assert_eq!(status & status::NEEDS_RESET, 0, "status {status:#x}");
+            }
         }
     }
 
     /// Takes note of the end of a request.
-    pub(crate) fn ended(&mut self, driver: &Driver, queue: u16, head: u16) {
+    pub fn ended(&mut self, driver: &Driver, queue: u16, head: u16) {
         let request = self.under_way.remove(&(queue, head)).expect("it is under way");
         match driver.blk_status(request.slot) {
             blk::S_OK => self.succeeded(driver, &request),
@@ -150,7 +167,7 @@ impl Load {
                 }
                 Kind::Read if self.data_is_gone => {}
                 Kind::Read => {
-                    let length = usize::try_from(self.block).unwrap();
+                    let length = usize::try_from(self.block).expect("a small block");
                     let at = address_of(request.slot) + index * self.block;
                     let found = driver.memory.data.bytes(at, length);
                     self.check(block, &found);
@@ -161,14 +178,14 @@ impl Load {
     }
 
     /// Goes on with the memory of other slots. Nothing is under way.
-    pub(crate) fn use_slots(&mut self, slots: Range<usize>) {
+    pub fn use_slots(&mut self, slots: Range<usize>) {
         assert!(self.under_way.is_empty());
         self.free = slots.collect();
     }
 
     /// Waits for everything that is under way, without a look at what was read: its memory is gone.
     /// Whether the device goes on.
-    pub(crate) fn finish_without_data(&mut self, driver: &mut Driver) -> bool {
+    pub fn finish_without_data(&mut self, driver: &mut Driver) -> bool {
         self.data_is_gone = true;
         while !self.under_way.is_empty() {
             match driver.wait() {
@@ -181,7 +198,7 @@ impl Load {
     }
 
     /// What was under way is with nobody any more: the device was reset, or is gone.
-    pub(crate) fn abandon(&mut self) {
+    pub fn abandon(&mut self) {
         for (_, request) in std::mem::take(&mut self.under_way) {
             self.in_doubt(&request);
             self.settle(&request);
@@ -189,7 +206,7 @@ impl Load {
     }
 
     /// What was under way on one queue is with nobody any more.
-    pub(crate) fn abandon_queue(&mut self, queue: u16) {
+    pub fn abandon_queue(&mut self, queue: u16) {
         let (gone, left) = std::mem::take(&mut self.under_way)
             .into_iter()
             .partition::<BTreeMap<_, _>, _>(|((of, _), _)| *of == queue);
@@ -199,22 +216,23 @@ impl Load {
     }
 
     /// How many requests the device has.
-    pub(crate) fn under_way(&self) -> usize {
+    #[must_use]
+    pub fn under_way(&self) -> usize {
         self.under_way.len()
     }
 
     /// Looks at the whole image. What it holds is certain afterwards.
-    pub(crate) fn verify(&mut self, image: &File) {
-        let mut found = vec![0; usize::try_from(self.block).unwrap()];
+    pub fn verify(&mut self, image: &File) {
+        let mut found = vec![0; usize::try_from(self.block).expect("a small block")];
         for block in 0..self.blocks.len() as u64 {
-            image.read_exact_at(&mut found, block * self.block).unwrap();
+            image.read_exact_at(&mut found, block * self.block).expect("a block of the image");
             self.check(block, &found);
         }
-        assert_eq!(image.metadata().unwrap().len(), self.blocks.len() as u64 * self.block);
+        assert_eq!(image.metadata().expect("a file").len(), self.blocks.len() as u64 * self.block);
     }
 
     fn check(&mut self, block: u64, found: &[u8]) {
-        let number = u64::from_le_bytes(found[8..16].try_into().unwrap());
+        let number = u64::from_le_bytes(found[8..16].try_into().expect("8 bytes"));
         let expected = self.at(block);
         assert!(expected.contains(&number), "block {block} has {number}, not of {expected:?}");
         *expected = BTreeSet::from([number]);
@@ -263,7 +281,7 @@ impl Load {
 
     /// What a write with this number leaves in a block; number 0 is the image's beginning.
     fn content(&self, block: u64, number: u64) -> Vec<u8> {
-        let length = usize::try_from(self.block).unwrap();
+        let length = usize::try_from(self.block).expect("a small block");
         if number == 0 {
             return vec![0; length];
         }
@@ -276,7 +294,7 @@ impl Load {
     }
 
     fn at(&mut self, block: u64) -> &mut BTreeSet<u64> {
-        &mut self.blocks[usize::try_from(block).unwrap()]
+        &mut self.blocks[usize::try_from(block).expect("a small image")]
     }
 
     fn next_random(&mut self) -> u64 {

@@ -1,0 +1,116 @@
+//! Disks without room, and processes without descriptors.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use barkeep_tests::edu::{self, at};
+use barkeep_tests::memory::sealed;
+use barkeep_tests::peer::Peer;
+use barkeep_tests::peer::message::command;
+use barkeep_tests::peer::requests::dma_map;
+use barkeep_tests::skip;
+use barkeep_tests::supervised::{Launch, Supervised};
+use barkeep_tests::virtio::Load;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use rustix::process::{Resource, Rlimit, prlimit};
+
+use crate::blk;
+
+const SIZE: u64 = 16 << 20;
+
+/// Gives this thread, and whatever it starts, a disk of its own with so many bytes.
+fn small_disk(at: &Path, size: &str) -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let nothing: Option<&str> = None;
+    // What is mounted here shows nowhere else.
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)?;
+    mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(size))
+}
+
+fn grow(at: &Path, size: &str) {
+    let nothing: Option<&str> = None;
+    mount(nothing, at, nothing, MsFlags::MS_REMOUNT, Some(size)).unwrap();
+}
+
+/// An image that has less room than its length, under a load while its worker is killed.
+fn fill_up(options: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let mounted = directory.path().join("disk");
+    std::fs::create_dir(&mounted).unwrap();
+    if let Err(errno) = small_disk(&mounted, "size=4m") {
+        return skip(&format!("a mount of its own: {errno}"));
+    }
+    let path = mounted.join("image");
+    File::create_new(&path).unwrap().set_len(SIZE).unwrap();
+    let image = File::options().read(true).write(true).open(&path).unwrap();
+    let device = format!("virtio-blk,path={}{options}", path.display());
+    let run = Supervised::start_in(directory, &[&device], &Launch::default());
+    let mut driver = blk::drive(&run, 0, blk::setup());
+    let mut load = Load::new(SIZE, 4096, blk::DEPTH);
+    while load.failed == 0 {
+        load.run(&mut driver, 100);
+    }
+    for _ in 0..5 {
+        load.run(&mut driver, 200);
+        load.fill(&mut driver);
+        run.worker(0).kill();
+        load.run(&mut driver, 100);
+    }
+    load.finish(&mut driver);
+    // What was acknowledged is there; what failed is there or not, but never a mixture.
+    load.verify(&image);
+    grow(&mounted, "size=64m");
+    let failed = load.failed;
+    load.run(&mut driver, 1000);
+    load.finish(&mut driver);
+    assert_eq!(load.failed, failed, "there is room");
+    load.verify(&image);
+}
+
+#[test]
+fn a_full_disk_is_an_error_for_the_guest_and_loses_nothing() {
+    fill_up("");
+}
+
+#[test]
+fn a_full_disk_is_an_error_for_the_guest_of_a_worker_that_waits_for_it() {
+    fill_up(",aio=sync");
+}
+
+/// Whoever may not have another descriptor says so, and goes on.
+#[test]
+fn a_process_without_descriptors_refuses_memory_and_goes_on() {
+    for of_supervisor in [false, true] {
+        let run = Supervised::start(&["edu", "edu"]);
+        let mut peer = Peer::greeted(run.socket(0));
+        edu::enable(&mut peer);
+        peer.write_u32(0, at::LIVENESS, 9);
+        let pid = if of_supervisor { run.pid() } else { run.worker(0).pid };
+        let limit = Rlimit { current: Some(48), maximum: Some(4096) };
+        prlimit(Some(pid), Resource::Nofile, limit).unwrap();
+        let memory = sealed(0x1000);
+        let mut given = 0;
+        for index in 0..100 {
+            let body = dma_map(3, 0, index * 0x1_0000, 0x1000);
+            let reply = peer.call_with_fds(command::DMA_MAP, &body, &[memory.as_fd()]);
+            if reply.error != 0 {
+                break;
+            }
+            given += 1;
+        }
+        let whose = if of_supervisor { "the supervisor" } else { "the worker" };
+        println!("{given} descriptors were taken, with a limit of 48 for {whose}");
+        assert!(of_supervisor || given < 100, "they were all taken");
+        assert_eq!(peer.read_u32(0, at::LIVENESS), !9, "{whose} has no room, and goes on");
+        edu::assert_served(run.socket(1));
+        let limit = Rlimit { current: Some(4096), maximum: Some(4096) };
+        prlimit(Some(pid), Resource::Nofile, limit).unwrap();
+        run.worker(0).kill();
+        assert_eq!(peer.read_u32(0, at::LIVENESS), !9, "and has a successor");
+        if given > 0 {
+            edu::copy(&mut peer, 0, 0x800, 16);
+        }
+    }
+}

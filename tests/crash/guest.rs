@@ -1,0 +1,64 @@
+//! A guest that clears and sets PCI_COMMAND.MEM while the workers behind its BARs are killed.
+
+use std::time::Duration;
+
+use barkeep_shim::hypervisor::kvm::Kvm;
+use barkeep_shim::vmm::{
+    Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program,
+};
+use barkeep_tests::skip;
+use barkeep_tests::supervised::Supervised;
+
+use crate::kills::number_of_kills;
+use crate::random::Random;
+
+/// How often a guest toggles between two looks at whether there were kills enough.
+const CYCLES: u64 = 2000;
+
+fn toggle(hypervisor: HypervisorChoice) {
+    let mut random = Random::new();
+    let run = Supervised::start(&["edu", "ivshmem,size=4M"]);
+    let arguments = Arguments {
+        devices: vec![run.socket(0).to_owned(), run.socket(1).to_owned()],
+        program: Program::Toggle,
+        vcpus: 3,
+        cycles: CYCLES,
+        hypervisor,
+        suspend_order: Order::Alternate,
+        memory_faults: MemoryFaults::Resolve,
+        dma: Dma::Shared,
+        loss: Loss::Protected,
+        deadline: 20,
+        json: false,
+    };
+    let (mut kills, wanted) = (0, number_of_kills() / 4);
+    while kills < wanted {
+        std::thread::scope(|scope| {
+            let vm = scope.spawn(|| Machine::new(&arguments).unwrap().run(&arguments).unwrap());
+            while !vm.is_finished() {
+                std::thread::sleep(Duration::from_micros(random.below(100_000)));
+                let function = usize::from(random.below(2) == 1);
+                run.worker(function).kill();
+                kills += 1;
+            }
+            let report = vm.join().unwrap();
+            assert!(report.passed(), "{:?}", report.failures);
+            assert_eq!((report.wrong_values, report.cycles), (0, CYCLES));
+            assert!(report.reads_ur > 0 && report.backends.writes_dropped > 0);
+        });
+    }
+    println!("{kills} kills on {hypervisor:?}");
+}
+
+#[test]
+fn a_guest_that_toggles_decoding_reads_no_wrong_value_on_the_model() {
+    toggle(HypervisorChoice::Model);
+}
+
+#[test]
+fn a_guest_that_toggles_decoding_reads_no_wrong_value_on_kvm() {
+    match Kvm::probe() {
+        Ok(()) => toggle(HypervisorChoice::Kvm),
+        Err(reason) => skip(&reason),
+    }
+}
