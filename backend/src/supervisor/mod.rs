@@ -5,3 +5,5 @@
 //! or a client writes, so neither can harm it.
 
 pub mod link;
+pub mod systemd;
+pub mod upgrade;

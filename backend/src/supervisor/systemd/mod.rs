@@ -5,6 +5,7 @@
 //! were stored with. Without such a manager all of this does nothing.
 
 mod fd_name;
+mod inherited;
 mod notifier;
 
 use std::os::fd::BorrowedFd;
@@ -18,6 +19,7 @@ use tracing::warn;
 use self::notifier::{Message, Notifier};
 
 pub use fd_name::{FdName, What};
+pub use inherited::{HeldFunction, InheritError, Inherited, Listener};
 
 /// What a service manager says to the supervisor alone. A worker that had it could speak in its place.
 pub const PRIVATE_ENVIRONMENT: [&str; 7] = [
