@@ -1,5 +1,6 @@
 //! The shim as a VMM sees it: exits in, completed accesses out.
 
+mod attending;
 mod interrupts;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,11 +8,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::bar::{AddressSpace, AttachError, AttachedFunction, Backend, SuspendOrder, WindowTable};
-use crate::client::{Attended, Client, ClientOptions};
+use crate::bar::{
+    AddressSpace, AttachError, AttachedFunction, Backend, ReconnectError, SuspendOrder, WindowTable,
+};
+use crate::client::{Client, ClientOptions, DeadBackend};
 use crate::fault::{BarTarget, FaultCounters, MemoryFault, Route, Verdict};
 use crate::hypervisor::{Hypervisor, SlotId};
 
+pub use attending::SessionEvent;
 use interrupts::Interrupts;
 pub use interrupts::{HypervisorRoutes, InterruptError, InterruptRoutes, InterruptVector, MsiKind};
 
@@ -75,7 +79,17 @@ impl Frontend {
         options: ClientOptions,
         suspend_order: SuspendOrder,
     ) -> Result<usize, AttachError> {
-        self.attach_backend(Client::connect_with(path, options)?, suspend_order)
+        let (reconnect, dead_backend) = (options.reconnect, options.dead_backend);
+        let client = Client::connect_with(path, options)?;
+        let index = self.attach_backend_with(client, suspend_order, dead_backend)?;
+        if reconnect && let Some(function) = self.functions.get_mut(index) {
+            let remembered = function.remember_identity();
+            if let Err(error) = remembered {
+                self.functions.pop();
+                return Err(error.into());
+            }
+        }
+        Ok(index)
     }
 
     /// Takes the message-signalled interrupts of a function to `routes`: an eventfd for each vector, and
@@ -91,25 +105,9 @@ impl Frontend {
         let attached = self.functions.get(function).ok_or(InterruptError::NoFunction)?;
         // Those of an earlier call take their vectors with them, so they go first.
         drop(self.interrupts.remove(&function));
-        let interrupts = Interrupts::connect(function, attached.client(), routes)?;
+        let interrupts = Interrupts::connect(function, &attached.client(), routes)?;
         self.interrupts.insert(function, interrupts);
         Ok(())
-    }
-
-    /// Attends to the backend of a function until its session ends, and then takes its memory out of
-    /// the guest: from then on the function answers as Unsupported Request, mapped BARs as well. Serves
-    /// the backend's own commands meanwhile.
-    ///
-    /// For a thread of the VMM for each function. Without one, a backend that has gone is noticed at
-    /// the next access that is forwarded to it. Returns [`Attended::Stopped`] after
-    /// [`Attendant::stop`](crate::client::Attendant::stop).
-    pub fn attend(&self, function: usize) -> Attended {
-        let Some(attached) = self.functions.get(function) else { return Attended::Stopped };
-        let attended = attached.client().attendant().attend();
-        if attended == Attended::Ended {
-            self.session_ended(function);
-        }
-        attended
     }
 }
 
@@ -142,6 +140,20 @@ impl<B: Backend> Frontend<B> {
         backend: B,
         suspend_order: SuspendOrder,
     ) -> Result<usize, AttachError> {
+        self.attach_backend_with(backend, suspend_order, DeadBackend::default())
+    }
+
+    /// As [`attach_backend`](Self::attach_backend), and says what becomes of accesses while the backend
+    /// is gone.
+    ///
+    /// # Errors
+    /// [`AttachError`] with the reason.
+    pub fn attach_backend_with(
+        &mut self,
+        backend: B,
+        suspend_order: SuspendOrder,
+        dead_backend: DeadBackend,
+    ) -> Result<usize, AttachError> {
         let index = self.functions.len();
         let windows = Arc::clone(&self.windows);
         let next_slot = &mut self.next_slot;
@@ -151,7 +163,7 @@ impl<B: Backend> Frontend<B> {
             slot
         };
         let function = AttachedFunction::over(index, backend, suspend_order, windows, &mut slots)?;
-        self.functions.push(function);
+        self.functions.push(function.with_dead_backend(dead_backend));
         Ok(index)
     }
 
@@ -189,7 +201,7 @@ impl<B: Backend> Frontend<B> {
         if let Some(interrupts) = self.interrupts.get(&function)
             && interrupts.in_config(offset, data.len())
         {
-            interrupts.follow(attached.backend());
+            interrupts.follow(attached);
         }
     }
 
@@ -221,7 +233,7 @@ impl<B: Backend> Frontend<B> {
                 if let Some(interrupts) = self.interrupts.get(&window.function)
                     && interrupts.in_bar(&window, offset, now.len())
                 {
-                    interrupts.follow(function.backend());
+                    interrupts.follow(function);
                 }
             }
         }
@@ -301,12 +313,19 @@ impl<B: Backend> Frontend<B> {
         helps
     }
 
-    /// Takes the memory of a function whose backend has gone out of the guest. For VMMs that learn of it
-    /// in an event loop of their own, with an [`Attendant`](crate::client::Attendant).
-    pub fn session_ended(&self, function: usize) {
-        if let Some(function) = self.functions.get(function) {
-            function.session_ended(self.hypervisor.as_ref());
+    /// Puts `backend` in the place of a function's whose session has ended
+    /// ([`AttachedFunction::resume`]). What it was told about memory and interrupts is the caller's
+    /// affair; what the guest has programmed of the latter is routed anew.
+    ///
+    /// # Errors
+    /// [`ReconnectError`]; the function is as it was then, without a backend.
+    pub fn resume(&self, function: usize, backend: B) -> Result<(), ReconnectError> {
+        let attached = self.functions.get(function).ok_or(ReconnectError::NotWanted)?;
+        attached.resume(self.hypervisor.as_ref(), backend)?;
+        if let Some(interrupts) = self.interrupts.get(&function) {
+            interrupts.follow(attached);
         }
+        Ok(())
     }
 
     /// Resets every function, as a reset of the machine does.

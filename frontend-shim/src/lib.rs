@@ -20,5 +20,5 @@ mod x86;
 pub use address::GuestAddress;
 pub use frontend::{
     FaultOutcome, Frontend, HypervisorRoutes, InterruptError, InterruptRoutes, InterruptVector,
-    MsiKind,
+    MsiKind, SessionEvent,
 };

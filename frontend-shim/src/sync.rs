@@ -4,17 +4,34 @@
 #[cfg(feature = "model-check")]
 pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(feature = "model-check")]
-pub(crate) use shuttle::sync::{Mutex, MutexGuard};
+pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(not(feature = "model-check"))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(feature = "model-check"))]
-pub(crate) use std::sync::{Mutex, MutexGuard};
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// Locks a mutex whose data every holder leaves valid, whatever became of the holder.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits to be notified, at most for `limit`. Under a model checker time stands still: whoever is not
+/// notified waits for ever, which it finds.
+pub(crate) fn wait<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    limit: Duration,
+) -> MutexGuard<'a, T> {
+    #[cfg(not(feature = "model-check"))]
+    return condvar.wait_timeout(guard, limit).unwrap_or_else(PoisonError::into_inner).0;
+    #[cfg(feature = "model-check")]
+    {
+        let _ = limit;
+        condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A value that is replaced as a whole: readers never wait, and keep what they have seen.
@@ -28,6 +45,10 @@ pub(crate) struct Snapshot<T> {
 
 #[cfg(not(feature = "model-check"))]
 impl<T> Snapshot<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self { value: arc_swap::ArcSwap::from_pointee(value) }
+    }
+
     /// What is there now, for a short look.
     pub(crate) fn load(&self) -> arc_swap::Guard<Arc<T>> {
         self.value.load()
@@ -45,6 +66,10 @@ impl<T> Snapshot<T> {
 
 #[cfg(feature = "model-check")]
 impl<T> Snapshot<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self { value: Mutex::new(Arc::new(value)) }
+    }
+
     pub(crate) fn load(&self) -> Arc<T> {
         self.load_full()
     }

@@ -2,7 +2,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, DeviceInfo, FaultReport, FaultVerdict, RegionInfo, RegionState,
+    BarkeepExtensions, DeviceInfo, FaultReport, FaultVerdict, IrqInfo, RegionInfo, RegionState,
 };
 
 use crate::client::{Client, ClientError, Doorbell};
@@ -10,7 +10,8 @@ use crate::client::{Client, ClientError, Doorbell};
 /// Whoever owns a function, as [`AttachedFunction`](super::AttachedFunction) talks to it. A process
 /// behind a [`Client`], and in model-checked tests a function in memory.
 ///
-/// Once [`is_dead`](Self::is_dead) is true it stays so, and every request fails at once.
+/// Once [`is_dead`](Self::is_dead) is true it stays so, and every request fails at once. If it answers
+/// again, that is another one ([`AttachedFunction::resume`](super::AttachedFunction::resume)).
 pub trait Backend: fmt::Debug + Send + Sync {
     /// Who it is, for logs.
     fn name(&self) -> String;
@@ -32,6 +33,15 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`ClientError`], as for every request.
     fn region_info(&self, index: u32) -> Result<(RegionInfo, Option<OwnedFd>), ClientError>;
+
+    /// What an interrupt index is. Only asked about functions that may be reconnected.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request.
+    fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
+        let _ = index;
+        Err(ClientError::NotOffered("interrupts"))
+    }
 
     /// Reads `data.len()` bytes of a region. On an error, `data` is unchanged.
     ///
@@ -93,6 +103,10 @@ impl Backend for Client {
 
     fn region_info(&self, index: u32) -> Result<(RegionInfo, Option<OwnedFd>), ClientError> {
         self.region_info(index)
+    }
+
+    fn irq_info(&self, index: u32) -> Result<IrqInfo, ClientError> {
+        self.irq_info(index)
     }
 
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), ClientError> {

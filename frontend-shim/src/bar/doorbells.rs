@@ -45,6 +45,11 @@ impl Doorbells {
         self.bells.is_empty()
     }
 
+    /// Whether the hypervisor rings any of them now.
+    pub(super) fn is_connected(&self) -> bool {
+        self.bells.iter().any(|bell| bell.connected.is_some())
+    }
+
     /// Has the hypervisor ring them, with the BAR at `address`. Idempotent. One that it does not take
     /// is forwarded.
     pub(super) fn connect(

@@ -4,36 +4,44 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{self, DeviceFlags, FaultReport, FaultVerdict, PciRegion};
-use tracing::{debug, error, warn};
+use tracing::warn;
 
 use super::doorbells::Doorbells;
 use super::mapping::BarMapping;
 use super::{AddressSpace, Backend};
-use crate::client::{Client, ClientError};
-use crate::fault::{BarTarget, BarWindow, FaultAccess, SlotState, Verdict, WindowTable, decide};
+use crate::client::{Client, ClientError, DeadBackend};
+use crate::fault::{BarTarget, FaultAccess, SlotState, Verdict, WindowTable, decide};
 use crate::hypervisor::{GuestAddress, Hypervisor, SlotId};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 
+mod accesses;
 mod attach;
 mod config;
+mod identity;
+mod resume;
+mod session;
 mod slots;
 mod tracking;
 
 pub use attach::{AttachError, BarInfo};
+pub use resume::ReconnectError;
+pub use session::Outages;
 pub use tracking::TrackingError;
 
-use config::{Capabilities, ConfigChange, Enables, GuestBars, Registers};
+use config::{Capabilities, Enables, GuestBars, Registers};
+use identity::Identity;
+use session::Sessions;
 
 /// A function in a backend process, attached to a VM: its BARs lie in the guest's address space, and
 /// those that the backend shares are mapped while the function decodes.
 #[derive(Debug)]
 pub struct AttachedFunction<B = Client> {
     index: usize,
-    backend: B,
+    sessions: Sessions<B>,
+    /// Of functions that may be reconnected.
+    identity: Option<Identity>,
     bars: Vec<BarInfo>,
     capabilities: Capabilities,
-    /// There is something in the hypervisor that comes and goes with decode.
-    follows_decode: bool,
     suspend_order: SuspendOrder,
     windows: Arc<WindowTable>,
     state: Mutex<State>,
@@ -48,8 +56,6 @@ pub struct AttachedFunction<B = Client> {
     lost: AtomicBool,
     /// Some BAR's writes may be tracked, so that forwarded ones count.
     tracks_writes: AtomicBool,
-    /// The end of the session has been told.
-    end_told: AtomicBool,
 }
 
 /// What comes first when a guest's own write clears `PCI_COMMAND.MEM`.
@@ -108,10 +114,11 @@ impl AttachedFunction {
         Self::over(index, Client::connect(path, deadline)?, suspend_order, windows, slots)
     }
 
-    /// The connection, for what has nothing to do with BARs: DMA windows, interrupts, counters.
+    /// The connection of the last session, for what has nothing to do with BARs: DMA windows,
+    /// interrupts, counters. Another one may take its place, so it is not for keeping.
     #[must_use]
-    pub fn client(&self) -> &Client {
-        &self.backend
+    pub fn client(&self) -> Arc<Client> {
+        self.backend()
     }
 }
 
@@ -135,8 +142,6 @@ impl<B: Backend> AttachedFunction<B> {
         let (bars, mappings) = attach::describe_bars(&backend, &registers, slots)?;
         let capabilities = Capabilities::find(&backend)?;
         let doorbells = attach::find_doorbells(&backend, &bars)?;
-        let follows_decode =
-            bars.iter().any(|bar| bar.mapped) || !doorbells.iter().all(Doorbells::is_empty);
         let state = State {
             mappings,
             doorbells,
@@ -149,10 +154,10 @@ impl<B: Backend> AttachedFunction<B> {
         };
         let function = Self {
             index,
-            backend,
+            sessions: Sessions::new(backend, DeadBackend::default()),
+            identity: None,
             bars,
             capabilities,
-            follows_decode,
             suspend_order,
             windows,
             state: Mutex::new(state),
@@ -161,16 +166,21 @@ impl<B: Backend> AttachedFunction<B> {
             epoch: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             tracks_writes: AtomicBool::new(false),
-            end_told: AtomicBool::new(false),
         };
         function.publish(&function.lock(), |_| true);
         Ok(function)
     }
 
-    /// Whoever owns the function.
+    /// Says what becomes of accesses while the backend is gone. To be said before any is made.
     #[must_use]
-    pub fn backend(&self) -> &B {
-        &self.backend
+    pub fn with_dead_backend(self, dead_backend: DeadBackend) -> Self {
+        Self { sessions: self.sessions.with_dead_backend(dead_backend), ..self }
+    }
+
+    /// Whoever owns the function, in the last session.
+    #[must_use]
+    pub fn backend(&self) -> Arc<B> {
+        Arc::clone(&self.session().backend)
     }
 
     /// The BARs that exist.
@@ -206,55 +216,6 @@ impl<B: Backend> AttachedFunction<B> {
         self.slot_changes().wrapping_add(protections).wrapping_add(epoch)
     }
 
-    /// Reads configuration space. A backend that does not answer reads as all ones, like a function
-    /// that is not there.
-    pub fn config_read(&self, hypervisor: &dyn Hypervisor, offset: u16, data: &mut [u8]) {
-        let region = PciRegion::Config.index();
-        if let Err(error) = self.backend.region_read(region, offset.into(), data) {
-            data.fill(0xff);
-            self.failed(hypervisor, "configuration read", &error);
-        }
-    }
-
-    /// Writes configuration space, and follows what the write does to the BARs: memory slots are
-    /// gone before a write that stops decode is forwarded, and back before one that starts it
-    /// returns.
-    pub fn config_write(&self, hypervisor: &dyn Hypervisor, offset: u16, data: &[u8]) {
-        // Held across the request: a fault on another vCPU waits until slots and decode agree.
-        let mut state = self.lock();
-        match self.capabilities.change(offset, data) {
-            ConfigChange::Unrelated => {
-                self.forward(hypervisor, &mut state, offset, data);
-            }
-            ConfigChange::Command(enables) if !enables.memory => {
-                state.wanted = enables;
-                self.disable_memory(hypervisor, &mut state, offset, data);
-                state.enables = enables;
-                self.lost.store(false, Ordering::Relaxed);
-                self.publish(&state, |_| true);
-            }
-            ConfigChange::Command(enables) => {
-                state.wanted = enables;
-                let accepted = self.forward(hypervisor, &mut state, offset, data);
-                if accepted && !self.follows_decode {
-                    state.enables = enables;
-                    self.publish(&state, |_| true);
-                } else {
-                    self.synchronise(hypervisor, &mut state);
-                }
-            }
-            ConfigChange::Reconfigures => {
-                self.suspend_all(hypervisor, &mut state);
-                state.placed.write(&self.bars, offset, data);
-                if let Some(enables) = config::enables_written(offset, data) {
-                    state.wanted = enables;
-                }
-                self.forward(hypervisor, &mut state, offset, data);
-                self.synchronise_after_reset(hypervisor, &mut state);
-            }
-        }
-    }
-
     /// Resets the function, as a VMM does when its machine is reset.
     ///
     /// # Errors
@@ -263,53 +224,13 @@ impl<B: Backend> AttachedFunction<B> {
         let mut state = self.lock();
         self.suspend_all(hypervisor, &mut state);
         state.wanted = Enables::default();
-        let result = self.backend.reset();
+        let session = self.session();
+        let result = session.backend.reset();
         if let Err(error) = &result {
-            self.report("reset", error);
+            self.report(&session, "reset", error);
         }
         self.synchronise_after_reset(hypervisor, &mut state);
         result
-    }
-
-    /// Reads from a BAR. Where no live backend answers, `data` is all ones: an Unsupported Request.
-    pub fn bar_read(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        window: &BarWindow,
-        offset: u64,
-        data: &mut [u8],
-    ) {
-        if !self.forwards_to(hypervisor, window) {
-            return data.fill(0xff);
-        }
-        if let Err(error) = self.backend.region_read(window.bar.into(), offset, data) {
-            data.fill(0xff);
-            self.failed(hypervisor, "read", &error);
-        } else if self.is_lost(window) && data.iter().any(|byte| *byte != 0xff) {
-            // Somebody answers again.
-            self.recheck(hypervisor);
-        }
-    }
-
-    /// Writes to a BAR. Where no live backend takes it, the write is dropped.
-    pub fn bar_write(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        window: &BarWindow,
-        offset: u64,
-        data: &[u8],
-    ) {
-        if !self.forwards_to(hypervisor, window) {
-            return;
-        }
-        if let Err(error) = self.backend.region_write(window.bar.into(), offset, data) {
-            self.failed(hypervisor, "write", &error);
-        } else if self.is_lost(window) && self.answers_again(window.bar) {
-            self.recheck(hypervisor);
-        }
-        if self.tracks_writes.load(Ordering::Relaxed) {
-            self.note_write(window.bar, offset, data.len());
-        }
     }
 
     /// Starts to track the guest's writes to a mapped BAR, as migration does: its memory is
@@ -344,12 +265,6 @@ impl<B: Backend> AttachedFunction<B> {
         let mut state = self.lock();
         self.protections.fetch_add(1, Ordering::Relaxed);
         state.mapping(bar)?.take_written()?.ok_or(TrackingError::NotTracked)
-    }
-
-    fn note_write(&self, bar: u8, offset: u64, len: usize) {
-        if let Some(mapping) = &mut self.lock().mappings[usize::from(bar)] {
-            mapping.note_write(offset, len as u64);
-        }
     }
 
     /// Resolves a memory fault in one of our windows or slots.
@@ -412,7 +327,7 @@ impl<B: Backend> AttachedFunction<B> {
         if self.suspend(hypervisor, &mut state, bar)
             && state.mappings[usize::from(bar)].as_mut().is_some_and(BarMapping::quarantine)
         {
-            let socket = self.backend.name();
+            let socket = self.backend().name();
             warn!(%socket, bar, "its memory faults without end: not mapped any more");
             return true;
         }
@@ -421,95 +336,9 @@ impl<B: Backend> AttachedFunction<B> {
         state.vain_quarantines <= VAIN_QUARANTINES
     }
 
-    /// Takes every memory slot of a function away whose backend has gone, and says so, unless an
-    /// access has been the first to notice.
-    pub fn session_ended(&self, hypervisor: &dyn Hypervisor) {
-        self.failed(hypervisor, "attending", &ClientError::Gone);
-    }
-
     /// Takes every memory slot of the function away.
     pub fn detach(&self, hypervisor: &dyn Hypervisor) {
         self.suspend_all(hypervisor, &mut self.lock());
-    }
-
-    /// Whether an access is the backend's to complete. A barkeep backend answers UR itself, and
-    /// counts and records it; any other server may not look at the Command register at all.
-    fn forwards_to(&self, hypervisor: &dyn Hypervisor, window: &BarWindow) -> bool {
-        window.decodes
-            || self.backend.extensions().region_state
-            || self.decodes_now(hypervisor, window)
-    }
-
-    fn is_lost(&self, window: &BarWindow) -> bool {
-        window.space == AddressSpace::Memory && self.lost.load(Ordering::Relaxed)
-    }
-
-    /// Whether a window decodes now that did not when it was looked up. Asks if somebody else had
-    /// stopped it.
-    fn decodes_now(&self, hypervisor: &dyn Hypervisor, window: &BarWindow) -> bool {
-        if self.is_lost(window) {
-            self.recheck(hypervisor);
-        }
-        let now = self.windows.find(window.space, window.start);
-        now.is_some_and(|(now, _)| now == BarWindow { decodes: true, ..*window })
-    }
-
-    fn answers_again(&self, bar: u8) -> bool {
-        match self.backend.region_state(bar.into()) {
-            Ok(state) => state.claimed(),
-            // Then its registers have to tell.
-            Err(ClientError::NotOffered(_)) => true,
-            Err(_) => false,
-        }
-    }
-
-    fn disable_memory(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        state: &mut State,
-        offset: u16,
-        data: &[u8],
-    ) {
-        state.memory_clears += 1;
-        let slots_first = match self.suspend_order {
-            SuspendOrder::SlotsFirst => true,
-            SuspendOrder::BackingFirst | SuspendOrder::FaultsOnly => false,
-            SuspendOrder::Alternate => !state.memory_clears.is_multiple_of(2),
-        };
-        if slots_first {
-            self.suspend_all(hypervisor, state);
-            self.forward(hypervisor, state, offset, data);
-            return;
-        }
-        self.bars.iter().for_each(|info| self.silence(hypervisor, state, info.bar));
-        for mapping in state.mappings.iter_mut().flatten() {
-            if let Err(failure) = mapping.refuse_access() {
-                error!(function = self.index, "mprotect: {failure}");
-            }
-        }
-        self.forward(hypervisor, state, offset, data);
-        if self.suspend_order != SuspendOrder::FaultsOnly {
-            self.suspend_all(hypervisor, state);
-        }
-    }
-
-    /// Forwards a configuration write; whether the backend took it.
-    fn forward(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        state: &mut State,
-        offset: u16,
-        data: &[u8],
-    ) -> bool {
-        let region = PciRegion::Config.index();
-        let result = self.backend.region_write(region, offset.into(), data);
-        if let Err(error) = &result {
-            self.report("configuration write", error);
-            if error.ends_session() {
-                self.suspend_all(hypervisor, state);
-            }
-        }
-        result.is_ok()
     }
 
     /// Asks the backend about a fault; `None` if it is dead.
@@ -520,11 +349,12 @@ impl<B: Backend> AttachedFunction<B> {
             offset: target.offset,
             size: target.access.size,
         };
-        match self.backend.memory_fault(&report) {
+        let session = self.session();
+        match session.backend.memory_fault(&report) {
             Ok(answer) => Some(answer),
             Err(ClientError::NotOffered(_)) => self.ask_plainly(state, target.bar),
             Err(error) => {
-                self.report("memory fault", &error);
+                self.report(&session, "memory fault", &error);
                 None
             }
         }
@@ -546,25 +376,6 @@ impl<B: Backend> AttachedFunction<B> {
             (true, Some(_)) => FaultVerdict::Map { epoch: 0 },
             (true, None) => FaultVerdict::Trap { epoch: 0 },
         })
-    }
-
-    /// An access that the backend did not complete. If it is gone, its memory must not stay mapped:
-    /// all of the function answers UR now, not only what is trapped.
-    fn failed(&self, hypervisor: &dyn Hypervisor, what: &str, error: &ClientError) {
-        self.report(what, error);
-        if error.ends_session() {
-            self.suspend_all(hypervisor, &mut self.lock());
-        }
-    }
-
-    /// One line when a session dies. What follows is the same news again, at the guest's pace.
-    fn report(&self, what: &str, error: &ClientError) {
-        let socket = self.backend.name();
-        if error.ends_session() && !self.end_told.swap(true, Ordering::Relaxed) {
-            warn!(%socket, "{what}: {error}; the function is dead to this VM");
-        } else {
-            debug!(%socket, "{what}: {error}");
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

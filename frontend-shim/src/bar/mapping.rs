@@ -94,6 +94,11 @@ impl BarMapping {
         self.areas.iter().map(|area| (area.offset, area.memory.len()))
     }
 
+    /// The slots of those parts.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotId> {
+        self.areas.iter().map(|area| area.slot)
+    }
+
     /// Makes the memory visible to the guest, with the BAR at `address`: all of it or nothing.
     /// Idempotent.
     pub(super) fn map(
@@ -199,6 +204,16 @@ impl BarMapping {
     /// The same for a write that can have been anywhere, and lets it go on.
     pub(super) fn note_all(&mut self) -> Result<(), MappingError> {
         if self.refused { Ok(()) } else { self.relax(0, self.size, true) }
+    }
+
+    /// Tracks writes if they were tracked in the memory that this one takes the place of. All of it
+    /// differs from what was there, so all of it counts as written.
+    pub(super) fn go_on_tracking(&mut self, last: &Self) {
+        self.written = last.written.as_ref().map(|_| {
+            let mut written = Written::nothing(self.size);
+            written.note(0, self.size);
+            written
+        });
     }
 
     pub(super) fn tracks_writes(&self) -> bool {

@@ -14,4 +14,6 @@ mod written;
 
 pub use crate::fault::{AddressSpace, BarWindow, Piece, WindowTable};
 pub use backend::Backend;
-pub use function::{AttachError, AttachedFunction, BarInfo, SuspendOrder, TrackingError};
+pub use function::{
+    AttachError, AttachedFunction, BarInfo, Outages, ReconnectError, SuspendOrder, TrackingError,
+};

@@ -62,6 +62,14 @@ pub(super) struct Reply<'a> {
     pub(super) fds: Vec<OwnedFd>,
 }
 
+/// Why a request could not be sent.
+enum SendError {
+    /// The peer had gone before the first byte of it.
+    Unsent,
+    /// The peer may have it, or a part of it.
+    Outstanding(ClientError),
+}
+
 /// Takes the reply where it is, without a copy.
 type Take<'a> = &'a mut dyn FnMut(Reply<'_>);
 
@@ -121,21 +129,30 @@ impl Connection {
         let ticket = lock(&self.waiters).enter(command.code()).ok_or(ClientError::Gone)?;
         let mut taken = None;
         let queue = |sender: &mut Sender| sender.command(ticket.id, command, false, fds, body);
-        let result = self.send(Some(ticket), queue, expires).and_then(|()| {
-            self.await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
-        });
-        let failed = result.err().map(|error| {
+        let result = match self.send(Some(ticket), queue, expires) {
+            Ok(()) => self
+                .await_reply(ticket, expires, &mut |reply| taken = Some(take(reply)))
+                .map_err(SendError::Outstanding),
+            Err(error) => Err(error),
+        };
+        let failed = result.err().map(|failure| {
+            let error = match failure {
+                SendError::Unsent => ClientError::Gone,
+                SendError::Outstanding(error) => match self.cause(error) {
+                    ClientError::Gone => ClientError::Lost,
+                    error => error,
+                },
+            };
             // Whose reply has come has left, and somebody else may have its id by now.
             if error.ends_session() {
                 lock(&self.waiters).leave(ticket);
             }
-            let error = self.cause(error);
             self.note(&error);
             error
         });
         // What has come counts, also when it was the last that came. A reply that can't be read ends the
         // session like one that does not come.
-        let outcome = taken.unwrap_or_else(|| Err(failed.unwrap_or(ClientError::Gone)));
+        let outcome = taken.unwrap_or_else(|| Err(failed.unwrap_or(ClientError::Lost)));
         outcome.inspect_err(|error| self.note(error))
     }
 
@@ -148,8 +165,11 @@ impl Connection {
         let expires = Instant::now() + self.deadline;
         let id = lock(&self.waiters).free_id();
         let queue = |sender: &mut Sender| sender.command(id, command, true, Vec::new(), body);
-        self.send(None, queue, expires).map_err(|error| {
-            let error = self.cause(error);
+        self.send(None, queue, expires).map_err(|failure| {
+            let error = match failure {
+                SendError::Unsent => ClientError::Gone,
+                SendError::Outstanding(error) => self.cause(error),
+            };
             self.note(&error);
             error
         })
@@ -291,15 +311,24 @@ impl Connection {
         ticket: Option<Ticket>,
         queue: impl FnOnce(&mut Sender),
         expires: Instant,
-    ) -> Result<(), ClientError> {
+    ) -> Result<(), SendError> {
         let flushed = {
             let mut sender = lock(&self.sending);
+            let before = sender.queued_bytes();
             queue(&mut sender);
-            sender.flush(&self.socket)?
+            let mine = sender.queued_bytes() - before;
+            sender.flush(&self.socket).map_err(|error| match error {
+                // The kernel takes nothing for a peer that has gone. Whoever is queued last goes last.
+                TransportError::Socket(Errno::PIPE) if sender.queued_bytes() >= mine => {
+                    SendError::Unsent
+                }
+                error => SendError::Outstanding(error.into()),
+            })?
         };
         match flushed {
             Flush::Done => Ok(()),
-            Flush::Blocked => self.push(ticket, expires),
+            // The others send for it from here on, so nobody knows how far it came.
+            Flush::Blocked => self.push(ticket, expires).map_err(SendError::Outstanding),
         }
     }
 

@@ -18,9 +18,14 @@ pub enum ClientError {
         /// Its minor version.
         minor: u16,
     },
-    /// The backend closed the connection, or an earlier request failed for good.
+    /// The session had ended before any of this request was sent: nothing was done, and it may be asked
+    /// again in another session.
     #[error("the backend is gone")]
     Gone,
+    /// The session ended before the answer came. Whether the backend has done it, nobody knows: it must
+    /// not be asked again.
+    #[error("the backend went away before it answered")]
+    Lost,
     /// The backend is silent.
     #[error("no answer within {0:?}")]
     Deadline(Duration),
@@ -39,6 +44,9 @@ pub enum ClientError {
     /// The server did not offer this extension.
     #[error("the server does not offer {0}")]
     NotOffered(&'static str),
+    /// The host refused a descriptor.
+    #[error("descriptor: {0}")]
+    Host(#[source] std::io::Error),
     /// What is asked for is beyond what the protocol can say.
     #[error("can't be asked: {0}")]
     Request(#[source] WireError),
@@ -48,17 +56,28 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Whether nothing of the request has reached the backend, nor ever will.
+    #[must_use]
+    pub fn is_unsent(&self) -> bool {
+        matches!(self, Self::Gone)
+    }
+
     /// Whether nothing more can be asked on this connection.
     #[must_use]
     pub fn ends_session(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::NotOffered(_) | Self::TooLarge(_) | Self::Request(_) => false,
+            Self::Refused(_)
+            | Self::NotOffered(_)
+            | Self::TooLarge(_)
+            | Self::Request(_)
+            | Self::Host(_) => false,
             // The stream itself is intact, but this peer's words can't be trusted.
             Self::Malformed(_)
             | Self::Protocol(_)
             | Self::Connect(_)
             | Self::Version { .. }
             | Self::Gone
+            | Self::Lost
             | Self::Deadline(_)
             | Self::Transport(_) => true,
         }

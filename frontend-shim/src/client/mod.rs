@@ -9,6 +9,7 @@ mod io_fds;
 mod posted;
 mod twin;
 mod waiters;
+mod wiring;
 
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use barkeep_protocol::wire::{
 };
 
 use self::connection::{Connection, Reply};
+use self::wiring::{Wired, Wiring};
 
 /// How long a backend may take for one answer. A vCPU is waiting: longer than any device needs, and
 /// short enough that a guest survives it.
@@ -46,11 +48,34 @@ pub struct ClientOptions {
     /// Whether the server may bring a socket of its own for its commands. Only an [`Attendant`]
     /// serves that one.
     pub twin_socket: bool,
+    /// Whether another session may follow when this one has ended ([`Client::reconnect`]). What is set
+    /// up is remembered then, with a duplicate of each file and eventfd.
+    pub reconnect: bool,
+    /// What becomes of a guest's accesses while there is no session.
+    pub dead_backend: DeadBackend,
+}
+
+/// What becomes of a guest's accesses while the backend is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeadBackend {
+    /// They complete as Unsupported Request, at once.
+    #[default]
+    UnsupportedRequest,
+    /// They wait until there is a session again, and are done there. After so much time without a
+    /// backend, or after so long a wait of their own, they complete as Unsupported Request. One that
+    /// was sent before the session ended does so at once: it may have been done.
+    Stall(Duration),
 }
 
 impl Default for ClientOptions {
     fn default() -> Self {
-        Self { deadline: DEFAULT_DEADLINE, dma_target: None, twin_socket: false }
+        Self {
+            deadline: DEFAULT_DEADLINE,
+            dma_target: None,
+            twin_socket: false,
+            reconnect: false,
+            dead_backend: DeadBackend::default(),
+        }
     }
 }
 
@@ -61,6 +86,9 @@ impl Default for ClientOptions {
 /// comes too late can't be told from the answer to a later question.
 pub struct Client {
     path: PathBuf,
+    options: ClientOptions,
+    /// With [`ClientOptions::reconnect`].
+    wiring: Option<Arc<Wiring>>,
     connection: Arc<Connection>,
     extensions: BarkeepExtensions,
     offer: Offer,
@@ -83,9 +111,18 @@ impl Client {
     /// As for [`connect`](Self::connect), and [`ClientError::Malformed`] when the server's offer of a
     /// socket for its own commands does not hold together.
     pub fn connect_with(path: &Path, options: ClientOptions) -> Result<Self, ClientError> {
-        let ClientOptions { deadline, dma_target, twin_socket } = options;
+        let wiring = options.reconnect.then(Arc::default);
+        Self::open(path, options, wiring)
+    }
+
+    fn open(
+        path: &Path,
+        options: ClientOptions,
+        wiring: Option<Arc<Wiring>>,
+    ) -> Result<Self, ClientError> {
+        let ClientOptions { deadline, ref dma_target, twin_socket, .. } = options;
         let connection = Connection::open(path, deadline)?;
-        if let Some(target) = dma_target {
+        if let Some(target) = dma_target.clone() {
             connection.dma().set_target(target);
         }
         let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
@@ -103,12 +140,51 @@ impl Client {
         }
         Ok(Self {
             path: path.to_owned(),
+            options,
+            wiring,
             connection: Arc::new(connection),
             extensions: answer.capabilities.barkeep.unwrap_or_default(),
             offer: answer.capabilities.offer(),
             transfer_size: answer.capabilities.data_xfer_size(),
             message_fds: answer.capabilities.message_fds(),
         })
+    }
+
+    /// Connects to the same socket again, with the same options. Nothing is set up in the new session
+    /// yet: [`rewire`](Self::rewire) does that, when it is known who answers.
+    ///
+    /// # Errors
+    /// As for [`connect_with`](Self::connect_with).
+    pub fn reconnect(&self) -> Result<Self, ClientError> {
+        Self::open(&self.path, self.options.clone(), self.wiring.clone())
+    }
+
+    /// Sets up what was set up in the sessions before this one: windows of guest memory with their files,
+    /// eventfds of interrupts, and masks. Logs of dirty pages and states of migration are lost. A window
+    /// that somebody withdraws meanwhile is withdrawn here.
+    ///
+    /// # Errors
+    /// [`ClientError`], as for every request, and [`ClientError::Host`].
+    pub fn rewire(&self) -> Result<(), ClientError> {
+        let Some(wiring) = &self.wiring else { return Ok(()) };
+        let mut wired = wiring.lock();
+        for window in wired.windows() {
+            let file = window.file.as_ref().map(|file| file.try_clone()).transpose();
+            self.announce(&window.map, file.map_err(ClientError::Host)?)?;
+        }
+        for step in wired.irq_steps(self.message_fds) {
+            let fds = step.eventfds.iter().map(|fd| fd.try_clone()).collect::<Result<_, _>>();
+            let (body, fds) = (step.set.to_bytes(), fds.map_err(ClientError::Host)?);
+            self.call_with_fds(Command::SetIrqs, |out| out.extend(body), fds, |_| Ok(()))?;
+        }
+        wired.set_latest(&self.connection);
+        Ok(())
+    }
+
+    /// How it was connected.
+    #[must_use]
+    pub fn options(&self) -> &ClientOptions {
+        &self.options
     }
 
     /// Who attends to the connection while no request is under way.
@@ -192,7 +268,16 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn set_irqs(&self, set: &SetIrqs<'_>, eventfds: Vec<OwnedFd>) -> Result<(), ClientError> {
-        self.call_with_fds(Command::SetIrqs, |out| out.extend(set.to_bytes()), eventfds, |_| Ok(()))
+        let body = |out: &mut Vec<u8>| out.extend(set.to_bytes());
+        let Some(wiring) = &self.wiring else {
+            return self.call_with_fds(Command::SetIrqs, body, eventfds, |_| Ok(()));
+        };
+        let copies = eventfds.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>();
+        let copies = copies.map_err(ClientError::Host)?;
+        let mut wired = wiring.lock();
+        self.call_with_fds(Command::SetIrqs, body, eventfds, |_| Ok(()))?;
+        wired.note_irqs(set, copies);
+        Ok(())
     }
 
     /// Announces a window of guest memory. Without a file, and by a server's choice also with one, the
@@ -201,6 +286,15 @@ impl Client {
     /// # Errors
     /// [`ClientError`], as for every request.
     pub fn dma_map(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
+        let Some(wiring) = &self.wiring else { return self.announce(map, file) };
+        let copy = file.as_ref().map(OwnedFd::try_clone).transpose().map_err(ClientError::Host)?;
+        let mut wired = wiring.lock();
+        self.announce(map, file)?;
+        wired.add_window(*map, copy);
+        Ok(())
+    }
+
+    fn announce(&self, map: &DmaMap, file: Option<OwnedFd>) -> Result<(), ClientError> {
         if file.is_none() {
             self.connection.expect_commands();
         }
@@ -216,7 +310,8 @@ impl Client {
     }
 
     /// Withdraws a window of guest memory. When it returns, the backend does not use it any more, and
-    /// would not be served.
+    /// would not be served. Nor does it come back in another session: where one has followed already,
+    /// it is withdrawn there.
     ///
     /// # Errors
     /// [`ClientError`], as for every request. What a backend that refuses has announced to it, it
@@ -250,11 +345,17 @@ impl Client {
         unmap: &DmaUnmap,
         parse: impl Fn(&[u8]) -> Result<T, WireError>,
     ) -> Result<T, ClientError> {
-        // The server may finish what it has begun before it answers.
-        let result = self.call(Command::DmaUnmap, |out| unmap.write_to(out), parse);
-        // Another thread may be serving what came before the end.
-        if result.as_ref().map_or_else(ClientError::ends_session, |_| true) {
-            self.connection.dma().withdraw(unmap);
+        let mut wired = self.wiring.as_ref().map(|wiring| wiring.lock());
+        let result = withdraw(&self.connection, unmap, &parse);
+        let Some(wired) = &mut wired else { return result };
+        let result = match wired.successor(&self.connection) {
+            Some(next) if result.as_ref().is_err_and(ClientError::ends_session) => {
+                withdraw(&next, unmap, &parse)
+            }
+            _ => result,
+        };
+        if is_withdrawn(&result) {
+            Wired::remove_windows(wired, unmap);
         }
         result
     }
@@ -372,12 +473,43 @@ impl Drop for Client {
     }
 }
 
+/// Asks for a withdrawal in one session.
+fn withdraw<T>(
+    connection: &Connection,
+    unmap: &DmaUnmap,
+    parse: &impl Fn(&[u8]) -> Result<T, WireError>,
+) -> Result<T, ClientError> {
+    let body = |out: &mut Vec<u8>| unmap.write_to(out);
+    let result = if connection.has_ended() {
+        Err(ClientError::Gone)
+    } else {
+        // The server may finish what it has begun before it answers.
+        let take = |reply: Reply<'_>| Ok(parse(reply.body)?);
+        connection.call(Command::DmaUnmap, body, Vec::new(), take)
+    };
+    // Another thread may be serving what came before the end.
+    if is_withdrawn(&result) {
+        connection.dma().withdraw(unmap);
+    }
+    result
+}
+
+fn is_withdrawn<T>(result: &Result<T, ClientError>) -> bool {
+    result.as_ref().map_or_else(ClientError::ends_session, |_| true)
+}
+
 /// Room for 256 sparse areas: no BAR needs more, and a server can't ask for more memory.
 const MAX_REGION_INFO: u32 = RegionInfo::FIXED_SIZE + 16 + 256 * 16;
 
 impl fmt::Debug for ClientOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ClientOptions").field("deadline", &self.deadline).finish_non_exhaustive()
+        let Self { deadline, twin_socket, reconnect, dead_backend, .. } = self;
+        f.debug_struct("ClientOptions")
+            .field("deadline", deadline)
+            .field("twin_socket", twin_socket)
+            .field("reconnect", reconnect)
+            .field("dead_backend", dead_backend)
+            .finish_non_exhaustive()
     }
 }
 

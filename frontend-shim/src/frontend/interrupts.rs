@@ -11,7 +11,7 @@ use barkeep_protocol::wire::{IrqAction, IrqData, PciIrq, PciRegion, SetIrqs};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::locked;
-use crate::bar::{Backend, BarWindow};
+use crate::bar::{AttachedFunction, Backend, BarWindow};
 use crate::client::{Client, ClientError};
 use crate::hypervisor::{Hypervisor, MsiMessage};
 
@@ -216,8 +216,10 @@ impl Interrupts {
     }
 
     /// Routes what the guest has programmed, as the function tells.
-    pub(super) fn follow(&self, backend: &impl Backend) {
+    pub(super) fn follow<B: Backend>(&self, function: &AttachedFunction<B>) {
         let mut routed = locked(&self.routed);
+        // Of the session that is the last one now, and no other may come before all is routed.
+        let backend = &*function.backend();
         let msi = self.msi.and_then(|at| MsiMessages::read(backend, at).ok().flatten());
         let table = self.msix.and_then(|msix| msix.read_table(backend).ok().flatten());
         for Routed { vector, message: last, .. } in routed.iter_mut() {

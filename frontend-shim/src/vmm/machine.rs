@@ -121,7 +121,12 @@ impl Machine {
         let deadline = Duration::from_secs(arguments.deadline);
         for path in &arguments.devices {
             let target = Arc::new(RamByMessages(Arc::clone(&memory.ram)));
-            let options = ClientOptions { deadline, dma_target: Some(target), twin_socket: true };
+            let options = ClientOptions {
+                deadline,
+                dma_target: Some(target),
+                twin_socket: true,
+                ..ClientOptions::default()
+            };
             let index = frontend
                 .attach_with(path, options, arguments.suspend_order.into())
                 .map_err(|source| MachineError::Attach { path: path.clone(), source })?;

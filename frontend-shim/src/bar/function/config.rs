@@ -146,7 +146,7 @@ fn address_in(bars: &[u32; 6], info: &BarInfo) -> u64 {
 }
 
 /// Where the capabilities are that can stop decode.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Capabilities {
     power: Option<u16>,
     express: Option<u16>,

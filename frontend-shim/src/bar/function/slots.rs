@@ -32,6 +32,7 @@ impl<B: Backend> AttachedFunction<B> {
     }
 
     fn update(&self, state: &mut State) -> Option<Registers> {
+        let session = self.session();
         match self.ask_registers() {
             Ok((registers, in_d0)) => {
                 state.enables = registers.enables();
@@ -39,7 +40,7 @@ impl<B: Backend> AttachedFunction<B> {
                 Some(registers)
             }
             Err(error) => {
-                self.report("configuration read", &error);
+                self.report(&session, "configuration read", &error);
                 state.enables = Enables::default();
                 None
             }
@@ -83,12 +84,13 @@ impl<B: Backend> AttachedFunction<B> {
 
     /// Command and BARs, and whether the function is in D0.
     pub(super) fn ask_registers(&self) -> Result<(Registers, bool), ClientError> {
-        Ok((Registers::read(&self.backend)?, self.capabilities.in_d0(&self.backend)?))
+        let backend = &*self.backend();
+        Ok((Registers::read(backend)?, self.capabilities.in_d0(backend)?))
     }
 
     /// Remembers whether somebody else `stopped` decode that the guest wants.
     pub(super) fn note_lost(&self, state: &State, stopped: bool) {
-        let lost = stopped && state.wanted.memory && !self.backend.is_dead();
+        let lost = stopped && state.wanted.memory && !self.backend().is_dead();
         self.lost.store(lost, Ordering::Relaxed);
     }
 

@@ -73,7 +73,11 @@ impl Server {
 }
 
 pub(super) fn options(target: &Arc<Ram>) -> ClientOptions {
-    ClientOptions { deadline: NEVER, dma_target: Some(target.clone() as _), twin_socket: false }
+    ClientOptions {
+        deadline: NEVER,
+        dma_target: Some(target.clone() as _),
+        ..ClientOptions::default()
+    }
 }
 
 pub(super) fn map(client: &Client, address: u64, size: u64, access: DmaAccess) {
@@ -243,7 +247,8 @@ fn a_thread_that_sleeps_misses_no_deadline_because_of_the_one_that_reads() {
     let (release, held) = mpsc::channel();
     let target = Arc::new(Stuck(Mutex::new(held)));
     let deadline = Duration::from_millis(50);
-    let options = ClientOptions { deadline, dma_target: Some(target as _), twin_socket: false };
+    let options =
+        ClientOptions { deadline, dma_target: Some(target as _), ..ClientOptions::default() };
     let client = Client::connect_with(&script.path, options).unwrap();
     map(&client, 0x1000, 0x1000, BOTH);
     std::thread::scope(|scope| {
@@ -313,7 +318,7 @@ fn nonsense_on_a_twin_socket_ends_the_session_and_its_end_alone_does_not() {
     });
     let client = Client::connect_with(&script.path, twin_options()).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| assert!(matches!(read(&client), Err(ClientError::Gone))));
+        scope.spawn(|| assert!(matches!(read(&client), Err(ClientError::Lost))));
         assert_eq!(client.attendant().attend(), Attended::Ended);
     });
     script.thread.join().unwrap();

@@ -133,7 +133,13 @@ fn silence_ends_the_wait_of_all_threads() {
             let client = &client;
             scope.spawn(move || {
                 let error = read_at(client, offset).unwrap_err();
-                assert!(matches!(error, ClientError::Deadline(_) | ClientError::Gone), "{error}");
+                assert!(
+                    matches!(
+                        error,
+                        ClientError::Deadline(_) | ClientError::Lost | ClientError::Gone
+                    ),
+                    "{error}"
+                );
             });
         }
     });
@@ -154,7 +160,13 @@ fn a_backend_that_does_not_read_costs_each_thread_its_deadline() {
         for _ in 0..3 {
             scope.spawn(|| {
                 let error = client.region_write(0, 0, &[0; 1 << 20]).unwrap_err();
-                assert!(matches!(error, ClientError::Deadline(_) | ClientError::Gone), "{error}");
+                assert!(
+                    matches!(
+                        error,
+                        ClientError::Deadline(_) | ClientError::Lost | ClientError::Gone
+                    ),
+                    "{error}"
+                );
             });
         }
     });

@@ -25,7 +25,7 @@ fn all_threads_that_wait_learn_of_it() {
                 scope.spawn(|| assert_eq!(client.attendant().attend(), Attended::Ended));
             }
             for _ in 0..3 {
-                scope.spawn(|| assert!(matches!(read(&client), Err(ClientError::Gone))));
+                scope.spawn(|| assert!(matches!(read(&client), Err(ClientError::Lost))));
             }
         });
         assert!(client.is_dead());

@@ -87,8 +87,11 @@ fn eager(name: &str) -> Script {
 fn slow(deadline: Duration) -> (mpsc::Sender<()>, Arc<Slow>, ClientOptions) {
     let (release, held) = mpsc::channel();
     let target = Arc::new(Slow { accesses: AtomicUsize::new(0), held: Mutex::new(held) });
-    let options =
-        ClientOptions { deadline, dma_target: Some(target.clone() as _), twin_socket: false };
+    let options = ClientOptions {
+        deadline,
+        dma_target: Some(target.clone() as _),
+        ..ClientOptions::default()
+    };
     (release, target, options)
 }
 
