@@ -1,5 +1,5 @@
-# Sourced by `run` and `virtio`, whose variables it uses (`qemu`, `work`): what a guest asks of the host while it runs,
-# a word a line. What it asks for beyond this is for `serve_request`, which `virtio` has, and answered.
+# Sourced by `run`, `virtio` and `crash`, whose variables it uses (`qemu`, `work`): what a guest asks of the host while
+# it runs, a word a line. What it asks for beyond this is for `serve_request`, which the last two have, and answered.
 # shellcheck shell=bash disable=SC2154
 
 # The function that can be plugged in, as members of a JSON object.

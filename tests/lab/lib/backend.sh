@@ -1,7 +1,10 @@
-# Sourced by `run` and `virtio`, whose variables it uses (`barkeep`, `work`, `inside`): the backend under test.
+# Sourced by `run`, `virtio` and `crash`, whose variables it uses (`barkeep`, `work`, `inside`): the backend under
+# test.
 # shellcheck shell=bash disable=SC2154
 
 backend=
+# Which of barkeep's commands it is.
+service=serve
 
 # What barkeep serves: a name for the socket and a device for each function.
 served=(
@@ -20,7 +23,7 @@ start_backend() {
     arguments+=(--socket "$work/${served[index]}.sock" --device "${served[index + 1]}")
   done
   : > "$work/backend.out"
-  "${inside[@]}" "$barkeep" serve "$@" "${arguments[@]}" > "$work/backend.out" 2>> "$work/backend.log" &
+  "${inside[@]}" "$barkeep" "$service" "$@" "${arguments[@]}" > "$work/backend.out" 2>> "$work/backend.log" &
   backend=$!
 }
 
@@ -65,4 +68,28 @@ stop_backend() {
   local pid=$backend
   backend=
   wait "$pid"
+}
+
+# check_backend_ends: it outlived its client, and ends when told to.
+check_backend_ends() {
+  local status=0 name left=
+  if [ "$reference" = yes ]; then
+    skip backend-ends "QEMU's own devices have no backend"
+    return
+  elif ! backend_lives; then
+    fail backend-ends "it ended before: $(backend_said)"
+    stop_backend || true
+    return
+  fi
+  stop_backend || status=$?
+  for name in "${!served[@]}"; do
+    [ $((name % 2)) != 0 ] || [ ! -e "$work/${served[name]}.sock" ] || left+=" ${served[name]}.sock"
+  done
+  if [ "$status" != 0 ]; then
+    fail backend-ends "exit status $status: $(backend_said)"
+  elif [ -n "$left" ]; then
+    fail backend-ends "left behind:$left"
+  else
+    ok backend-ends
+  fi
 }

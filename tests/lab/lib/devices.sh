@@ -1,4 +1,4 @@
-# Sourced by `virtio`, whose variables it uses (`work`, `nonce`, `pairs`): the devices, and how a machine gets them.
+# Sourced by `virtio` and `crash`, whose variables it uses (`work`, `nonce`, `pairs`): the devices, and how a machine gets them.
 # shellcheck shell=bash disable=SC2154,SC2034
 
 mac=52:54:00:ba:00:01
@@ -23,6 +23,11 @@ barkeep_device() {
     rng) echo "virtio-rng" ;;
     console) echo "virtio-console,socket=$work/terminal.sock" ;;
     qcow2 | nbd) echo "vhost-user,type=blk,socket=$work/$1-daemon.sock,queues=2" ;;
+    # For `crash`: a disk beside the one that something happens to, and one whose image has no room.
+    beside) echo "virtio-blk,path=$work/beside" ;;
+    cramped) echo "virtio-blk,path=$room/image,queues=2" ;;
+    edu) echo edu ;;
+    ivshmem) echo "ivshmem,size=4M,path=$work/shared" ;;
     fs) echo "vhost-user,type=fs,socket=$work/fs-daemon.sock,tag=lab" ;;
   esac
 }

@@ -1,5 +1,5 @@
-# Sourced by `run`, `virtio` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`;
-# `run` and `virtio` have `nonce`, `rounds`, `memory` and `processors`, `nested` has `megabytes`; more
+# Sourced by `run`, `virtio`, `crash` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`;
+# `nested` has `megabytes`, the others `nonce`, `rounds`, `memory` and `processors`; more
 # for the guest's kernel is in `parameters`): one boot of the guest.
 # shellcheck shell=bash disable=SC2154
 
@@ -21,7 +21,7 @@ boot_guest() {
   append="console=ttyS0 quiet panic=-1 no_timer_check lab_boot=$boot lab_nonce=$nonce lab_rounds=$rounds"
   append+=" ${parameters:-}"
   case " $* " in *" intel-iommu"*) append+=" intel_iommu=on" ;; esac
-  [ "$boot" != reboot ] || restart=()
+  [[ $boot != reboot && $boot != restarted ]] || restart=()
   : > "$work/$boot.results"
   mkfifo "$work/$boot.requests."{in,out} "$work/$boot.commands."{in,out}
   # Emulation, not KVM: the same everywhere, and it is fast enough.

@@ -1,4 +1,4 @@
-# Sourced by `virtio`, whose variables it uses (`host`, `guest`, `work`): a network that only the guest
+# Sourced by `virtio` and `crash`, whose variables it uses (`host`, `guest`, `work`): a network that only the guest
 # and the host's end of it are in, so that nothing of the machine's own changes.
 # shellcheck shell=bash disable=SC2154
 

@@ -1,4 +1,4 @@
-# Sourced by `virtio`, whose variables it uses (`host`, `work`): daemons that serve disks and files over
+# Sourced by `virtio` and `crash`, whose variables it uses (`host`, `work`): daemons that serve disks and files over
 # vhost-user, and know nothing of barkeep.
 # shellcheck shell=bash disable=SC2154
 

@@ -1,5 +1,6 @@
 //! The checks, by the kind of guest they run in.
 
+pub(crate) mod crash;
 pub(crate) mod direct;
 pub(crate) mod hotplug;
 pub(crate) mod many;

@@ -96,6 +96,14 @@ fn run_checks(boot: &str, nonce: &str, rounds: u32) -> Result<Next> {
         "memory-off" => checks::virtio::run_memory(report, nonce, rounds)?,
         "master-off" => checks::virtio::run_master(report, nonce, rounds)?,
         "bridge" => checks::virtio::run_bridge(report, nonce, rounds)?,
+        "copy" => checks::crash::run_copy(report, nonce)?,
+        "functions" => checks::crash::run_functions(report, nonce)?,
+        "toggled" => checks::crash::run_toggled(report, nonce)?,
+        "restarted" => return checks::reboot::run(report, rounds),
+        "unsupervised" => checks::crash::run_unsupervised(report, nonce)?,
+        "stopped" => checks::crash::run_stopped(report, nonce, rounds)?,
+        "upgraded" => checks::crash::run_upgraded(report, nonce, rounds)?,
+        "full" => checks::crash::run_full(report, nonce)?,
         _ => return Err(USAGE.into()),
     }
     Ok(Next::PowerOff)

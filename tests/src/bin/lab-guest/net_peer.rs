@@ -10,6 +10,8 @@ use crate::{Result, ensure};
 /// Where the host's end listens.
 pub(crate) const PORT: u16 = 7000;
 const CHUNK: usize = 64 << 10;
+/// What a request starts with for an exchange; 0 and 1 are the directions of a transfer.
+const BOTH_WAYS: u8 = 2;
 
 /// Where the bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,10 +58,41 @@ pub(crate) fn transfer(
     Ok(format!("{len} bytes, sum {sum:#x}"))
 }
 
+/// The guest's end of an exchange on one connection: what is sent comes back, until `go_on` says that it
+/// is enough.
+///
+/// # Errors
+/// The connection failed, or what came back is not what was sent.
+pub(crate) fn exchange(
+    mut connection: &TcpStream,
+    seed: u64,
+    mut go_on: impl FnMut() -> Result<bool>,
+) -> Result<String> {
+    let mut request = [0; 17];
+    request[0] = BOTH_WAYS;
+    connection.write_all(&request)?;
+    let mut pattern = Pattern::new(seed);
+    let (mut sent, mut received) = ([0; CHUNK], [0; CHUNK]);
+    let mut bytes = 0;
+    while go_on()? {
+        pattern.fill(&mut sent);
+        connection
+            .write_all(&sent)
+            .and_then(|()| connection.read_exact(&mut received))
+            .map_err(|error| format!("after {bytes} bytes: {error}"))?;
+        ensure!(received == sent, "damaged after {bytes} bytes");
+        bytes += CHUNK;
+    }
+    Ok(format!("{bytes} bytes there and back"))
+}
+
 fn answer(mut connection: &TcpStream) -> Result<()> {
     let mut request = [0; 17];
     connection.read_exact(&mut request)?;
     let [from_host, rest @ ..] = request;
+    if from_host == BOTH_WAYS {
+        return echo(connection);
+    }
     let (mut seed, mut len) = ([0; 8], [0; 8]);
     seed.copy_from_slice(&rest[..8]);
     len.copy_from_slice(&rest[8..]);
@@ -67,6 +100,14 @@ fn answer(mut connection: &TcpStream) -> Result<()> {
     let sum =
         if from_host == 0 { receive(connection, seed, len)? } else { send(connection, seed, len)? };
     Ok(connection.write_all(&sum.to_le_bytes())?)
+}
+
+fn echo(mut connection: &TcpStream) -> Result<()> {
+    let mut chunk = [0; CHUNK];
+    loop {
+        connection.read_exact(&mut chunk)?;
+        connection.write_all(&chunk)?;
+    }
 }
 
 fn send(mut connection: &TcpStream, seed: u64, len: usize) -> Result<u64> {

@@ -28,14 +28,27 @@ impl Requests {
 
     /// The same for what has to be done before the guest goes on: the host says `done`.
     pub(crate) fn ask_and_await(&mut self, what: &str) -> Result<()> {
+        let answer = self.ask_and_read(what)?;
+        ensure!(answer == "done\n", "the host answers '{}' to '{what}'", answer.trim());
+        Ok(())
+    }
+
+    /// The same for what may not be so: then the host says `failed`.
+    pub(crate) fn ask_whether(&mut self, what: &str) -> Result<bool> {
+        match self.ask_and_read(what)?.as_str() {
+            "done\n" => Ok(true),
+            "failed\n" => Ok(false),
+            answer => Err(format!("the host answers '{}' to '{what}'", answer.trim()).into()),
+        }
+    }
+
+    fn ask_and_read(&mut self, what: &str) -> Result<String> {
         self.ask(what)?;
         let (mut answer, mut byte) = (Vec::new(), [0]);
         while byte != *b"\n" {
             self.port.read_exact(&mut byte)?;
             answer.extend(byte);
         }
-        let answer = String::from_utf8_lossy(&answer);
-        ensure!(answer == "done\n", "the host answers '{}' to '{what}'", answer.trim());
-        Ok(())
+        Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 }

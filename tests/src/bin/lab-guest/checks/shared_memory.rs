@@ -39,7 +39,8 @@ pub(crate) fn compare(memory: &Mapping, start: usize, len: usize, line: &str) ->
     Ok(format!("{len} bytes equal"))
 }
 
-fn next_word(pattern: &mut impl Iterator<Item = u8>) -> u64 {
+/// The next eight bytes of a line that is repeated.
+pub(crate) fn next_word(pattern: &mut impl Iterator<Item = u8>) -> u64 {
     let mut word = [0; 8];
     for byte in &mut word {
         *byte = pattern.next().expect("a cycle over a line does not end");

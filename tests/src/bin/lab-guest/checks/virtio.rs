@@ -1,13 +1,13 @@
 //! Virtio devices, driven by Linux's own drivers.
 
-mod blk;
+pub(super) mod blk;
 mod bridge;
-mod console;
-mod disk;
-mod net;
-mod rng;
-mod toggle;
-mod verified;
+pub(super) mod console;
+pub(super) mod disk;
+pub(super) mod net;
+pub(super) mod rng;
+pub(super) mod toggle;
+pub(super) mod verified;
 
 use std::io::Write;
 

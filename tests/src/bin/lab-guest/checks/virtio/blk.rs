@@ -120,7 +120,10 @@ fn format_and_mount() -> Result<String> {
 }
 
 /// Debian's program, with its own libraries beside it.
-fn make_file_system(path: &str) -> Result<()> {
+///
+/// # Errors
+/// It fails.
+pub(crate) fn make_file_system(path: &str) -> Result<()> {
     run(&[
         "ld-linux-x86-64.so.2",
         "--library-path",

@@ -18,19 +18,22 @@ const CONSOLE_DEVICE: u64 = 0x1043;
 /// The report can't be written.
 pub(crate) fn run_all(report: &mut Report<impl Write>) -> Result<()> {
     report.check("console-identity", identity)?;
-    report.check("console-exchange", || {
-        let port = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(DEVICE)
-            .map_err(|error| format!("{DEVICE}: {error}"))?;
-        // As a program that is not a terminal; a read gives up after 20 s. Nobody else may be the last to
-        // close it, which sets it back.
-        run(&["stty", "-F", DEVICE, "raw", "-echo", "min", "0", "time", "200"])?;
-        let bytes = console_peer::ask(&port)?;
-        Ok(format!("{} lines, {bytes} bytes", console_peer::LINES))
-    })?;
+    report.check("console-exchange", exchange)?;
     Ok(())
+}
+
+/// Prompts whoever is at the other end, and says what arrives.
+pub(crate) fn exchange() -> Result<String> {
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(DEVICE)
+        .map_err(|error| format!("{DEVICE}: {error}"))?;
+    // As a program that is not a terminal; a read gives up after 20 s. Nobody else may be the last to
+    // close it, which sets it back.
+    run(&["stty", "-F", DEVICE, "raw", "-echo", "min", "0", "time", "200"])?;
+    let bytes = console_peer::ask(&port)?;
+    Ok(format!("{} lines, {bytes} bytes", console_peer::LINES))
 }
 
 fn identity() -> Result<String> {

@@ -39,7 +39,10 @@ pub(crate) fn run_all(report: &mut Report<impl Write>, nonce: &str) -> Result<()
     }
     report.check("net-identity", identity)?;
     report.check("net-offloads", offloads)?;
-    report.check("net-ping", ping)?;
+    report.check("net-ping", || {
+        set_up()?;
+        ping()
+    })?;
     let seed = hash(nonce.as_bytes());
     report.check("net-to-host", || transfer(Direction::ToHost, seed))?;
     report.check("net-from-host", || transfer(Direction::FromHost, seed))?;
@@ -73,24 +76,39 @@ fn offloads() -> Result<String> {
     Ok(features)
 }
 
-fn ping() -> Result<String> {
+/// Gives the interface its address.
+pub(crate) fn set_up() -> Result<()> {
     let interface = interface()?;
     let name = interface.file_name().and_then(|name| name.to_str()).ok_or("no name")?;
     run(&["ip", "address", "add", GUEST, "dev", name])?;
     run(&["ip", "link", "set", name, "up"])?;
+    Ok(())
+}
+
+/// The host's end answers every packet.
+pub(crate) fn ping() -> Result<String> {
     let said = run(&["ping", "-c", "5", "-i", "0.1", "-W", "5", "-s", "1400", HOST])?;
     let summary = said.lines().find(|line| line.contains("packet loss")).unwrap_or_default();
     ensure!(summary.contains(" 0% packet loss"), "{summary}");
     Ok(summary.to_owned())
 }
 
+/// One connection carries bytes there and back for as long as `go_on` says.
+pub(crate) fn exchange(nonce: &str, go_on: impl FnMut() -> Result<bool>) -> Result<String> {
+    net_peer::exchange(&connect()?, hash(nonce.as_bytes()), go_on)
+}
+
 fn transfer(direction: Direction, seed: u64) -> Result<String> {
+    net_peer::transfer(&connect()?, direction, seed, LEN)
+}
+
+fn connect() -> Result<TcpStream> {
     let address = format!("{HOST}:{}", net_peer::PORT);
     let connection = TcpStream::connect_timeout(&address.parse()?, Duration::from_secs(10))
         .map_err(|error| format!("{address}: {error}"))?;
     connection.set_read_timeout(Some(Duration::from_secs(20)))?;
     connection.set_write_timeout(Some(Duration::from_secs(20)))?;
-    net_peer::transfer(&connection, direction, seed, LEN)
+    Ok(connection)
 }
 
 fn interface() -> Result<PathBuf> {

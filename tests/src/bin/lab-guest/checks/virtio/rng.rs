@@ -22,7 +22,8 @@ pub(crate) fn run_all(report: &mut Report<impl Write>) -> Result<()> {
     Ok(())
 }
 
-fn current() -> Result<String> {
+/// The kernel takes entropy from it.
+pub(crate) fn current() -> Result<String> {
     let available = attribute("rng_available")?;
     let name = available
         .split_whitespace()
@@ -44,7 +45,8 @@ fn current() -> Result<String> {
     Ok(current)
 }
 
-fn reads() -> Result<String> {
+/// What is read differs each time.
+pub(crate) fn reads() -> Result<String> {
     let mut source = File::open("/dev/hwrng")?;
     let mut seen: Vec<[u8; 256]> = Vec::new();
     for _ in 0..8 {

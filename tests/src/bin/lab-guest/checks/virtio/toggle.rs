@@ -126,7 +126,8 @@ fn goes_on(writers: &Writers) -> Result<()> {
 }
 
 impl Bit {
-    fn toggle(self, function: &Function, doorbells: &Doorbells) -> Result<()> {
+    /// Clears it for a moment, under load.
+    pub(crate) fn toggle(self, function: &Function, doorbells: &Doorbells) -> Result<()> {
         let bit = match self {
             Self::MemorySpace => MEMORY_SPACE,
             Self::BusMaster => BUS_MASTER,
@@ -143,7 +144,7 @@ impl Bit {
 /// Where the driver notifies the device (virtio 1.2, 4.1.4.4). A notification that is written while
 /// memory space is off is lost, as it is with any device, and no driver repeats it; so the one who
 /// switched memory off does.
-struct Doorbells {
+pub(crate) struct Doorbells {
     bar: Mapping,
     first: usize,
     distance: usize,
@@ -151,7 +152,7 @@ struct Doorbells {
 }
 
 impl Doorbells {
-    fn of(function: &Function) -> Result<Self> {
+    pub(crate) fn of(function: &Function) -> Result<Self> {
         const NOTIFY: u8 = 2;
         for at in function.capabilities(Capability::Vendor)? {
             if function.read_u8(at + 3)? == NOTIFY {
