@@ -17,6 +17,8 @@ use crate::pci::{
 pub struct Edu {
     dma_mask: u64,
     registers: Registers,
+    /// Counts what may have changed them.
+    revision: u64,
 }
 
 /// All that a reset clears.
@@ -72,7 +74,7 @@ impl Edu {
     /// [`ConfigError`] when a parameter is unknown or not a number.
     pub fn from_parameters(parameters: &mut Parameters) -> Result<Self, ConfigError> {
         let dma_mask = parameters.take_number("dma_mask")?.unwrap_or(DEFAULT_DMA_MASK);
-        Ok(Self { dma_mask, registers: Registers::default() })
+        Ok(Self { dma_mask, registers: Registers::default(), revision: 0 })
     }
 
     fn raise(&mut self, bits: u32, context: &mut Context<'_>) {
@@ -184,6 +186,7 @@ impl Device for Edu {
         if !width_allowed(offset, data.len()) {
             return;
         }
+        self.revision += 1;
         let mut bytes = [0; 8];
         bytes[..data.len()].copy_from_slice(data);
         let wide = u64::from_le_bytes(bytes);
@@ -217,6 +220,7 @@ impl Device for Edu {
     }
 
     fn dma_done(&mut self, _id: u64, result: TransferResult, context: &mut Context<'_>) {
+        self.revision += 1;
         let registers = &mut self.registers;
         if registers.dma_command & DMA_TO_RAM == 0
             && let Ok(data) = result
@@ -229,6 +233,7 @@ impl Device for Edu {
     }
 
     fn reset(&mut self) {
+        self.revision += 1;
         self.registers = Registers::default();
     }
 
@@ -249,7 +254,7 @@ impl Saved for Edu {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
-        self.registers = Registers::default();
+        self.reset();
         match postcard::from_bytes(state) {
             Ok(State::V1(registers)) if registers.buffer.is_whole() => {
                 self.registers = registers;
@@ -257,6 +262,10 @@ impl Saved for Edu {
             }
             _ => Err(RestoreError),
         }
+    }
+
+    fn revision(&self) -> Option<u64> {
+        Some(self.revision)
     }
 
     fn resume(&mut self, context: &mut Context<'_>) {

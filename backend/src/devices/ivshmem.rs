@@ -1,11 +1,12 @@
 mod peers;
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create};
 use serde::{Deserialize, Serialize};
 
 pub(super) use self::peers::Groups;
@@ -32,6 +33,8 @@ pub struct Ivshmem {
     private: bool,
     size: u64,
     registers: Registers,
+    /// Counts what may have changed them.
+    revision: u64,
     interrupts: Option<Membership>,
 }
 
@@ -82,7 +85,8 @@ impl Ivshmem {
             Some(vectors) => Some(join(groups, &memory, vectors)?),
         };
         let private = path.is_none();
-        Ok(Self { memory, private, size, registers: Registers::default(), interrupts })
+        let registers = Registers::default();
+        Ok(Self { memory, private, size, registers, revision: 0, interrupts })
     }
 
     fn read_register(&self, offset: u64) -> Option<u32> {
@@ -96,6 +100,9 @@ impl Ivshmem {
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
+        if matches!(offset, at::INTERRUPT_MASK | at::INTERRUPT_STATUS) {
+            self.revision += 1;
+        }
         match offset {
             at::INTERRUPT_MASK => self.registers.interrupt_mask = value,
             at::INTERRUPT_STATUS => self.registers.interrupt_status = value,
@@ -135,6 +142,19 @@ fn anonymous(size: u64) -> Result<File, rustix::io::Errno> {
     ftruncate(&memory, size)?;
     fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(File::from(memory))
+}
+
+/// Memory as [`anonymous`] made it.
+///
+/// # Errors
+/// It is something else.
+fn same_memory(memory: OwnedFd, size: u64) -> io::Result<File> {
+    let seals = fcntl_get_seals(&memory)?;
+    let memory = File::from(memory);
+    if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) || memory.metadata()?.len() != size {
+        return Err(io::Error::other(format!("no memory of {size} bytes")));
+    }
+    Ok(memory)
 }
 
 fn open_shared(path: &Path, size: u64) -> Result<File, ConfigError> {
@@ -243,7 +263,28 @@ impl Device for Ivshmem {
 
     /// The memory is shared with others and outlives a reset of the function.
     fn reset(&mut self) {
+        self.revision += 1;
         self.registers = Registers::default();
+    }
+
+    /// The memory that nobody else has, and the vectors that peers ring.
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        let memory = self.private.then(|| self.memory.as_fd());
+        let vectors = self.interrupts.as_ref().map(Membership::own_vectors).unwrap_or_default();
+        memory.into_iter().chain(vectors).collect()
+    }
+
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
+        let mut kept = kept.into_iter();
+        if self.private {
+            let memory = kept.next().ok_or_else(|| io::Error::other("no memory"))?;
+            self.memory = same_memory(memory, self.size)?;
+        }
+        match &mut self.interrupts {
+            Some(interrupts) => interrupts.adopt(kept),
+            None if kept.next().is_some() => Err(io::Error::other("too many descriptors")),
+            None => Ok(()),
+        }
     }
 
     fn saved(&mut self) -> Option<&mut dyn Saved> {
@@ -263,10 +304,14 @@ impl Saved for Ivshmem {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
-        self.registers = Registers::default();
+        self.reset();
         let State::V1(registers) = postcard::from_bytes(state).map_err(|_| RestoreError)?;
         self.registers = registers;
         Ok(())
+    }
+
+    fn revision(&self) -> Option<u64> {
+        Some(self.revision)
     }
 
     /// A file that was given is at both ends, or is brought there by whoever gave it.

@@ -1,7 +1,8 @@
 //! Who can interrupt whom.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::io::Errno;
@@ -70,6 +71,22 @@ impl Membership {
     /// What is signalled when this device is to be interrupted, by vector.
     pub(super) fn own_vectors(&self) -> Vec<BorrowedFd<'_>> {
         self.vectors.iter().map(|eventfd| eventfd.as_fd()).collect()
+    }
+
+    /// Has these vectors in place of its own: those of a predecessor, which clients ring.
+    ///
+    /// # Errors
+    /// They are too few or too many, or no eventfds.
+    pub(super) fn adopt(&mut self, fds: impl Iterator<Item = OwnedFd>) -> io::Result<()> {
+        let eventfd = |fd| EventFd::new(fd).map(Arc::new).map_err(io::Error::other);
+        let vectors: Vectors = fds.map(eventfd).collect::<io::Result<_>>()?;
+        if vectors.len() != self.vectors.len() {
+            let (found, expected) = (vectors.len(), self.vectors.len());
+            return Err(io::Error::other(format!("{found} vectors in place of {expected}")));
+        }
+        self.group.peers()[usize::from(self.id)] = Some(vectors.clone());
+        self.vectors = vectors;
+        Ok(())
     }
 
     /// "Bits 31..16: peer ID, bits 15..0: vector". A peer or vector that does not exist is not rung.

@@ -63,6 +63,8 @@ pub struct Block<G> {
     wake: Arc<EventFd>,
     /// Requests that failed since the start of the process.
     failures: u64,
+    /// Counts what changes in the state.
+    revision: u64,
     /// Used again for each request.
     chain: Chain,
 }
@@ -134,6 +136,7 @@ impl<G: MemoryGuard> Block<G> {
             finished: VecDeque::new(),
             wake,
             failures: 0,
+            revision: 0,
             chain: Chain::default(),
         })
     }
@@ -389,11 +392,13 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         // A driver may choose before it is set up, when its features are not told yet.
         let chooses = self.features == 0 || self.features & feature::CONFIG_WCE != 0;
         if chooses && let Some(writeback) = Configuration::written_mode(offset, data) {
+            self.revision += 1;
             self.configuration.writeback = writeback;
         }
     }
 
     fn start(&mut self, features: u64) {
+        self.revision += 1;
         self.features = features;
         // "If VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST
         // initialize writeback to 0" (5.2.5.2).
@@ -454,6 +459,7 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         self.paused.clear();
         self.finished.clear();
         self.features = 0;
+        self.revision += 1;
         self.configuration.writeback = self.initial_writeback;
     }
 
@@ -479,11 +485,16 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         self.proceed(io)
     }
 
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
     fn save(&self) -> Vec<u8> {
         vec![self.configuration.writeback.into()]
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        self.revision += 1;
         self.configuration.writeback = match state {
             [0] => false,
             [1] => true,

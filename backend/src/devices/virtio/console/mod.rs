@@ -270,6 +270,17 @@ impl<G: MemoryGuard> Core<G> for Console {
         self.forget();
     }
 
+    /// What is said is said again, from the start of the buffer on that was not given back.
+    fn is_in_order(&self) -> bool {
+        true
+    }
+
+    fn queue_recovered(&mut self, queue: u16) {
+        if queue == TRANSMIT {
+            self.forget();
+        }
+    }
+
     fn in_flight(&self) -> Vec<InFlight> {
         self.taken.iter().map(|&head| InFlight { queue: TRANSMIT, head }).collect()
     }

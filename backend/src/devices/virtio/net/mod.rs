@@ -37,7 +37,7 @@ use self::spec::{control as answer, feature};
 use self::transmit::Transmitter;
 use super::rate_limit::RateLimiter;
 use super::spec::DeviceType;
-use super::{Chain, Core, DeviceError, Io, MemoryGuard, QueueError};
+use super::{Chain, Core, DeviceError, Io, MemoryGuard, QueueError, Words};
 use crate::config::{ConfigError, Parameters};
 use crate::devices::RestoreError;
 
@@ -66,6 +66,11 @@ pub struct Net {
     transmit_limiter: RateLimiter,
     /// Wakes the device for its next turn.
     more: OwnedFd,
+    /// What the driver was told that its commands have done: a command is acknowledged before anybody
+    /// saves the state.
+    words: Option<Words>,
+    /// Counts what changes in the state.
+    revision: u64,
 }
 
 /// A driver that is set up.
@@ -97,10 +102,41 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 const MORE: usize = 0;
 const RECEIVE_LIMITER: usize = 1;
 
-/// The first version of the state that moves.
+/// What commands have done so far, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Obeyed {
+    mac: [u8; 6],
+    /// One at least.
+    pairs: u16,
+}
+
+impl Obeyed {
+    /// `None` while there was no command.
+    fn of(word: u64) -> Option<Self> {
+        let [m0, m1, m2, m3, m4, m5, p0, p1] = word.to_le_bytes();
+        let pairs = u16::from_le_bytes([p0, p1]);
+        (pairs > 0).then_some(Self { mac: [m0, m1, m2, m3, m4, m5], pairs })
+    }
+
+    fn word(self) -> u64 {
+        let ([m0, m1, m2, m3, m4, m5], [p0, p1]) = (self.mac, self.pairs.to_le_bytes());
+        u64::from_le_bytes([m0, m1, m2, m3, m4, m5, p0, p1])
+    }
+}
+
+/// The versions of the state that moves.
 #[derive(Serialize, Deserialize)]
 enum State {
-    V1 { mac: [u8; 6], pairs: Option<u16> },
+    V1 {
+        mac: [u8; 6],
+        pairs: Option<u16>,
+    },
+    /// Of a device that another process goes on with: the address is made up once.
+    V2 {
+        mac: [u8; 6],
+        first_mac: [u8; 6],
+        pairs: Option<u16>,
+    },
 }
 
 impl Net {
@@ -128,6 +164,8 @@ impl Net {
             receive_limiter: RateLimiter::new(limits)?,
             transmit_limiter: RateLimiter::new(limits)?,
             more: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            words: None,
+            revision: 0,
         })
     }
 
@@ -217,6 +255,29 @@ impl Net {
             Command::SetMac(mac) => self.config.mac = mac,
             Command::SetPairs(pairs) => self.set_pairs(pairs),
         }
+        self.revision += 1;
+        if let (Some(words), Some(driver)) = (&self.words, self.driver) {
+            words.set(0, Obeyed { mac: self.config.mac.bytes(), pairs: driver.pairs }.word());
+        }
+    }
+
+    /// Has the address and the pairs of queues that another instance had.
+    fn take_over(&mut self, mac: [u8; 6], pairs: Option<u16>) -> Result<(), RestoreError> {
+        let mac = MacAddress::new(mac).ok_or(RestoreError)?;
+        match (pairs, self.driver) {
+            (None, None) => {}
+            (Some(1), Some(_)) => self.set_pairs(1),
+            (Some(pairs), Some(driver))
+                if (1..=self.config.max_pairs).contains(&pairs)
+                    && driver.features & feature::MQ != 0 =>
+            {
+                self.set_pairs(pairs);
+            }
+            _ => return Err(RestoreError),
+        }
+        self.config.mac = mac;
+        self.revision += 1;
+        Ok(())
     }
 
     fn set_pairs(&mut self, pairs: u16) {
@@ -300,6 +361,7 @@ impl<G: MemoryGuard> Core<G> for Net {
     }
 
     fn start(&mut self, features: u64) {
+        self.revision += 1;
         self.driver = Some(Driver { features, pairs: 1 });
         self.link.negotiated(features);
         self.link.set_pairs(1);
@@ -343,8 +405,39 @@ impl<G: MemoryGuard> Core<G> for Net {
         }
     }
 
+    /// A frame may be sent twice, and so may a command be obeyed.
+    fn is_in_order(&self) -> bool {
+        true
+    }
+
+    fn word_count(&self) -> usize {
+        1
+    }
+
+    fn set_words(&mut self, words: Words) {
+        self.words = Some(words);
+    }
+
+    fn queue_recovered(&mut self, queue: u16) {
+        let word = self.words.as_ref().map_or(0, |words| words.get(0));
+        if let (Some(Role::Control), Some(Obeyed { mac, pairs })) = (self.role(queue), Obeyed::of(word))
+        {
+            // What can't be was never acknowledged.
+            let _ = self.take_over(mac, Some(pairs));
+        }
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
     /// The limits go on: a driver could get rid of them otherwise.
     fn reset(&mut self) {
+        // Not at the start of a process, which may go on where another one was killed.
+        if let (Some(words), Some(_)) = (&self.words, self.driver) {
+            words.set(0, 0);
+        }
+        self.revision += 1;
         self.driver = None;
         self.config.mac = self.first_mac;
         self.receivers.iter_mut().for_each(Receiver::clear);
@@ -354,31 +447,27 @@ impl<G: MemoryGuard> Core<G> for Net {
     }
 
     fn save(&self) -> Vec<u8> {
-        let state = State::V1 {
-            mac: self.config.mac.bytes(),
-            pairs: self.driver.map(|driver| driver.pairs),
+        let mac = self.config.mac.bytes();
+        let pairs = self.driver.map(|driver| driver.pairs);
+        let state = match &self.words {
+            None => State::V1 { mac, pairs },
+            Some(_) => State::V2 { mac, first_mac: self.first_mac.bytes(), pairs },
         };
         postcard::to_allocvec(&state).expect("plain data serialises")
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
-        let Ok((State::V1 { mac, pairs }, [])) = postcard::take_from_bytes(state) else {
+        let Ok((state, [])) = postcard::take_from_bytes(state) else {
             return Err(RestoreError);
         };
-        let mac = MacAddress::new(mac).ok_or(RestoreError)?;
-        match (pairs, self.driver) {
-            (None, None) => {}
-            (Some(1), Some(_)) => self.set_pairs(1),
-            (Some(pairs), Some(driver))
-                if (1..=self.config.max_pairs).contains(&pairs)
-                    && driver.features & feature::MQ != 0 =>
-            {
-                self.set_pairs(pairs);
+        let (mac, pairs) = match state {
+            State::V1 { mac, pairs } => (mac, pairs),
+            State::V2 { mac, first_mac, pairs } => {
+                self.first_mac = MacAddress::new(first_mac).ok_or(RestoreError)?;
+                (mac, pairs)
             }
-            _ => return Err(RestoreError),
-        }
-        self.config.mac = mac;
-        Ok(())
+        };
+        self.take_over(mac, pairs)
     }
 }
 

@@ -167,6 +167,11 @@ impl<G: MemoryGuard> Core<G> for Entropy {
         self.kicked(QUEUE, io)
     }
 
+    /// Other bytes are as good.
+    fn is_in_order(&self) -> bool {
+        true
+    }
+
     /// The limit goes on: a driver could get rid of it otherwise.
     fn reset(&mut self) {}
 }
