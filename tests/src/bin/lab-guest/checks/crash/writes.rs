@@ -1,6 +1,9 @@
 //! A disk under load, and registers, while something happens to those who serve them.
 
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use super::super::decode;
@@ -11,6 +14,7 @@ use super::super::virtio::verified::{Area, Writers};
 use super::functions::{Registers, use_registers};
 use super::kernel;
 use super::kills::{Kills, await_that};
+use crate::edu::register;
 use crate::report::Report;
 use crate::requests::Requests;
 use crate::{Result, ensure};
@@ -18,6 +22,8 @@ use crate::{Result, ensure};
 /// As many as there are entries in the queue of the lab's disk.
 const WRITERS: u64 = 32;
 const BLOCKS: u64 = 4096;
+/// What is in a register meanwhile.
+const LEFT: u32 = 0x0c0f_fee0;
 /// For what is stopped until a watchdog sees it, too.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -45,8 +51,12 @@ pub(super) fn run_during(
 ) -> Result<()> {
     kernel::look_for_hung_tasks();
     let edu = Registers::take()?;
-    let left = 0x0c0f_fee0;
-    edu.driver.liveness_of(left);
+    edu.driver.liveness_of(LEFT);
+    let stopped = Arc::<AtomicBool>::default();
+    let reader = thread::spawn({
+        let stopped = Arc::clone(&stopped);
+        move || read_all_the_time(&stopped).map_err(|error| error.to_string())
+    });
     check_writes(report, &format!("{name}-writes"), || {
         let mut requests = Requests::open()?;
         let area = area(nonce, name)?;
@@ -59,13 +69,26 @@ pub(super) fn run_during(
         stop(&area, writers)
     })?;
     report.check(&format!("{name}-edu"), || {
-        let read = edu.driver.read(crate::edu::register::LIVENESS);
-        ensure!(read == !left, "liveness of {left:#x} reads {read:#x} afterwards");
+        stopped.store(true, Ordering::Relaxed);
+        let reads = reader.join().map_err(|_| "the reader panicked")??;
         use_registers(&edu)?;
-        Ok("registers and DMA".to_owned())
+        Ok(format!("{reads} reads meanwhile; registers and DMA work"))
     })?;
     report.check("kernel-quiet", || kernel::is_quiet(&[]))?;
     Ok(())
+}
+
+/// A register keeps its value, and every read is answered. How many there were.
+fn read_all_the_time(stopped: &AtomicBool) -> Result<u32> {
+    let edu = Registers::take()?;
+    let mut reads = 0;
+    while !stopped.load(Ordering::Relaxed) {
+        let read = edu.driver.read(register::LIVENESS);
+        ensure!(read == !LEFT, "after {reads} reads, liveness of {LEFT:#x} reads {read:#x}");
+        reads += 1;
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(reads)
 }
 
 /// A disk that hangs can't be shut down as usual: then the guest is off before this returns.
