@@ -21,8 +21,9 @@ use self::notifier::{Message, Notifier};
 pub use fd_name::{FdName, What};
 pub use inherited::{HeldFunction, InheritError, Inherited, Listener};
 
-/// What a service manager says to the supervisor alone. A worker that had it could speak in its place.
-pub const PRIVATE_ENVIRONMENT: [&str; 7] = [
+/// What a service manager, or the program before this one, says to the supervisor alone. A worker that
+/// had it could speak in its place.
+pub const PRIVATE_ENVIRONMENT: [&str; 8] = [
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
     "WATCHDOG_PID",
@@ -30,6 +31,7 @@ pub const PRIVATE_ENVIRONMENT: [&str; 7] = [
     "LISTEN_FDNAMES",
     "LISTEN_PID",
     "FDSTORE",
+    super::upgrade::VARIABLE,
 ];
 
 /// The service manager that started us, if one did.
