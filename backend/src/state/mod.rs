@@ -4,11 +4,44 @@
 //! instructions, but what it has stored is there, in the order in which it was stored: no write is
 //! ever lost or moved, since the memory is the kernel's and not a disk's. So every change is made of
 //! single stores of which each leaves a state that another process can go on from.
+//!
+//! A [`Journal`] makes a transaction of each thing that a process does: it takes a message
+//! ([`Stream::take`]), says what it is about to do ([`Journal::begin`]), does it in memory of its own,
+//! and makes all that came of it true at once ([`Journal::commit`]): what is saved of the function, that
+//! the message is done, and what is to be sent. What is sent ([`Stream::send`]) and what is taken is
+//! counted by the kernel within the system call. Whoever goes on ([`Journal::recover`]) therefore does
+//! nothing twice that others have seen, and leaves nothing out.
 
+mod activity;
+mod crash;
+mod file;
+mod journal;
+mod layout;
 mod memory;
+mod outbox;
+mod progress;
+mod record;
 mod scratch;
+mod sections;
+mod socket;
+mod stream;
+#[cfg(test)]
+mod tests;
 
+pub use activity::Activity;
+#[cfg(feature = "failpoints")]
+pub use crash::process::log_crash_points;
+pub use file::{StateError, StateFile};
+pub use journal::{Commit, Journal, Recovered};
+pub use layout::MAX_FRAME;
+pub use outbox::{Flush, Frame, MAX_FRAME_KEYS, MAX_FRAMES};
 pub use scratch::Scratch;
+pub use sections::SectionError;
+pub use socket::Peeked;
+pub use stream::{MAX_MESSAGE_KEYS, Stream, TooManyKeys};
+
+#[cfg(test)]
+pub(crate) use crash::plan;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -29,4 +62,48 @@ pub trait Holder: Send {
 
     /// It is not needed any more.
     fn forget(&mut self, key: FdKey);
+}
+
+/// A connection to the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StreamId {
+    /// On which it sends its requests.
+    Client,
+    /// On which it gets ours.
+    Twin,
+}
+
+impl StreamId {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Client, Self::Twin];
+}
+
+/// A part of what is saved of a function. Each is saved as a whole, when it has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SectionId {
+    /// What was negotiated with the peer, and what is under way with it.
+    Session,
+    /// What the peer has set up: memory, interrupts.
+    Wiring,
+    /// The function's registers.
+    Function,
+    /// What lies behind them.
+    Device,
+}
+
+impl SectionId {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Session, Self::Wiring, Self::Function, Self::Device];
+
+    /// How long it may be, in bytes.
+    #[must_use]
+    pub const fn room(self) -> usize {
+        match self {
+            Self::Session => 64 << 10,
+            // As many windows as a peer may have, of 48 bytes and some, and its interrupts.
+            Self::Wiring => 4 << 20,
+            Self::Function => 128 << 10,
+            Self::Device => 1 << 20,
+        }
+    }
 }

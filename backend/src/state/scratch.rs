@@ -25,6 +25,10 @@ impl Scratch {
         Ok(Self { memory: Arc::new(Memory::map(file)?), first: 0, words })
     }
 
+    pub(super) fn of(memory: Arc<Memory>, first: usize, words: usize) -> Self {
+        Self { memory, first, words }
+    }
+
     /// How many words there are.
     #[must_use]
     pub fn len(&self) -> usize {
