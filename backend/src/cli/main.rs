@@ -5,6 +5,7 @@ mod demo;
 mod log;
 mod serve;
 mod vhost_user;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,9 @@ struct Arguments {
 enum Command {
     /// Serve PCI functions over vfio-user, one socket each
     Serve(serve::Arguments),
+    /// Serve functions for `run`, which starts this
+    #[command(hide = true)]
+    Worker(worker::Arguments),
     /// Toggle PCI_COMMAND.MEM under load in a real guest and check every value it reads
     #[cfg(feature = "demo")]
     Demo(demo::Arguments),
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
     }
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Worker(arguments) => worker::run(arguments),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::run(&arguments),
         #[cfg(feature = "demo")]

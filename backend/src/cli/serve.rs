@@ -104,7 +104,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 /// A descriptor that becomes readable on one of these signals.
-fn signals(signals: &[i32]) -> io::Result<UnixStream> {
+pub(crate) fn signals(signals: &[i32]) -> io::Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
     for signal in signals {
         signal_hook::low_level::pipe::register(*signal, writer.try_clone()?)?;
@@ -157,7 +157,7 @@ pub(crate) struct Described<T> {
 }
 
 impl Described<ServedFunction> {
-    fn new(text: String, registry: &mut Registry) -> Result<Self, String> {
+    pub(crate) fn new(text: String, registry: &mut Registry) -> Result<Self, String> {
         // Whatever the specification holds, the answer is one line.
         let shown = text.replace(char::is_control, "?");
         let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");

@@ -168,6 +168,15 @@ impl DmaTable {
         self.view.mark_dirty(iova, len);
     }
 
+    /// Notes that the function may have written anywhere: the ranges that are logged, and whatever it
+    /// reaches now.
+    pub fn mark_all_dirty(&self) {
+        self.view.log.mark_ranges();
+        for window in self.windows() {
+            self.mark_dirty(window.iova, window.size);
+        }
+    }
+
     /// Starts to log the pages that the function writes, in `ranges` of addresses and lengths in
     /// bytes, or everywhere if there are none. `page_size` is a hint; what is returned is the size
     /// that is logged in (VFIO_DEVICE_FEATURE_DMA_LOGGING_START).

@@ -47,6 +47,12 @@ impl Intx {
         self.masked = true;
     }
 
+    /// Whether it is silent: masked by the client, or by a signal that the client has not answered.
+    #[must_use]
+    pub fn is_masked(&self) -> bool {
+        self.masked
+    }
+
     /// Lets the pin speak again; a level that is still asserted is signalled at once.
     pub fn unmask(&mut self) {
         self.masked = false;

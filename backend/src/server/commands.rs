@@ -7,6 +7,7 @@ use barkeep_protocol::transport::Sender;
 use barkeep_protocol::wire::{
     Command, DmaLayout, DmaTransfer, Errno, Header, MessageId, MessageKind,
 };
+use serde::{Deserialize, Serialize};
 
 use super::peer::Peer;
 use super::served::Served;
@@ -20,6 +21,8 @@ const MAX_OUTSTANDING: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Commands {
     outstanding: Vec<Outstanding>,
+    /// Commands of a predecessor, whose answers mean nothing any more: by id and number.
+    late: Vec<(MessageId, u16)>,
     next_id: u16,
     layout: Layout,
 }
@@ -35,6 +38,27 @@ enum Layout {
     Unknown,
     Asked(MessageId, DmaTransfer),
     Known(DmaLayout),
+}
+
+/// Commands as they outlive the process: what was asked, but not by whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SavedCommands {
+    next_id: u16,
+    layout: SavedLayout,
+    /// Commands without an answer, by id and number.
+    waiting: Vec<(u16, u16)>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum SavedLayout {
+    #[default]
+    Unknown,
+    Asked {
+        id: u16,
+        address: u64,
+    },
+    Spec,
+    Qemu,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,26 +85,81 @@ impl Kind {
 }
 
 impl Commands {
+    /// What a successor has to know. It begins the function's transfers anew, so the answers to what
+    /// was asked here are only to be told from answers to nothing.
+    pub(super) fn save(&self) -> SavedCommands {
+        let layout = match self.layout {
+            Layout::Unknown => SavedLayout::Unknown,
+            Layout::Asked(id, nothing) => {
+                SavedLayout::Asked { id: id.0, address: nothing.address }
+            }
+            Layout::Known(DmaLayout::Spec) => SavedLayout::Spec,
+            Layout::Known(DmaLayout::Qemu) => SavedLayout::Qemu,
+        };
+        let outstanding = self.outstanding.iter().map(|it| (it.id.0, it.kind.command().code()));
+        let late = self.late.iter().map(|(id, command)| (id.0, *command));
+        SavedCommands { next_id: self.next_id, layout, waiting: late.chain(outstanding).collect() }
+    }
+
+    /// Those of a predecessor.
+    pub(super) fn restored(saved: SavedCommands) -> Self {
+        let layout = match saved.layout {
+            SavedLayout::Unknown => Layout::Unknown,
+            SavedLayout::Asked { id, address } => {
+                Layout::Asked(MessageId(id), DmaTransfer { address, count: 0 })
+            }
+            SavedLayout::Spec => Layout::Known(DmaLayout::Spec),
+            SavedLayout::Qemu => Layout::Known(DmaLayout::Qemu),
+        };
+        let late = saved.waiting.into_iter().map(|(id, command)| (MessageId(id), command));
+        Self { outstanding: Vec::new(), late: late.collect(), next_id: saved.next_id, layout }
+    }
+
     /// Queues what the function wants to ask.
     pub(super) fn send(&mut self, function: &mut dyn Served, peer: Peer, sender: &mut Sender) {
-        while self.outstanding.len() < MAX_OUTSTANDING
-            && let Some(address) = function.next_address()
-        {
-            let layout = match (self.layout, peer.dma_layout) {
-                (Layout::Known(layout), _) => layout,
-                (Layout::Unknown, DmaLayout::Spec) => DmaLayout::Spec,
-                (Layout::Unknown, DmaLayout::Qemu) => return self.ask_for_layout(address, sender),
-                (Layout::Asked(..), _) => return,
-            };
-            self.layout = Layout::Known(layout);
-            let Some(message) = function.next_message(peer.transfer_size) else { return };
-            self.send_message(message, layout, sender);
+        while self.send_one(function, peer, sender) {}
+    }
+
+    /// Queues one message, if one may be sent. Returns whether there is one.
+    pub(super) fn send_one(
+        &mut self,
+        function: &mut dyn Served,
+        peer: Peer,
+        sender: &mut Sender,
+    ) -> bool {
+        if !self.have_room() {
+            return false;
         }
+        let Some(address) = function.next_address() else { return false };
+        let layout = match (self.layout, peer.dma_layout) {
+            (Layout::Known(layout), _) => layout,
+            (Layout::Unknown, DmaLayout::Spec) => DmaLayout::Spec,
+            (Layout::Unknown, DmaLayout::Qemu) => {
+                self.ask_for_layout(address, sender);
+                return true;
+            }
+            (Layout::Asked(..), _) => return false,
+        };
+        self.layout = Layout::Known(layout);
+        let Some(message) = function.next_message(peer.transfer_size) else { return false };
+        self.send_message(message, layout, sender);
+        true
+    }
+
+    /// Whether the client may be asked for something more.
+    pub(super) fn have_room(&self) -> bool {
+        self.outstanding.len() + self.late.len() < MAX_OUTSTANDING
+    }
+
+    /// Whether any of them waits for its answer.
+    pub(super) fn are_waiting(&self) -> bool {
+        !self.outstanding.is_empty()
     }
 
     /// Answers in the place of a client that serves no commands any more.
     pub(super) fn refuse(&mut self, function: &mut dyn Served) {
         let refused = |address: u64| DmaError::Refused { address, errno: Errno::PIPE };
+        self.late.clear();
         for Outstanding { ticket, transfer, .. } in self.outstanding.drain(..) {
             function.answered(ticket, Err(refused(transfer.address)));
         }
@@ -143,6 +222,10 @@ impl Commands {
             self.layout = Layout::Known(layout);
             return true;
         }
+        if let Some(late) = self.late.iter().position(|it| *it == (header.id, header.command)) {
+            self.late.swap_remove(late);
+            return true;
+        }
         let Layout::Known(layout) = self.layout else { return false };
         let matches = |outstanding: &Outstanding| {
             outstanding.id == header.id && outstanding.kind.command().code() == header.command
@@ -169,7 +252,8 @@ impl Commands {
         loop {
             let id = MessageId(self.next_id);
             self.next_id = self.next_id.wrapping_add(1);
-            if self.outstanding.iter().all(|outstanding| outstanding.id != id) {
+            let late = self.late.iter().any(|(late, _)| *late == id);
+            if !late && self.outstanding.iter().all(|outstanding| outstanding.id != id) {
                 return id;
             }
         }

@@ -29,6 +29,8 @@ pub(super) enum Token {
     Stop,
     /// The request to reload.
     Reload,
+    /// What the supervisor has to say.
+    Link,
     /// Something of the port with this index.
     Port(usize, Source),
 }
@@ -56,6 +58,7 @@ pub(super) enum Source {
 impl Token {
     const STOP: u64 = u64::MAX;
     const RELOAD: u64 = u64::MAX - 1;
+    const LINK: u64 = u64::MAX - 2;
     /// Where the port's index starts; the source is below.
     const PORT_SHIFT: u32 = 20;
     const FIRST_WAKE: u64 = 7;
@@ -64,6 +67,7 @@ impl Token {
         let (port, source) = match self {
             Self::Stop => return Self::STOP,
             Self::Reload => return Self::RELOAD,
+            Self::Link => return Self::LINK,
             Self::Port(port, source) => (port, source),
         };
         let source = match source {
@@ -83,6 +87,7 @@ impl Token {
         match raw {
             Self::STOP => return Self::Stop,
             Self::RELOAD => return Self::Reload,
+            Self::LINK => return Self::Link,
             _ => {}
         }
         let source = match raw & ((1 << Self::PORT_SHIFT) - 1) {

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -18,16 +19,20 @@ use crate::dma::{DmaError, DmaTable, Iova};
 use crate::irq::{EventFd, Interrupts};
 use crate::log_limit::RateLimit;
 use crate::pci::{BarIndex, Effects, Function, FunctionSpec, ResetKind, RomSpec, SpecError, spec};
+use crate::state::Scratch;
 
 mod accesses;
 mod features;
 mod interrupts;
 mod io_fds;
+mod recording;
 mod unmapping;
 mod work;
 
 #[cfg(test)]
 mod tests;
+
+pub(super) use recording::{Changes, Damaged, Image, Recorded, Rest};
 
 /// A function with everything it needs to be served: the model, the device behind it, its windows
 /// into guest memory and its interrupts.
@@ -347,6 +352,44 @@ impl Served for HostedFunction {
         let (device, mut context) = self.split();
         device.woken(index, &mut context);
         self.do_transfers();
+    }
+
+    fn scratch_words(&mut self) -> usize {
+        self.device.saved().map_or(0, |saved| saved.scratch_words())
+    }
+
+    fn set_scratch(&mut self, scratch: Scratch) {
+        if let Some(saved) = self.device.saved() {
+            saved.set_scratch(scratch);
+        }
+    }
+
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        self.device.kept()
+    }
+
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
+        self.device.adopt(kept)
+    }
+
+    fn record(&mut self, image: &mut Image) -> Changes {
+        self.changes_from(image)
+    }
+
+    fn recover(&mut self, recorded: Recorded<'_>) -> Result<(), Damaged> {
+        self.become_recorded(recorded)
+    }
+
+    fn go_on(&mut self) {
+        self.end_recovery();
+    }
+
+    fn quiesce(&mut self) {
+        self.device.quiesce();
+    }
+
+    fn has_message(&self) -> bool {
+        self.migration.is_running() && self.transfers.is_stuck()
     }
 
     fn reload(&mut self) {

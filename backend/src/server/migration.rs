@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use barkeep_protocol::wire::MigrationState;
 use serde::{Deserialize, Serialize};
 
+use super::function::Rest;
 use super::request_error::RequestError;
 use crate::pci::FunctionState;
 
@@ -24,6 +25,9 @@ pub(super) enum Migration {
     Resuming(Incoming),
     /// A state could not be taken over. Only a reset helps.
     Failed,
+    /// The function is what its predecessor in another process was, but for what the client has set
+    /// up around it.
+    Recovering(Rest),
 }
 
 /// What moves with a function: the first version.
@@ -52,7 +56,8 @@ impl Migration {
             Self::Stopped => MigrationState::Stop,
             Self::Saving(_) => MigrationState::StopCopy,
             Self::Resuming(_) => MigrationState::Resuming,
-            Self::Failed => MigrationState::Error,
+            // Nobody asks before it is over.
+            Self::Failed | Self::Recovering(_) => MigrationState::Error,
         }
     }
 
@@ -78,6 +83,15 @@ impl Outgoing {
         header.extend_from_slice(&length.to_le_bytes());
         header.extend_from_slice(&description);
         Self { header, memory: *memory, position: 0 }
+    }
+
+    /// The same, of which so much has been read.
+    pub(super) fn from(saved: &SavedFunction, position: u64) -> Self {
+        Self { position, ..Self::new(saved) }
+    }
+
+    pub(super) fn position(&self) -> u64 {
+        self.position
     }
 
     /// Appends the next `limit` bytes, or fewer at the end. `memory` is the device's.

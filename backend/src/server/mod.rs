@@ -2,6 +2,7 @@
 
 mod channel;
 mod commands;
+mod desk;
 mod event_loop;
 mod function;
 #[cfg(feature = "fuzzing")]
@@ -12,12 +13,15 @@ mod passthrough;
 mod peer;
 mod poller;
 mod port;
+mod ports;
+mod recorded;
 mod request_error;
 mod requests;
 mod served;
 mod session;
 mod unmask_watch;
 mod vhost_user;
+mod worker;
 
 #[cfg(test)]
 mod tests;
@@ -41,7 +45,9 @@ use tracing::info;
 
 use self::event_loop::{Epoll, Interest, Source, Token, Wait};
 use self::poller::Poller;
-use self::port::{Port, Turn};
+use self::port::Turn;
+use self::ports::Port;
+use self::worker::{Flow, Supervised};
 
 /// Functions and the sockets they are served on.
 #[derive(Debug)]
@@ -52,6 +58,8 @@ pub struct Server {
     timed: BTreeSet<usize>,
     poller: Poller,
     reload: Option<OwnedFd>,
+    /// Who accepts the clients, if that is not us.
+    supervised: Option<Supervised>,
 }
 
 impl Server {
@@ -66,6 +74,7 @@ impl Server {
             timed: BTreeSet::new(),
             poller: Poller::new(Duration::ZERO),
             reload: None,
+            supervised: None,
         })
     }
 
@@ -99,14 +108,16 @@ impl Server {
         socket: SocketPath,
         function: impl Into<ServedFunction>,
     ) -> io::Result<()> {
-        let port = Port::new(self.ports.len(), socket, function.into());
+        let port = port::Port::new(self.ports.len(), socket, function.into());
         port.add(&self.epoll)?;
-        self.ports.push(port);
+        self.ports.push(Port::Listening(port));
         Ok(())
     }
 
     /// Serves until `stop` becomes readable. Functions are quiesced and sockets removed when it
     /// returns.
+    ///
+    /// In a worker, `stop` ends this process and not the sessions, with which another one goes on.
     ///
     /// # Errors
     /// When the event loop itself fails; nothing that a client does can cause that.
@@ -114,7 +125,7 @@ impl Server {
         self.epoll.add(stop, Token::Stop, Interest::Read)?;
         let mut tokens = Vec::new();
         // Ports with work left that needs no event.
-        let mut unfinished = Vec::new();
+        let mut unfinished = self.begin_work();
         loop {
             let polled = self.poller.target();
             let wait = if polled.is_some() || !unfinished.is_empty() {
@@ -132,6 +143,11 @@ impl Server {
                         self.stop();
                         return Ok(());
                     }
+                    Token::Link => {
+                        if self.hear_supervisor(&mut unfinished)? == Flow::End {
+                            return Ok(());
+                        }
+                    }
                     Token::Reload => self.reload(&mut unfinished)?,
                     Token::Port(port, source) => {
                         self.turn(port, source, &mut unfinished)?;
@@ -142,6 +158,9 @@ impl Server {
                 self.turn(port, Source::Look, &mut unfinished)?;
             }
             self.expire()?;
+            if self.supervised.is_some() && self.tell_ends() == Flow::End {
+                return Ok(());
+            }
         }
     }
 
@@ -191,6 +210,13 @@ impl Server {
     }
 
     fn stop(&mut self) {
+        if self.supervised.is_some() {
+            return self.drain();
+        }
+        self.stop_ports();
+    }
+
+    fn stop_ports(&mut self) {
         self.ports.iter_mut().for_each(Port::stop);
         info!("stopped");
     }

@@ -9,11 +9,12 @@ use barkeep_protocol::wire::{
 };
 
 use super::event_loop::{Epoll, Interest, Source, Token};
-use super::function::HostedFunction;
+use super::function::{Changes, Damaged, HostedFunction, Image, Recorded};
 use super::request_error::RequestError;
 use crate::devices::{MemoryMessage, Ticket};
 use crate::dma::{DmaAccess, DmaError, Iova};
 use crate::irq::EventFd;
+use crate::state::Scratch;
 
 /// A function of any kind that a server serves.
 pub struct ServedFunction(pub(super) Box<dyn Served>);
@@ -145,6 +146,41 @@ pub(super) trait Served: Send + fmt::Debug {
         None
     }
     fn unmask(&mut self) {}
+
+    /// Words of memory that outlive the process, for what changes too often to be recorded.
+    fn scratch_words(&mut self) -> usize {
+        0
+    }
+    /// Gives it that memory: zeros, or what a predecessor left, which [`recover`](Self::recover) then
+    /// tells more of.
+    fn set_scratch(&mut self, _scratch: Scratch) {}
+    /// Descriptors of its own that a client may have, for a successor to adopt.
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    /// Takes over those of a predecessor, before anything else happens.
+    fn adopt(&mut self, _kept: Vec<OwnedFd>) -> io::Result<()> {
+        Ok(())
+    }
+    /// What of its state differs from an image of it, which is brought up to date. A function whose
+    /// state can't be saved has none.
+    fn record(&mut self, _image: &mut Image) -> Changes {
+        Changes::default()
+    }
+    /// Becomes what was recorded, and does nothing until [`go_on`](Self::go_on): what the client has
+    /// set up is set up again meanwhile.
+    ///
+    /// A function whose state can't be saved is as at power-on, and there is nothing recorded of it.
+    fn recover(&mut self, _recorded: Recorded<'_>) -> Result<(), Damaged> {
+        Ok(())
+    }
+    fn go_on(&mut self) {}
+    /// Finishes or abandons what is in flight in the client's memory.
+    fn quiesce(&mut self) {}
+    /// Whether the client is to be asked for something next.
+    fn has_message(&self) -> bool {
+        false
+    }
 
     /// The client has gone: its memory and eventfds are given back and the function is as at
     /// power-on for the next one.

@@ -2,21 +2,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use barkeep_protocol::transport::{Message, Received, Sender, TransportError};
-use barkeep_protocol::wire::{Errno, Header, MessageKind, Offer, Request, Version, WireError};
-use rustix::io::ioctl_fionbio;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use barkeep_protocol::transport::{Received, TransportError};
+use barkeep_protocol::wire::{Errno, MessageId};
 use thiserror::Error;
-use tracing::debug;
 
 use super::channel::Channel;
 use super::commands::Commands;
+use super::desk::{Desk, State};
 use super::event_loop::{Epoll, Source, Token};
-use super::peer::Peer;
 use super::request_error::RequestError;
-use super::requests::serve_request;
-use super::served::{Reply, Served};
-use crate::log_limit::RateLimit;
+use super::served::Served;
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
@@ -45,25 +40,6 @@ pub(super) struct Session {
     desk: Desk,
 }
 
-/// A session without its sockets.
-#[derive(Debug)]
-struct Desk {
-    state: State,
-    commands: Commands,
-    /// The end of the twin socket that is ours, until the session has it.
-    new_twin: Option<OwnedFd>,
-    /// What a request without reply would have been answered.
-    unsent: (Vec<u8>, Vec<OwnedFd>),
-    log: RateLimit,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum State {
-    /// VERSION is due by then.
-    Greeting(Instant),
-    Ready(Peer),
-}
-
 /// What came of serving a session for a while.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
@@ -84,8 +60,28 @@ pub(super) enum SessionEnd {
     Refused(RequestError),
     #[error("it sent a reply to nothing")]
     UnsolicitedReply,
+    #[error("its message of {size} bytes is too long to be recorded")]
+    TooLong {
+        id: MessageId,
+        /// The message's command number.
+        command: u16,
+        size: usize,
+    },
+    #[error("nobody has survived its first message")]
+    Deadly,
     #[error("{0}")]
     Transport(#[from] TransportError),
+}
+
+impl SessionEnd {
+    /// The message that the stream can't be followed behind, by id and command number.
+    pub(super) fn message(&self) -> Option<(MessageId, u16)> {
+        match *self {
+            Self::TooLong { id, command, .. }
+            | Self::Transport(TransportError::Framing { id, command, .. }) => Some((id, command)),
+            _ => None,
+        }
+    }
 }
 
 impl Session {
@@ -97,13 +93,7 @@ impl Session {
             more: false,
             stalled: false,
             more_from_twin: false,
-            desk: Desk {
-                state: State::Greeting(handshake_deadline),
-                commands: Commands::default(),
-                new_twin: None,
-                unsent: Default::default(),
-                log: RateLimit::default(),
-            },
+            desk: Desk::new(State::Greeting(handshake_deadline), Commands::default()),
         }
     }
 
@@ -294,156 +284,9 @@ impl Session {
 /// Hands over the last answers: a client that says nothing more may still read. One whose stream can't
 /// be followed any more is told.
 fn farewell(channel: &mut Channel, end: SessionEnd) -> SessionEnd {
-    if let SessionEnd::Transport(TransportError::Framing { id, command, .. }) = end {
+    if let Some((id, command)) = end.message() {
         channel.sender.error(id, command, Errno::INVAL);
     }
     let _ = channel.flush();
     end
-}
-
-impl Desk {
-    fn handle(
-        &mut self,
-        message: Message<'_>,
-        sender: &mut Sender,
-        function: &mut dyn Served,
-    ) -> Result<(), SessionEnd> {
-        let Message { header, body, fds } = message;
-        let MessageKind::Command { no_reply } = header.kind else {
-            return self.answered(&header, body, fds, sender, function);
-        };
-        let result = match Request::parse(header.command, body) {
-            Ok(request) if fds.len() > request.max_fds() => Err(WireError::TooManyFds.into()),
-            Ok(request) if no_reply => {
-                let (body, fds_out) = &mut self.unsent;
-                // The other end would go with the reply that is not sent.
-                let mut no_twin = None;
-                let result = Self::dispatch(
-                    &mut self.state,
-                    &mut no_twin,
-                    request,
-                    fds,
-                    function,
-                    &mut Reply::new(body, fds_out),
-                );
-                body.clear();
-                fds_out.clear();
-                result
-            }
-            Ok(request) => sender.try_reply(&header, |body, fds_out| {
-                Self::dispatch(
-                    &mut self.state,
-                    &mut self.new_twin,
-                    request,
-                    fds,
-                    function,
-                    &mut Reply::new(body, fds_out),
-                )
-            }),
-            Err(error) => Err(error.into()),
-        };
-        match result {
-            Ok(()) => Ok(()),
-            Err(error) => self.refuse(&header, error, sender),
-        }
-    }
-
-    fn dispatch(
-        state: &mut State,
-        new_twin: &mut Option<OwnedFd>,
-        request: Request<'_>,
-        fds: Vec<OwnedFd>,
-        function: &mut dyn Served,
-        reply: &mut Reply<'_>,
-    ) -> Result<(), RequestError> {
-        match (*state, request) {
-            (State::Greeting(_), Request::Version(version)) => {
-                let (answer, peer) = negotiate(&version, new_twin, reply)?;
-                reply.bytes(&answer.to_bytes());
-                *state = State::Ready(peer);
-                Ok(())
-            }
-            (State::Greeting(_), _) | (State::Ready(_), Request::Version(_)) => {
-                Err(RequestError::OutOfOrder)
-            }
-            (State::Ready(peer), request) => serve_request(function, peer, request, fds, reply),
-        }
-    }
-
-    /// Answers with an error. A message that no client of ours would send ends the session after it:
-    /// a refused handshake has nothing to go on with, and an error reply to a reply could be answered
-    /// in turn for ever.
-    fn refuse(
-        &mut self,
-        header: &Header,
-        error: RequestError,
-        sender: &mut Sender,
-    ) -> Result<(), SessionEnd> {
-        let MessageKind::Command { no_reply } = header.kind else {
-            sender.error(header.id, header.command, Errno::INVAL);
-            return Err(SessionEnd::UnsolicitedReply);
-        };
-        if let Some(suppressed) = self.log.admit() {
-            debug!(command = header.command, suppressed, "request refused: {error}");
-        }
-        if !no_reply {
-            sender.error(header.id, header.command, error.errno());
-        }
-        match self.state {
-            State::Greeting(_) => Err(SessionEnd::Refused(error)),
-            State::Ready(_) => Ok(()),
-        }
-    }
-
-    fn answered(
-        &mut self,
-        header: &Header,
-        body: &[u8],
-        fds: Vec<OwnedFd>,
-        sender: &mut Sender,
-        function: &mut dyn Served,
-    ) -> Result<(), SessionEnd> {
-        if fds.is_empty() && self.commands.answered(header, body, function) {
-            return Ok(());
-        }
-        sender.error(header.id, header.command, Errno::INVAL);
-        Err(SessionEnd::UnsolicitedReply)
-    }
-
-    /// The twin socket is for our commands alone.
-    fn handle_twin(
-        &mut self,
-        message: Message<'_>,
-        sender: &mut Sender,
-        function: &mut dyn Served,
-    ) -> Result<(), SessionEnd> {
-        let Message { header, body, fds } = message;
-        match header.kind {
-            MessageKind::Command { .. } => self.refuse(&header, RequestError::OutOfOrder, sender),
-            MessageKind::Reply { .. } => self.answered(&header, body, fds, sender, function),
-        }
-    }
-}
-
-/// Agrees with a client on what is spoken. The other end of a twin socket goes with the answer.
-fn negotiate(
-    theirs: &Version,
-    new_twin: &mut Option<OwnedFd>,
-    reply: &mut Reply<'_>,
-) -> Result<(Version, Peer), RequestError> {
-    let mut offer = Offer::WRITE_MULTIPLE | Offer::MIGRATION;
-    let twin = theirs.capabilities.offer().contains(Offer::TWIN_SOCKET);
-    if twin && theirs.capabilities.message_fds() > 0 {
-        let flags = SocketFlags::CLOEXEC;
-        let (ours, client) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-            .map_err(RequestError::Descriptor)?;
-        // Ours alone: how the client waits is its own business.
-        ioctl_fionbio(&ours, true).map_err(RequestError::Descriptor)?;
-        *new_twin = Some(ours);
-        reply.fd(client);
-        offer |= Offer::TWIN_SOCKET;
-    }
-    let answer = theirs.answer_with(offer)?;
-    let peer = Peer::new(theirs, &answer);
-    Ok((answer, peer))
 }

@@ -106,6 +106,17 @@ impl Sender {
         self.append(id, command, kind, frame.fds, |bytes| bytes.extend_from_slice(&frame.body));
     }
 
+    /// Takes everything away that is queued: bytes, and the descriptors that go with them. For whoever
+    /// sends a message by other means.
+    pub fn take(&mut self) -> (Vec<u8>, Vec<OwnedFd>) {
+        let attached = self.attached.drain(..).flat_map(|attached| attached.fds).collect();
+        self.queued_fds = 0;
+        let bytes = self.buffer.split_off(self.sent);
+        self.buffer.clear();
+        self.sent = 0;
+        (bytes, attached)
+    }
+
     /// Bytes that wait for the peer to read. Back-pressure is decided on these and on
     /// [`queued_fds`](Self::queued_fds).
     #[must_use]

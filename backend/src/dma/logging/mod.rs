@@ -155,6 +155,18 @@ impl DirtyLog {
         }
     }
 
+    /// Notes writes to all of the ranges that were named: nobody knows any more where they were.
+    pub(super) fn mark_ranges(&self) {
+        let ranges = {
+            let pages = self.pages.read().unwrap_or_else(PoisonError::into_inner);
+            pages.as_ref().map_or_else(Vec::new, |pages| pages.ranges().to_vec())
+        };
+        // All addresses, when none was named: no log could tell pages apart any more.
+        for (first, last) in ranges.into_iter().filter(|range| *range != (0, u64::MAX)) {
+            self.mark(first, (last - first).saturating_add(1));
+        }
+    }
+
     #[cold]
     fn mark_started(&self, first: u64, len: u64) {
         let Some(reach) = len.checked_sub(1) else { return };

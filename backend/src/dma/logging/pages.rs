@@ -47,6 +47,10 @@ impl DirtyPages {
         1 << self.page_shift
     }
 
+    pub(super) fn ranges(&self) -> &[(u64, u64)] {
+        &self.ranges
+    }
+
     #[cfg(test)]
     pub(super) fn leaves(&self) -> usize {
         self.leaves.len()

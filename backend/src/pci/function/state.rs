@@ -22,6 +22,19 @@ impl Function {
         })
     }
 
+    /// Whether [`save`](Self::save) would return this state, for much less than saving costs.
+    pub fn is_as_saved(&self, state: &FunctionState) -> bool {
+        let FunctionState::V1(state) = state;
+        let msix = self.msix.as_ref();
+        self.epoch == state.epoch
+            && self.space.bytes() == state.config
+            && msix.is_none_or(|msix| {
+                msix.table() == state.msix_table
+                    && msix.pending() == state.msix_pending
+                    && msix.programmed() == state.msix_programmed
+            })
+    }
+
     /// Makes the function what another one like it was. The effects compare it with what it was
     /// before; nothing counts as reset, and no message as raised.
     ///

@@ -120,7 +120,9 @@ impl HostedFunction {
                 self.transfers.clear(&self.dma);
                 Migration::Stopped
             }
-            (Migration::Stopped, MigrationState::StopCopy) => Migration::Saving(self.save()?),
+            (Migration::Stopped, MigrationState::StopCopy) => {
+                Migration::Saving(Outgoing::new(&self.saved_function()?))
+            },
             (Migration::Saving(_), MigrationState::Stop) => Migration::Stopped,
             (Migration::Stopped, MigrationState::Resuming) => {
                 Migration::Resuming(Incoming::default())
@@ -142,11 +144,11 @@ impl HostedFunction {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Outgoing, RequestError> {
+    pub(super) fn saved_function(&mut self) -> Result<SavedFunction, RequestError> {
         let function = self.function.save();
         let saved = self.device.saved().ok_or(RequestError::NoFeature)?;
         let memory = saved.memory().map_or(0, |(_, length)| length);
-        Ok(Outgoing::new(&SavedFunction::V1 { function, device: saved.save(), memory }))
+        Ok(SavedFunction::V1 { function, device: saved.save(), memory })
     }
 
     fn restore(&mut self, incoming: Incoming) -> Result<(), RequestError> {
@@ -157,7 +159,7 @@ impl HostedFunction {
         saved.restore(&device).map_err(|_| RequestError::ForeignState)
     }
 
-    fn resume(&mut self) {
+    pub(super) fn resume(&mut self) {
         self.interrupts.intx.set_level(self.function.intx_line());
         let (device, mut context) = self.split();
         if let Some(saved) = device.saved() {
