@@ -333,3 +333,6 @@ fn low(word: u64) -> u16 {
     let [low, high, ..] = word.to_le_bytes();
     u16::from_le_bytes([low, high])
 }
+
+#[cfg(test)]
+mod tests;

@@ -144,8 +144,10 @@ impl<'a, G: MemoryGuard> QueueAccess<'a, G> {
         }
         for _ in requests {
             self.queue.set_next_used(position.0);
+            super::crash::point();
             self.queue.add_used(memory, *last, *written)?;
         }
+        super::crash::point();
         if let Some(record) = self.record {
             record.end_return();
         }
