@@ -122,7 +122,7 @@ fn interrupts(run: &Supervised) -> Vec<Answer> {
         assert_eq!(script.config_u16(pci::STATUS) & pci::INTERRUPT_STATUS, 0);
         let body = set_irqs(irq::DATA_NONE | irq::ACTION_UNMASK, irq::INTX, 0, 1, &[]);
         script.call(command::SET_IRQS, &body);
-        pin.take();
+        let _ = pin.take();
     }
     let body = set_irqs(irq::DATA_NONE | irq::ACTION_TRIGGER, 3, 0, 1, &[]);
     script.call(command::SET_IRQS, &body);
@@ -137,7 +137,7 @@ fn interrupts(run: &Supervised) -> Vec<Answer> {
     // Taken away, it is silent.
     let body = set_irqs(irq::DATA_NONE | irq::ACTION_TRIGGER, irq::MSI, 0, 0, &[]);
     script.call(command::SET_IRQS, &body);
-    msi.take();
+    let _ = msi.take();
     script.write_u32(0, at::INTERRUPT_RAISE, 4);
     assert_eq!(msi.take(), 0, "an eventfd that was taken away");
     assert_eq!(script.read_u32(0, at::INTERRUPT_STATUS), 6);

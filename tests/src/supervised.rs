@@ -152,7 +152,8 @@ impl Supervised {
                 return value;
             }
             assert!(start.elapsed() < DEADLINE, "waiting for {what}:\n{}", self.log());
-            std::thread::yield_now();
+            // Those that are waited for need the processor.
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 
