@@ -1,7 +1,8 @@
-//! A backend in memory: one PCI function with a trapped BAR0 and a BAR2 that may be mapped.
+//! A backend in memory: one PCI function with a trapped BAR0 and a BAR2 that may be mapped. When its
+//! process has died, another may be started, with memory of its own.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use barkeep_protocol::wire::{
     BarkeepExtensions, DeviceFlags, DeviceInfo, FaultReport, FaultVerdict, PciRegion, RegionFlags,
@@ -67,7 +68,13 @@ pub(super) struct Device {
 #[derive(Debug)]
 pub(super) struct DeviceState {
     config: Vec<u8>,
+    /// The process that serves, or that served last; from 0 on.
+    process: u64,
+    /// The last one that the VMM is known to have for its backend.
+    pub(super) resumed: u64,
     pub(super) dead: bool,
+    /// It dies when it has done what is asked of it next, before it answers.
+    dies_answering: bool,
     /// A request has failed for that.
     pub(super) noticed: bool,
     epoch: u64,
@@ -92,7 +99,10 @@ impl Device {
         config[0x60..0x62].copy_from_slice(&[0x10, 0x00]);
         let state = DeviceState {
             config,
+            process: 0,
+            resumed: 0,
             dead: false,
+            dies_answering: false,
             noticed: false,
             epoch: 0,
             applied: Vec::new(),
@@ -121,18 +131,21 @@ impl Device {
         0xd000_0000 | index << 20 | u32::from(bar) << 16 | u32::try_from(offset).unwrap()
     }
 
-    /// A guest access through a slot; `None` if the memory refuses. `accessible` asks the host's page
-    /// tables, which don't change between the answer and the access.
+    /// A guest access through a slot; `None` if the memory refuses. `of_process` asks the host's page
+    /// tables, which don't change between the answer and the access, whose memory it is.
     pub(super) fn touch(
         &self,
         address: u64,
         offset: u64,
         access: Access,
-        accessible: impl Fn() -> bool,
+        of_process: impl Fn() -> Option<u32>,
     ) -> Option<u32> {
         let mut state = self.lock();
-        if !accessible() {
-            return None;
+        let process = u64::from(of_process()?);
+        if process != state.process || state.dead {
+            assert!(process >= state.resumed, "{access:?} lands in memory of a process before");
+            // Nobody is there any more to see a write.
+            return Some(self.value(BAR2, offset));
         }
         match self.kind.backing {
             Backing::Broken => return None,
@@ -185,11 +198,62 @@ impl Device {
         self.arrive().dead = true;
     }
 
-    /// Locks it for a request.
-    fn request(&self) -> Result<MutexGuard<'_, DeviceState>, ClientError> {
+    pub(super) fn die_answering(&self) {
+        self.arrive().dies_answering = true;
+    }
+
+    /// Another process serves the function, from power-on; `None` while one does.
+    pub(super) fn start_again(self: &Arc<Self>) -> Option<Link> {
         let mut state = self.arrive();
-        state.serve()?;
-        Ok(state)
+        if !state.dead {
+            return None;
+        }
+        state.process += 1;
+        (state.dead, state.noticed, state.dies_answering) = (false, false, false);
+        (state.decode_behind, state.address_behind) = (false, false);
+        state.reset();
+        state.epoch = 0;
+        (state.wanted, state.placed) = (false, 0);
+        state.saved.clear();
+        Some(Link { device: Arc::clone(self), process: state.process })
+    }
+}
+
+/// A connection to one of the processes that serve a device, one after the other.
+#[derive(Clone, Debug)]
+pub(super) struct Link {
+    device: Arc<Device>,
+    process: u64,
+}
+
+impl Link {
+    pub(super) fn first(device: &Arc<Device>) -> Self {
+        Self { device: Arc::clone(device), process: 0 }
+    }
+
+    pub(super) fn process(&self) -> u64 {
+        self.process
+    }
+
+    /// Whether its process has died: what an attendant sees.
+    pub(super) fn is_over(&self) -> bool {
+        let state = self.device.arrive();
+        state.dead || state.process != self.process
+    }
+
+    /// Makes a request; as the last thing, the process may die.
+    fn request<T>(&self, serve: impl FnOnce(&mut DeviceState) -> T) -> Result<T, ClientError> {
+        let mut state = self.device.arrive();
+        state.noticed |= state.dead && state.process == self.process;
+        if state.dead || state.process != self.process {
+            return Err(ClientError::Gone);
+        }
+        let done = serve(&mut state);
+        if std::mem::take(&mut state.dies_answering) {
+            (state.dead, state.noticed) = (true, true);
+            return Err(ClientError::Lost);
+        }
+        Ok(done)
     }
 }
 
@@ -211,11 +275,6 @@ impl DeviceState {
             let offset = address.checked_sub(self.address(bar))?;
             (offset < size).then_some((bar, offset))
         })
-    }
-
-    fn serve(&mut self) -> Result<(), ClientError> {
-        self.noticed |= self.dead;
-        if self.dead { Err(ClientError::Gone) } else { Ok(()) }
     }
 
     fn reset(&mut self) {
@@ -244,17 +303,18 @@ impl DeviceState {
     }
 }
 
-impl Backend for Arc<Device> {
+impl Backend for Link {
     fn name(&self) -> String {
-        format!("model {}", self.index)
+        format!("model {}.{}", self.device.index, self.process)
     }
 
     fn is_dead(&self) -> bool {
-        self.lock().noticed
+        let state = self.device.lock();
+        state.process != self.process || state.noticed
     }
 
     fn extensions(&self) -> BarkeepExtensions {
-        let barkeep = self.kind.barkeep;
+        let barkeep = self.device.kind.barkeep;
         BarkeepExtensions { memory_fault: barkeep, region_state: barkeep }
     }
 
@@ -271,10 +331,10 @@ impl Backend for Arc<Device> {
             2 => {
                 flags |= RegionFlags::MMAP;
                 (info.flags, info.size) = (flags, BAR2_SIZE);
-                if self.kind.sparse {
+                if self.device.kind.sparse {
                     info.sparse = parts(true);
                 }
-                return Ok((info, Some(memory())));
+                return Ok((info, Some(memory(self.process))));
             }
             _ => {}
         }
@@ -282,66 +342,72 @@ impl Backend for Arc<Device> {
     }
 
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), ClientError> {
-        let mut state = self.request()?;
-        let bar = u8::try_from(region).unwrap();
-        if region == PciRegion::Config.index() {
-            let at = usize::try_from(offset).unwrap();
-            data.copy_from_slice(&state.config[at..at + data.len()]);
-        } else if self.kind.barkeep && !state.decodes() {
-            data.fill(0xff);
-        } else {
-            let value = self.complete(&mut state, bar, offset, Access::Read);
-            data.copy_from_slice(&value.to_le_bytes());
-        }
-        Ok(())
+        let device = &self.device;
+        self.request(|state| {
+            let bar = u8::try_from(region).unwrap();
+            if region == PciRegion::Config.index() {
+                let at = usize::try_from(offset).unwrap();
+                data.copy_from_slice(&state.config[at..at + data.len()]);
+            } else if device.kind.barkeep && !state.decodes() {
+                data.fill(0xff);
+            } else {
+                let value = device.complete(state, bar, offset, Access::Read);
+                data.copy_from_slice(&value.to_le_bytes());
+            }
+        })
     }
 
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
-        let mut state = self.arrive();
+        let device = &self.device;
         if region == PciRegion::Config.index() {
+            let mut state = device.arrive();
             match u16::try_from(offset).unwrap() {
                 COMMAND => state.wanted = data[0] & MEMORY != 0,
                 0x18 => state.placed = u32::from_le_bytes(data.try_into().unwrap()).into(),
                 _ => {}
             }
         }
-        state.serve()?;
-        if region == PciRegion::Config.index() {
-            state.write_config(offset, data);
-        } else if !self.kind.barkeep || state.decodes() {
-            let value = u32::from_le_bytes(data.try_into().unwrap());
-            self.complete(&mut state, u8::try_from(region).unwrap(), offset, Access::Write(value));
-        }
-        Ok(())
+        self.request(|state| {
+            if region == PciRegion::Config.index() {
+                state.write_config(offset, data);
+            } else if !device.kind.barkeep || state.decodes() {
+                let value = u32::from_le_bytes(data.try_into().unwrap());
+                device.complete(state, u8::try_from(region).unwrap(), offset, Access::Write(value));
+            }
+        })
     }
 
     fn reset(&self) -> Result<(), ClientError> {
-        let mut state = self.request()?;
-        state.reset();
-        (state.wanted, state.placed) = (false, 0);
-        Ok(())
+        self.request(|state| {
+            state.reset();
+            (state.wanted, state.placed) = (false, 0);
+        })
     }
 
     fn memory_fault(&self, report: &FaultReport) -> Result<FaultVerdict, ClientError> {
-        let state = self.request()?;
-        let epoch = state.epoch;
-        if !self.kind.barkeep {
-            return Err(ClientError::NotOffered("memory_fault"));
-        }
-        Ok(match (state.decodes(), report.region == u32::from(BAR2)) {
-            (false, _) => FaultVerdict::UnsupportedRequest { epoch },
-            (true, true) => FaultVerdict::Map { epoch },
-            (true, false) => FaultVerdict::Trap { epoch },
+        let barkeep = self.device.kind.barkeep;
+        self.request(|state| {
+            let epoch = state.epoch;
+            match (state.decodes(), report.region == u32::from(BAR2)) {
+                (false, _) => FaultVerdict::UnsupportedRequest { epoch },
+                (true, true) => FaultVerdict::Map { epoch },
+                (true, false) => FaultVerdict::Trap { epoch },
+            }
+        })
+        .and_then(|verdict| {
+            if barkeep { Ok(verdict) } else { Err(ClientError::NotOffered("memory_fault")) }
         })
     }
 
     fn region_state(&self, _: u32) -> Result<RegionState, ClientError> {
-        let state = self.request()?;
-        if !self.kind.barkeep {
-            return Err(ClientError::NotOffered("region_state"));
-        }
-        let decode = u32::from(state.decodes());
-        Ok(RegionState { decode, epoch: state.epoch, ..RegionState::default() })
+        let barkeep = self.device.kind.barkeep;
+        self.request(|state| {
+            let decode = u32::from(state.decodes());
+            RegionState { decode, epoch: state.epoch, ..RegionState::default() }
+        })
+        .and_then(|state| {
+            if barkeep { Ok(state) } else { Err(ClientError::NotOffered("region_state")) }
+        })
     }
 }
 
@@ -357,15 +423,20 @@ pub(super) fn parts(sparse: bool) -> Vec<SparseArea> {
     }
 }
 
-/// One file for all functions: what they return does not depend on it.
-fn memory() -> OwnedFd {
-    static MEMORY: OnceLock<OwnedFd> = OnceLock::new();
-    let file = MEMORY.get_or_init(|| {
+/// One file for all functions in their first process, one for those in their second, and so on. What an
+/// access returns does not depend on it: its words are the number of the process.
+fn memory(process: u64) -> OwnedFd {
+    static MEMORY: Mutex<Vec<OwnedFd>> = Mutex::new(Vec::new());
+    let mut files = MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
+    let index = usize::try_from(process).unwrap();
+    while files.len() <= index {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("model-check", flags).unwrap();
-        rustix::fs::ftruncate(&file, BAR2_SIZE).unwrap();
+        let word = u32::try_from(files.len()).unwrap().to_le_bytes();
+        let words = word.repeat(usize::try_from(BAR2_SIZE).unwrap() / word.len());
+        assert_eq!(rustix::io::write(&file, &words).unwrap(), words.len());
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-        file
-    });
-    file.try_clone().unwrap()
+        files.push(file);
+    }
+    files[index].try_clone().unwrap()
 }

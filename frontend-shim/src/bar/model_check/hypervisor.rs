@@ -56,8 +56,8 @@ impl ModelHypervisor {
         });
         let Some((slot, mapping, offset)) = found else { return Outcome::Mmio };
         let (device, part, _) = &self.plan[slot.0 as usize];
-        let accessible = || mapping.memory.load_u32(mapping.offset + offset).is_ok();
-        match device.touch(address, part + mapping.offset + offset, access, accessible) {
+        let of_process = || mapping.memory.load_u32(mapping.offset + offset).ok();
+        match device.touch(address, part + mapping.offset + offset, access, of_process) {
             Some(value) => Outcome::Landed(value),
             None => Outcome::Fault,
         }

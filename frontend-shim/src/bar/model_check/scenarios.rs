@@ -1,13 +1,16 @@
 //! What is checked: VMs, and what happens to them.
 
+use std::time::Duration;
+
 use super::device::{Backing, Kind};
 use super::world::Op::{
-    Behind, Command, ConfigRead, Detach, Die, Flr, Move, Power, Read, Recheck, Reset, ResetBehind,
-    RestoreBehind, Setup, Touch, TouchRam, Write,
+    Attend, Behind, Command, ConfigRead, Detach, Die, DieAnswering, Flr, GiveUp, Move, Power, Read,
+    Recheck, Reset, ResetBehind, RestoreBehind, Setup, StartAgain, Touch, TouchRam, Write,
 };
 use super::world::{BAR0_0, BAR2_0, BAR2_1, PLACES, Scenario, Style, run};
 use super::{Search, check};
 use crate::bar::SuspendOrder;
+use crate::client::DeadBackend;
 
 const VFIO: Kind = Kind { barkeep: true, backing: Backing::Refusing, sparse: false };
 const MEMFD: Kind = Kind { backing: Backing::Open, ..VFIO };
@@ -29,6 +32,7 @@ const BASE: Scenario = Scenario {
     devices: &[VFIO],
     order: SuspendOrder::SlotsFirst,
     style: Style::Reported,
+    dead_backend: DeadBackend::UnsupportedRequest,
     failures: 0,
     stays_trapped: false,
     max_faults: 8,
@@ -186,6 +190,100 @@ fn a_backend_dies() {
     ];
     for devices in [&[VFIO, VFIO], &[PLAIN, PLAIN], &[MEMFD, MEMFD], &[SPARSE, PLAIN]] {
         search_styles(Scenario { name: "death", devices, actors, ..BASE });
+    }
+}
+
+/// Time stands still for the model checker, so who is not woken waits for ever, and is found.
+const POLICIES: [DeadBackend; 2] =
+    [DeadBackend::UnsupportedRequest, DeadBackend::Stall(Duration::from_secs(3600))];
+
+#[test]
+fn the_end_of_a_session_against_slots_that_come() {
+    let actors: &[&[_]] = &[
+        &[Die(0), Attend(0)],
+        &[Command(0, false), Command(0, true)],
+        &[Read(A), Attend(0), Write(B)],
+    ];
+    for devices in [&[VFIO], &[MEMFD], &[PLAIN], &[PLAIN_MEMFD], &[SPARSE]] {
+        search(Scenario { name: "end", devices, actors, ..BASE });
+        search(Scenario { name: "end", devices, actors, failures: 4, max_faults: 16, ..BASE });
+    }
+}
+
+#[test]
+fn a_backend_comes_back() {
+    let actors: &[&[_]] = &[
+        &[Die(0), Attend(0), StartAgain(0)],
+        &[Read(A), Write(TRAPPED), Read(TRAPPED), Write(B)],
+        &[Command(0, false), Command(0, true), Write(OTHER)],
+        &[ConfigRead(0), Recheck(0), Read(B)],
+    ];
+    for devices in [&[VFIO, VFIO], &[PLAIN, MEMFD], &[MEMFD, PLAIN], &[SPARSE, SPARSE]] {
+        for dead_backend in POLICIES {
+            search_styles(Scenario { name: "return", devices, actors, dead_backend, ..BASE });
+        }
+    }
+}
+
+#[test]
+fn two_vcpus_notice_the_end_at_once() {
+    let actors: &[&[_]] =
+        &[&[Die(0), StartAgain(0)], &[Write(TRAPPED), Read(A)], &[Write(TRAPPED), ConfigRead(0)]];
+    for devices in [&[MEMFD], &[PLAIN]] {
+        for dead_backend in POLICIES {
+            let scenario = Scenario { name: "two notice", devices, actors, dead_backend, ..BASE };
+            search(scenario);
+            check("two notice", Search::First(2000), 1, move || run(scenario));
+        }
+    }
+}
+
+#[test]
+fn one_access_against_a_return_in_many_schedules() {
+    let actors: &[&[_]] = &[&[Die(0), StartAgain(0)], &[Touch(A)]];
+    for dead_backend in POLICIES {
+        let scenario = Scenario { devices: &[MEMFD], actors, dead_backend, ..BASE };
+        check("return", Search::First(5000), 1, move || run(scenario));
+    }
+}
+
+#[test]
+fn a_backend_that_dies_again_and_again_comes_back_each_time() {
+    let actors: &[&[_]] = &[
+        &[Die(0), StartAgain(0), Setup(0), Die(0), Attend(0), StartAgain(0), Setup(0)],
+        &[Read(A), Write(B), Write(TRAPPED), Read(A)],
+        &[Attend(0), Write(A), Move(0, ELSEWHERE), Read(C), Attend(0)],
+    ];
+    for devices in [&[VFIO], &[MEMFD], &[PLAIN], &[PLAIN_MEMFD], &[SPARSE]] {
+        for dead_backend in POLICIES {
+            let scenario = Scenario { name: "flapping", devices, actors, dead_backend, ..BASE };
+            search(scenario);
+            search(Scenario { failures: 4, max_faults: 16, ..scenario });
+        }
+    }
+}
+
+#[test]
+fn what_a_backend_did_before_it_died_is_not_done_again() {
+    // Whatever it was doing, the second thread lets it die in the end.
+    let actors: &[&[_]] = &[
+        &[DieAnswering(0), ConfigRead(1)],
+        &[Write(TRAPPED), Write(A), Read(TRAPPED)],
+        &[Write(TRAPPED), Write(TRAPPED), Command(0, true)],
+        &[Die(0), StartAgain(0), Setup(0)],
+    ];
+    for devices in [&[VFIO, VFIO], &[PLAIN, PLAIN], &[MEMFD, PLAIN]] {
+        let dead_backend = DeadBackend::UnsupportedRequest;
+        search(Scenario { name: "answering", devices, actors, dead_backend, ..BASE });
+    }
+}
+
+#[test]
+fn who_waits_for_a_backend_that_nobody_brings_is_told() {
+    let actors: &[&[_]] =
+        &[&[Die(0), GiveUp(0)], &[Write(TRAPPED), Read(A)], &[Command(0, true), ConfigRead(0)]];
+    for devices in [&[VFIO], &[PLAIN_MEMFD]] {
+        search(Scenario { name: "given up", devices, actors, dead_backend: POLICIES[1], ..BASE });
     }
 }
 

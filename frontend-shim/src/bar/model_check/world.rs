@@ -7,10 +7,11 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread;
 
 use super::device::{
-    Access, BAR2, BARS, Backing, COMMAND, DEVICE_CONTROL, Device, Kind, PMCSR, parts,
+    Access, BAR2, BARS, Backing, COMMAND, DEVICE_CONTROL, Device, Kind, Link, PMCSR, parts,
 };
 use super::hypervisor::{ModelHypervisor, Outcome, RAM_SIZE};
-use crate::bar::{AddressSpace, SuspendOrder};
+use crate::bar::{AddressSpace, AttachedFunction, Backend, Outages, ReconnectError, SuspendOrder};
+use crate::client::DeadBackend;
 use crate::fault::{FaultCounts, FaultPlace, GuestAccess, MemoryFault, ProgressGuard, Unlocated};
 use crate::hypervisor::{Hypervisor, SlotId};
 use crate::{FaultOutcome, Frontend, GuestAddress};
@@ -22,6 +23,8 @@ pub(super) struct Scenario {
     pub(super) devices: &'static [Kind],
     pub(super) order: SuspendOrder,
     pub(super) style: Style,
+    /// What becomes of accesses while a backend is gone.
+    pub(super) dead_backend: DeadBackend,
     /// How many calls of the hypervisor fail.
     pub(super) failures: u32,
     /// The guest places BARs over each other, the VMM takes slots away, or memory is broken: not
@@ -76,6 +79,14 @@ pub(super) enum Op {
     ResetBehind(usize),
     RestoreBehind(usize),
     Die(usize),
+    /// The backend does what it is asked next and dies before it answers.
+    DieAnswering(usize),
+    /// An attendant looks whether the backend has gone.
+    Attend(usize),
+    /// The backend is started again if it has died, and somebody connects to it.
+    StartAgain(usize),
+    /// Nobody will connect to it any more.
+    GiveUp(usize),
     /// A genuine fault.
     TouchRam,
 }
@@ -91,7 +102,7 @@ struct World {
     scenario: Scenario,
     devices: Vec<Arc<Device>>,
     hypervisor: Arc<ModelHypervisor>,
-    frontend: Frontend<Arc<Device>>,
+    frontend: Frontend<Link>,
     // Of std, as they must not add scheduling points.
     changes: AtomicU64,
     under_way: AtomicU32,
@@ -137,7 +148,8 @@ impl World {
         let adapter: Arc<dyn Hypervisor> = hypervisor.clone();
         let mut frontend = Frontend::new(adapter, vec![(0, RAM_SIZE)], SlotId(0));
         for device in &devices {
-            frontend.attach_backend(Arc::clone(device), scenario.order).unwrap();
+            let (link, policy) = (Link::first(device), scenario.dead_backend);
+            frontend.attach_backend_with(link, scenario.order, policy).unwrap();
         }
         let zero = || AtomicU32::new(0);
         let (changes, under_way, writes) = (AtomicU64::new(0), zero(), zero());
@@ -156,6 +168,36 @@ impl World {
 
     fn config_write(&self, function: usize, offset: u16, data: &[u8]) {
         self.changing(|| self.frontend.config_write(function, offset, data));
+    }
+
+    fn attend(&self, function: usize) {
+        let attached = &self.frontend.functions()[function];
+        let link = attached.backend();
+        if link.is_over() {
+            attached.session_of_ended(self.hypervisor.as_ref(), &link);
+            let is_last = Arc::ptr_eq(&link, &attached.backend());
+            let left = self.hypervisor.slots_of(&self.devices[function]);
+            assert!(left == 0 || !is_last, "slots outlive the session");
+        }
+    }
+
+    fn start_again(&self, function: usize) {
+        let device = &self.devices[function];
+        let Some(link) = device.start_again() else { return };
+        let process = link.process();
+        loop {
+            match self.frontend.resume(function, link.clone()) {
+                Ok(()) => break,
+                // The hypervisor had no memory to remove a slot.
+                Err(ReconnectError::Slots) => {}
+                Err(error) => {
+                    assert!(link.is_over(), "{error}");
+                    return;
+                }
+            }
+        }
+        let mut state = device.lock();
+        state.resumed = state.resumed.max(process);
     }
 
     /// Notes that something about decode changes.
@@ -207,6 +249,7 @@ impl World {
     /// When all is quiet: what must hold in the end.
     fn finish(self) -> FaultCounts {
         self.hypervisor.fail(0);
+        self.frontend.functions().iter().for_each(AttachedFunction::stop_waiting);
         for function in 0..self.devices.len() {
             self.check_quiet(function);
         }
@@ -216,6 +259,11 @@ impl World {
                 self.check_quiet(function);
                 assert!(device.lock().decodes(), "it was set up");
             }
+        }
+        for function in self.frontend.functions() {
+            let Outages { gone, back, .. } = function.outages();
+            let away = u64::from(function.backend().is_dead());
+            assert!(gone == back + away, "{gone} ends, {back} sessions after one");
         }
         let counts = self.frontend.fault_counters().get();
         let Self { frontend, hypervisor, devices, .. } = self;
@@ -314,6 +362,12 @@ impl VcpuThread<'_> {
                 world.changing(|| world.devices[function].restore_behind());
             }
             Op::Die(function) => world.changing(|| world.devices[function].die()),
+            Op::DieAnswering(function) => {
+                world.changing(|| world.devices[function].die_answering());
+            }
+            Op::Attend(function) => world.changing(|| world.attend(function)),
+            Op::StartAgain(function) => world.changing(|| world.start_again(function)),
+            Op::GiveUp(function) => frontend.functions()[function].stop_waiting(),
             Op::TouchRam => self.touch_ram(),
         }
     }
