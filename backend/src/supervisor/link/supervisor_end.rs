@@ -85,13 +85,13 @@ impl SupervisorLink {
     ///
     /// # Errors
     /// [`LinkError::Closed`] when the worker has gone; what it has said is still there to be read.
+    /// [`LinkError::System`] when the kernel has no room for another reason; then it may have later.
     pub fn flush(&mut self) -> Result<(), LinkError> {
         while let Some((frame, fd)) = self.unsent.front() {
             let fd = fd.as_ref().map(|fd| fd.as_fd());
             match self.channel.send(*frame, fd, Patience::DontWait) {
                 Ok(()) => drop(self.unsent.pop_front()),
-                // Too many are on their way, as messages or as descriptors.
-                Err(LinkError::System(Errno::AGAIN | Errno::TOOMANYREFS | Errno::NOBUFS)) => break,
+                Err(LinkError::System(Errno::AGAIN)) => break,
                 Err(error) => return Err(error),
             }
         }
