@@ -70,7 +70,7 @@ impl Server {
     /// Tells the supervisor that everything is in place. Returns the ports that have something to do
     /// which no event tells of.
     pub(super) fn begin_work(&mut self) -> Vec<usize> {
-        if let Some(supervised) = &mut self.supervised {
+        if let Some(supervised) = &self.supervised {
             supervised.report(Report::Ready);
             // A session may have turned out to be over.
             let _ = self.tell_ends();
@@ -102,7 +102,7 @@ impl Server {
                 }
                 Ok(Some(Order::Drain)) => {
                     self.drain();
-                    if let Some(supervised) = &mut self.supervised {
+                    if let Some(supervised) = &self.supervised {
                         supervised.report(Report::Drained);
                     }
                     return Ok(Flow::End);
@@ -128,7 +128,7 @@ impl Server {
     /// Tells the supervisor whose session is over. Without one, nobody else comes: the last client's
     /// end is ours.
     pub(super) fn tell_ends(&mut self) -> Flow {
-        let Some(supervised) = &mut self.supervised else { return Flow::Continue };
+        let Some(supervised) = &self.supervised else { return Flow::Continue };
         let mut busy = false;
         for (port, &function) in self.ports.iter_mut().zip(&supervised.functions) {
             let Port::Recorded(port) = port else { continue };
@@ -157,7 +157,7 @@ impl Server {
 }
 
 impl Supervised {
-    fn report(&mut self, report: Report) {
+    fn report(&self, report: Report) {
         if let Err(failure) = self.link.report(report) {
             error!("can't tell the supervisor: {failure}");
         }

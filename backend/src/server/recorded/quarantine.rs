@@ -24,7 +24,7 @@ pub(super) fn answer(header: &Header, body: &[u8], sender: &mut Sender) {
             sender.reply(header, Vec::new(), |body| write.access.write_to(body));
         }
         Ok(Request::RegionWriteMulti(writes)) => {
-            let all = writes.writes.len() as u64;
+            let all = writes.writes.len();
             sender.reply(header, Vec::new(), |body| RegionWrites::write_reply(body, all));
         }
         _ => sender.error(header.id, header.command, Errno::IO),

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use barkeep_protocol::transport::{self, Frame, Sender, TransportError};
 use barkeep_protocol::wire::limits::HEADER_SIZE;
-use barkeep_protocol::wire::{Errno, Header, MessageKind};
+use barkeep_protocol::wire::{Errno, MessageKind};
 use rustix::net::{Shutdown, shutdown};
 
 use super::quarantine;
