@@ -11,6 +11,8 @@ mod ivshmem;
 pub mod passthrough;
 mod registry;
 mod saved;
+#[cfg(any(test, feature = "failpoints"))]
+mod test_crash;
 mod timer;
 mod transfers;
 pub mod vhost_user;
@@ -24,6 +26,8 @@ pub use edu::Edu;
 pub use ivshmem::Ivshmem;
 pub use registry::{Options, Registry};
 pub use saved::{RestoreError, Saved};
+#[cfg(any(test, feature = "failpoints"))]
+pub use test_crash::TestCrash;
 pub use transfers::{MemoryMessage, Payload, Step, Ticket, Transfer, TransferResult, Transfers};
 
 use std::io;

@@ -27,11 +27,13 @@ pub struct Options {
 type Constructor = fn(&mut Parameters, &mut Registry) -> Result<Box<dyn Device>, ConfigError>;
 
 /// Every device by name, sorted.
-const DEVICES: [(&str, Constructor); 3] = [
+const DEVICES: &[(&str, Constructor)] = &[
     ("edu", |parameters, _| Ok(Box::new(Edu::from_parameters(parameters)?))),
     ("ivshmem", |parameters, registry| {
         Ok(Box::new(Ivshmem::from_parameters(parameters, &mut registry.ivshmem)?))
     }),
+    #[cfg(feature = "failpoints")]
+    ("test-crash", |_, _| Ok(Box::new(super::TestCrash::default()))),
     ("vhost-user", |parameters, _| {
         let bridge = Bridge::from_parameters(parameters)?;
         Ok(Box::new(VirtioFunction::new(Box::new(bridge))?))

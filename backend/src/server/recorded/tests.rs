@@ -1,0 +1,1 @@
+//! Sessions whose server is killed.
