@@ -108,6 +108,11 @@ fn windows_of_memory_survive_a_death_at_every_point() {
 }
 
 #[test]
+fn a_client_that_waits_for_nothing_survives_a_death_at_every_point() {
+    every_point_is_survived(&sessions::PIPELINED);
+}
+
+#[test]
 fn transfers_by_messages_survive_a_death_at_every_point() {
     every_point_is_survived(&sessions::MESSAGES);
 }

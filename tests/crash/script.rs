@@ -2,7 +2,7 @@
 //! byte.
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -125,8 +125,28 @@ impl Script {
             ids.push((id, *command));
         }
         self.peer.send(&bytes);
+        self.answers_to(&ids);
+    }
+
+    /// Sends commands, each with a descriptor or without, and waits for no answer before the last one
+    /// is sent; notes their answers, which come in the same order.
+    pub(crate) fn call_all_with_fds(&mut self, commands: &[(u16, Vec<u8>, Option<&File>)]) {
+        let mut ids = Vec::new();
+        for (command, body, file) in commands {
+            let id = self.peer.take_id();
+            let bytes = message(id, *command, COMMAND, body);
+            match file {
+                Some(file) => self.peer.send_with_fds(&bytes, &[file.as_fd()]),
+                None => self.peer.send(&bytes),
+            }
+            ids.push((id, *command));
+        }
+        self.answers_to(&ids);
+    }
+
+    fn answers_to(&mut self, ids: &[(u16, u16)]) {
         for (id, command) in ids {
-            self.answer_to(id, command);
+            self.answer_to(*id, *command);
         }
     }
 

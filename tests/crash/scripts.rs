@@ -60,6 +60,11 @@ fn windows_of_memory_survive_kills_at_random_instants() {
 }
 
 #[test]
+fn a_client_that_waits_for_nothing_survives_kills_at_random_instants() {
+    survive(&sessions::PIPELINED, number_of_kills() / 4);
+}
+
+#[test]
 fn transfers_by_messages_survive_kills_at_random_instants() {
     survive(&sessions::MESSAGES, number_of_kills() / 4);
 }

@@ -35,6 +35,8 @@ pub(crate) const INTERRUPTS: Session =
     Session { name: "interrupts", device: |_| "edu".into(), run: interrupts };
 pub(crate) const MEMORY: Session =
     Session { name: "memory", device: |_| "edu".into(), run: memory };
+pub(crate) const PIPELINED: Session =
+    Session { name: "pipelined", device: |_| "edu".into(), run: pipelined };
 pub(crate) const MESSAGES: Session =
     Session { name: "messages", device: |_| "edu".into(), run: messages };
 pub(crate) const TWIN: Session = Session { name: "twin", device: |_| "edu".into(), run: twin };
@@ -173,6 +175,38 @@ fn memory(run: &Supervised) -> Vec<Answer> {
     script.call(command::DMA_UNMAP, &dma_unmap(2, 0, 0));
     transfer(&mut script, BUFFER, 0x10_0000, 16, DEVICE_BUSY | 2);
     assert_holds(&windows[0], 0x1000, &[0; 16]);
+    over(script)
+}
+
+/// A client that waits for nothing: registers, and memory that comes and goes between them.
+fn pipelined(run: &Supervised) -> Vec<Answer> {
+    let mut script = Script::greeted(run.socket(0));
+    enable(&mut script);
+    let windows: Vec<_> = (0..4).map(|_| sealed(0x1000)).collect();
+    for round in 0..3_u32 {
+        let mut commands = Vec::new();
+        for step in 0..16_u32 {
+            let value = round << 8 | step;
+            commands.push((
+                command::REGION_WRITE,
+                write(0, at::LIVENESS, &value.to_le_bytes()),
+                None,
+            ));
+            let index = step % 4;
+            let address = 0x10_0000 + u64::from(index) * 0x1000;
+            if step / 4 % 2 == 0 {
+                let window = &windows[usize::try_from(index).expect("a few")];
+                let body = dma_map(READ_WRITE, 0, address, 0x1000);
+                commands.push((command::DMA_MAP, body, Some(window)));
+            } else {
+                commands.push((command::DMA_UNMAP, dma_unmap(0, address, 0x1000), None));
+            }
+            commands.push((command::REGION_READ, access(0, at::LIVENESS, 4), None));
+        }
+        script.call_all_with_fds(&commands);
+    }
+    // The answers are compared with those of a session that nothing disturbs, and that one is right.
+    assert_eq!(script.read_u32(0, at::LIVENESS), !0x20f);
     over(script)
 }
 
