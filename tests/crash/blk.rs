@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use barkeep_tests::figure;
 use barkeep_tests::supervised::{Launch, Supervised};
 use barkeep_tests::virtio::requests::blk;
 use barkeep_tests::virtio::{Driver, Function, Interrupts, Kicks, Load, Memory, Setup, feature};
@@ -68,7 +69,7 @@ fn survive(options: &str, setup: Setup, kills: u64) {
     load.finish(&mut driver);
     assert_settled(&mut driver, &load);
     load.verify(&image);
-    println!("{} requests, {recovery}", load.done);
+    figure(&format_args!("{} requests, {recovery}", load.done));
     assert_eq!(recovery.kills(), kills);
     // A worker that has nothing to do is no different.
     run.worker(0).kill();

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use barkeep_tests::supervised::{Launch, Supervised};
-use barkeep_tests::{binary, skip};
+use barkeep_tests::{binary, figure, skip};
 
 use crate::random::Random;
 use crate::script::Answer;
@@ -79,7 +79,7 @@ fn every_point_is_survived(session: &Session) {
         compare(&expected, &outcome, &[*point]);
         deaths += outcome.deaths;
     }
-    println!("{}: {} of {count} points, {deaths} deaths", session.name, singles.len());
+    figure(&format_args!("{}: {} of {count} points, {deaths} deaths", session.name, singles.len()));
     // The last points are passed when the supervisor says so, and are none of the session's.
     assert!(deaths * 10 >= singles.len() * 9, "{deaths} deaths at {singles:?}");
     let mut deaths = 0;
@@ -89,7 +89,7 @@ fn every_point_is_survived(session: &Session) {
         compare(&expected, &outcome, &points);
         deaths += outcome.deaths;
     }
-    println!("{}: {pairs} pairs, {deaths} deaths", session.name);
+    figure(&format_args!("{}: {pairs} pairs, {deaths} deaths", session.name));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use barkeep_tests::edu::{self, at};
+use barkeep_tests::figure;
 use barkeep_tests::memory::sealed;
 use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::command;
@@ -107,7 +108,7 @@ fn a_process_without_descriptors_refuses_memory_and_goes_on() {
             given += 1;
         }
         let whose = if of_supervisor { "the supervisor" } else { "the worker" };
-        println!("{given} descriptors were taken, with a limit of 48 for {whose}");
+        figure(&format_args!("{given} descriptors were taken, with a limit of 48 for {whose}"));
         assert!(of_supervisor || given < 100, "they were all taken");
         assert_eq!(peer.read_u32(0, at::LIVENESS), !9, "{whose} has no room, and goes on");
         edu::assert_served(run.socket(1));

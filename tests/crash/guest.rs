@@ -6,8 +6,8 @@ use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{
     Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program,
 };
-use barkeep_tests::skip;
 use barkeep_tests::supervised::Supervised;
+use barkeep_tests::{figure, skip};
 
 use crate::kills::number_of_kills;
 use crate::random::Random;
@@ -47,7 +47,7 @@ fn toggle(hypervisor: HypervisorChoice) {
             assert!(report.reads_ur > 0 && report.backends.writes_dropped > 0);
         });
     }
-    println!("{kills} kills on {hypervisor:?}");
+    figure(&format_args!("{kills} kills on {hypervisor:?}"));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use barkeep_tests::figure;
 use barkeep_tests::supervised::{Launch, Supervised};
 
 use crate::blk;
@@ -34,7 +35,12 @@ fn survive(session: &Session, kills: u64) {
             rounds.fetch_add(1, Ordering::Relaxed);
         },
     );
-    println!("{}: {} rounds, {} kills", session.name, rounds.into_inner(), recovery.kills());
+    figure(&format_args!(
+        "{}: {} rounds, {} kills",
+        session.name,
+        rounds.into_inner(),
+        recovery.kills()
+    ));
 }
 
 fn assert_same(expected: &[Answer], found: &[Answer]) {

@@ -4,17 +4,19 @@
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
 //! tests proves nothing, so none of these uses `barkeep_protocol`. [`virtio`] drives virtio devices
 //! through the shim's client, for which that protocol is a means. [`binary`] finds what was built,
-//! [`supervised`] runs it with workers that a test kills, and [`skip`](skip()) says what this machine
-//! can't test.
+//! [`supervised`] runs it with workers that a test kills, [`skip`](skip()) says what this machine can't
+//! test, and [`figure`] what a test has measured.
 
 pub mod backend;
 pub mod binary;
 pub mod edu;
 pub mod event_counter;
+mod figures;
 pub mod memory;
 pub mod peer;
 mod skip;
 pub mod supervised;
 pub mod virtio;
 
+pub use figures::figure;
 pub use skip::skip;
