@@ -27,6 +27,7 @@ barkeep_device() {
     beside) echo "virtio-blk,path=$work/beside" ;;
     cramped) echo "virtio-blk,path=$room/image,queues=2" ;;
     edu) echo edu ;;
+    doorbell) echo "ivshmem,size=4M,vectors=4" ;;
     ivshmem) echo "ivshmem,size=4M,path=$work/shared" ;;
     fs) echo "vhost-user,type=fs,socket=$work/fs-daemon.sock,tag=lab" ;;
   esac

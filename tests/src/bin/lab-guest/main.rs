@@ -98,6 +98,7 @@ fn run_checks(boot: &str, nonce: &str, rounds: u32) -> Result<Next> {
         "bridge" => checks::virtio::run_bridge(report, nonce, rounds)?,
         "copy" => checks::crash::run_copy(report, nonce)?,
         "functions" => checks::crash::run_functions(report, nonce)?,
+        "mapped" => checks::crash::run_mapped(report)?,
         "toggled" => checks::crash::run_toggled(report, nonce)?,
         "restarted" => return checks::reboot::run(report, rounds),
         "unsupervised" => checks::crash::run_unsupervised(report, nonce)?,

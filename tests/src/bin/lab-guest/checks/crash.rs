@@ -5,6 +5,7 @@ mod full;
 mod functions;
 mod kernel;
 mod kills;
+mod mapped;
 mod tree;
 mod writes;
 
@@ -28,6 +29,14 @@ pub(crate) fn run_copy(report: &mut Report<impl Write>, nonce: &str) -> Result<(
 /// The report or the host can't be reached, or a function is missing.
 pub(crate) fn run_functions(report: &mut Report<impl Write>, nonce: &str) -> Result<()> {
     functions::run_all(report, nonce)
+}
+
+/// Functions behind the guest's IOMMU, whose workers are killed.
+///
+/// # Errors
+/// The report or the host can't be reached, or a function is missing.
+pub(crate) fn run_mapped(report: &mut Report<impl Write>) -> Result<()> {
+    mapped::run_all(report)
 }
 
 /// Functions that lose Memory Space Enable and their workers.

@@ -87,6 +87,22 @@ impl<'a> Doorbells<'a> {
     }
 }
 
+/// Enables every vector and rings its doorbell, which arrives, perhaps more than once.
+///
+/// # Errors
+/// One does not, or the kernel refuses.
+pub(crate) fn every_vector_arrives(function: &Function, device: &Device) -> Result<()> {
+    let doorbells = Doorbells::find(function, device)?;
+    let arrivals = device.enable_vectors(Interrupt::Msix, VECTORS)?;
+    for _ in 0..8 {
+        for vector in 0..VECTORS {
+            doorbells.ring(vector)?;
+            arrivals.wait_on(vector).map_err(|error| format!("vector {vector}: {error}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Which BAR and where in it.
 fn place(function: &Function, at: u64) -> Result<(u32, usize)> {
     let place = function.read_u32(at)?;
