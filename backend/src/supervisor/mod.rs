@@ -51,7 +51,7 @@ const FRAMES: usize = 256;
 
 /// How a worker for the functions with these indices is started. Its standard input and a variable of
 /// its environment are added.
-pub type Start = Box<dyn Fn(&[u16]) -> Command>;
+pub type Start = Box<dyn Fn(&[u16]) -> Command + Send>;
 
 /// A function to keep alive.
 #[derive(Debug)]
@@ -86,6 +86,8 @@ pub struct Supervisor {
     watchdog: Option<Duration>,
     /// Descriptors that are held for each function at most.
     share: usize,
+    /// What workers may take to end.
+    parting_time: Duration,
     phase: Phase,
 }
 
@@ -170,7 +172,8 @@ impl Supervisor {
             functions.push(Function::new(holding, slot));
         }
         let phase = Phase::Starting;
-        Ok(Self { epoll, start, signals, functions, slots, watchdog, share, phase })
+        let parting_time = PARTING_TIME;
+        Ok(Self { epoll, start, signals, functions, slots, watchdog, share, parting_time, phase })
     }
 
     /// Starts the workers, one after the other, and waits until all are ready.
@@ -256,12 +259,12 @@ impl Supervisor {
                     self.end_workers(End::Stopped)?;
                 }
                 Token::Reload => {
-                    self.read_all(&self.signals.reload)?;
-                    self.reload();
+                    if self.read_all(&self.signals.reload)? {
+                        self.reload();
+                    }
                 }
                 Token::Upgrade => {
-                    self.read_all(&self.signals.upgrade)?;
-                    if self.phase == Phase::Serving {
+                    if self.read_all(&self.signals.upgrade)? && self.phase == Phase::Serving {
                         self.end_workers(End::Drained)?;
                     }
                 }
@@ -281,10 +284,17 @@ impl Supervisor {
         self.watchdog.filter(|_| !matches!(self.phase, Phase::Ending(..)))
     }
 
+    /// When a worker is due to be looked at.
+    fn check_at(&self, slot: &Slot) -> Option<Instant> {
+        // The first may take as long as it likes to start: nobody relies on it yet.
+        let watchdog = self.watchdog().filter(|_| slot.has_served);
+        slot.process.as_ref().and_then(|process| process.deadline(watchdog, self.parting_time))
+    }
+
     fn next_deadline(&self) -> Option<Instant> {
         let slots = self.slots.iter().flat_map(|slot| {
             let flush_at = slot.process.as_ref().and_then(|process| process.flush_at);
-            [slot.restart_at, flush_at, slot.check_at(self.watchdog())]
+            [slot.restart_at, flush_at, self.check_at(slot)]
         });
         let functions = self.functions.iter().map(|function| function.accept_again_at);
         let end = match self.phase {
@@ -321,14 +331,14 @@ impl Supervisor {
                     process.kill();
                 }
             }
-            self.phase = Phase::Ending(end, now + PARTING_TIME);
+            self.phase = Phase::Ending(end, now + self.parting_time);
         }
         Ok(())
     }
 
     /// Tells all workers to end, each in its own time.
     fn end_workers(&mut self, end: End) -> io::Result<()> {
-        self.phase = Phase::Ending(end, Instant::now() + PARTING_TIME);
+        self.phase = Phase::Ending(end, Instant::now() + self.parting_time);
         for function in &mut self.functions {
             function.accept_again_at = None;
             if let Some(socket) = function.socket.as_ref().filter(|_| function.listening) {
@@ -349,15 +359,19 @@ impl Supervisor {
         Ok(())
     }
 
-    /// However often it was asked for.
-    fn read_all(&self, requests: &OwnedFd) -> io::Result<()> {
-        let mut bytes = [0; 64];
+    /// Whether it was asked for, however often.
+    fn read_all(&self, requests: &OwnedFd) -> io::Result<bool> {
+        let (mut bytes, mut asked) = ([0; 64], false);
         loop {
             match rustix::io::read(requests, &mut bytes) {
-                Ok(1..) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(()),
-                // Nobody can ask any more.
-                Ok(0) | Err(_) => return self.epoll.remove(requests.as_fd()),
+                Ok(1..) => asked = true,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(asked),
+                Ok(0) | Err(_) => {
+                    // Nobody can ask any more.
+                    self.epoll.remove(requests.as_fd())?;
+                    return Ok(asked);
+                }
             }
         }
     }

@@ -17,8 +17,6 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 const PINGS: u32 = 3;
 /// What a worker may take to make its devices, if the watchdog's patience is shorter.
 const START_TIME: Duration = Duration::from_secs(10);
-/// What it may take to end when it has closed its link: its last log lines are written.
-const LEAVING_TIME: Duration = Duration::from_secs(5);
 
 /// A worker's process. It ends with this value, and leaves no zombie.
 #[derive(Debug)]
@@ -123,10 +121,14 @@ impl Process {
         }
     }
 
-    /// When the watchdog, if there is one, has something to do.
-    pub(super) fn deadline(&self, patience: Option<Duration>) -> Option<Instant> {
-        match (self.pulse, patience) {
-            (Pulse::Leaving(since), _) => Some(since + LEAVING_TIME),
+    /// When the watchdog, if there is one, has something to do; or its time to leave is over.
+    pub(super) fn deadline(
+        &self,
+        watchdog: Option<Duration>,
+        parting_time: Duration,
+    ) -> Option<Instant> {
+        match (self.pulse, watchdog) {
+            (Pulse::Leaving(since), _) => Some(since + parting_time),
             (Pulse::Killed, _) | (_, None) => None,
             (Pulse::Starting(since), Some(time)) => Some(since + time.max(START_TIME)),
             (Pulse::Resting(since), Some(time)) => Some(since + PING_INTERVAL.min(time / PINGS)),

@@ -65,13 +65,6 @@ impl Slot {
             process.reload();
         }
     }
-
-    /// When the worker is due to be looked at. The first may take as long as it likes to start: nobody
-    /// relies on it yet.
-    pub(super) fn check_at(&self, watchdog: Option<Duration>) -> Option<Instant> {
-        let watchdog = watchdog.filter(|_| self.has_served);
-        self.process.as_ref().and_then(|process| process.deadline(watchdog))
-    }
 }
 
 /// How long to wait before the next try, so that a worker that can't live costs little.

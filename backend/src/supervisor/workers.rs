@@ -162,13 +162,13 @@ impl Supervisor {
 
     /// Asks a worker whether it is alive, and kills one that has not answered in time.
     pub(super) fn watch(&mut self, slot: usize, now: Instant) -> io::Result<()> {
-        let is_due = |slot: &Slot, watchdog| slot.check_at(watchdog).is_some_and(|at| at <= now);
-        if !is_due(&self.slots[slot], self.watchdog()) {
+        let is_due = |this: &Self| this.check_at(&this.slots[slot]).is_some_and(|at| at <= now);
+        if !is_due(self) {
             return Ok(());
         }
         // Its answer may be here: it is we who may have been stopped for a while.
         self.hear(slot, LAST_FRAMES)?;
-        if !is_due(&self.slots[slot], self.watchdog()) {
+        if !is_due(self) {
             return Ok(());
         }
         let Slot { process: Some(process), name, log, .. } = &mut self.slots[slot] else {
