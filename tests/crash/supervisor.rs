@@ -100,6 +100,50 @@ fn memory_given_between_deaths_is_all_there_for_the_last_worker() {
     }
 }
 
+#[test]
+fn a_worker_that_is_told_to_end_has_a_successor() {
+    let (run, image) = blk::disk(blk::SIZE, "", &Launch::default());
+    let mut driver = blk::drive(&run, 0, blk::setup());
+    let mut load = Load::new(blk::SIZE, 512, blk::DEPTH);
+    for _ in 0..5 {
+        load.run(&mut driver, 100);
+        load.fill(&mut driver);
+        let worker = run.worker(0);
+        worker.signal(Signal::TERM);
+        load.run(&mut driver, 100);
+        assert!(worker.ends(), "it was told to");
+    }
+    load.finish(&mut driver);
+    blk::assert_settled(&mut driver, &load);
+    load.verify(&image);
+}
+
+#[test]
+fn functions_that_share_a_worker_survive_its_death_together() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let disk = format!("virtio-blk,path={},group=a", image.display());
+    let devices = ["edu,group=a", &disk, "edu"];
+    let run = Supervised::start_in(directory, &devices, &Launch::default());
+    assert_eq!(run.worker(0).pid, run.worker(1).pid);
+    let other = run.worker(2);
+    assert_ne!(run.worker(0).pid, other.pid);
+    let mut peer = client(&run);
+    let mut driver = blk::drive(&run, 1, blk::setup());
+    let mut load = Load::new(1 << 20, 512, blk::DEPTH);
+    for value in 1..10 {
+        peer.write_u32(0, at::LIVENESS, value);
+        load.run(&mut driver, 50);
+        load.fill(&mut driver);
+        run.worker(value as usize % 2).kill();
+        assert_eq!(peer.read_u32(0, at::LIVENESS), !value);
+    }
+    load.run_to_end(&mut driver, 100, &std::fs::File::open(&image).unwrap());
+    blk::assert_settled(&mut driver, &load);
+    assert!(!other.has_ended());
+}
+
 /// What docs/crash-safety.md promises.
 #[test]
 fn without_its_supervisor_a_worker_serves_its_client_to_the_end() {
