@@ -4,7 +4,7 @@
 
 backend=
 # Which of barkeep's commands it is.
-service=serve
+service=${BARKEEP_LAB_SERVICE:-serve}
 
 # What barkeep serves: a name for the socket and a device for each function.
 served=(

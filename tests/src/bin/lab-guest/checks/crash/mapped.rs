@@ -17,7 +17,7 @@ use crate::{Result, ensure};
 /// Rounds of each check between two looks at whether there were kills enough.
 const ROUNDS: u32 = 3;
 /// As many transfers as leave time for mappings beside them.
-const TRANSFERS: u32 = 40;
+const TRANSFERS: u32 = 400;
 
 pub(super) fn run_all(report: &mut Report<impl Write>) -> Result<()> {
     kernel::look_for_hung_tasks();
