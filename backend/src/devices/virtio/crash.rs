@@ -30,15 +30,22 @@ pub(crate) mod tests {
         }
     }
 
-    /// Does something until it is killed at its nth point, from 0 on; `None` if it is.
-    pub(crate) fn kill_at<R>(point: u64, work: impl FnOnce() -> R) -> Option<R> {
+    /// Kills at the nth point from now on, from 0 on.
+    pub(crate) fn kill_at(point: u64) {
         LEFT.set(Some(point));
-        let result = catch_unwind(AssertUnwindSafe(work));
-        LEFT.set(None);
-        match result {
+    }
+
+    /// Does something, unless it is killed.
+    pub(crate) fn survives<R>(work: impl FnOnce() -> R) -> Option<R> {
+        match catch_unwind(AssertUnwindSafe(work)) {
             Ok(result) => Some(result),
             Err(payload) if payload.is::<Killed>() => None,
             Err(payload) => resume_unwind(payload),
         }
+    }
+
+    /// Nobody is killed any more.
+    pub(crate) fn spare() {
+        LEFT.set(None);
     }
 }

@@ -206,7 +206,8 @@ impl Record {
             return Err(RecordError::UsedIndex { found: used, expected: noted.end() });
         }
         let heads = 0..u16::try_from(self.descriptors()).unwrap_or(u16::MAX);
-        let mut in_flight: Vec<_> = heads.filter_map(|head| Some((self.when(head)?, head))).collect();
+        let mut in_flight: Vec<_> =
+            heads.filter_map(|head| Some((self.when(head)?, head))).collect();
         in_flight.sort_unstable();
         if in_flight.iter().any(|(_, head)| *head >= size) {
             return Err(RecordError::Damaged);

@@ -8,10 +8,10 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::guest_memory::{Error as GuestMemoryError, GuestMemorySliceIterator, Permissions};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::*;
-use crate::devices::virtio::crash::tests::{kill_at, point};
+use crate::devices::virtio::crash::tests::{kill_at, point, spare, survives};
 use crate::devices::virtio::spec::used;
 use crate::devices::virtio::{Chain, QueueAccess, recover};
 
@@ -255,8 +255,8 @@ fn run(steps: &[Step], in_order: bool, kills: &[u64]) -> usize {
     let mut kills = kills.iter();
     let (mut done, mut killed) = (0, 0);
     loop {
-        let kill = kills.next().copied().unwrap_or(u64::MAX);
-        let device = kill_at(kill, || {
+        kill_at(kills.next().copied().unwrap_or(u64::MAX));
+        let device = survives(|| {
             let mut device = world.device();
             world.check(&device);
             while let Some(step) = steps.get(done) {
@@ -266,6 +266,7 @@ fn run(steps: &[Step], in_order: bool, kills: &[u64]) -> usize {
             }
             device
         });
+        spare();
         match device {
             Some(device) => {
                 world.finish(device);

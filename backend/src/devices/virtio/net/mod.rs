@@ -420,7 +420,8 @@ impl<G: MemoryGuard> Core<G> for Net {
 
     fn queue_recovered(&mut self, queue: u16) {
         let word = self.words.as_ref().map_or(0, |words| words.get(0));
-        if let (Some(Role::Control), Some(Obeyed { mac, pairs })) = (self.role(queue), Obeyed::of(word))
+        if let (Some(Role::Control), Some(Obeyed { mac, pairs })) =
+            (self.role(queue), Obeyed::of(word))
         {
             // What can't be was never acknowledged.
             let _ = self.take_over(mac, Some(pairs));

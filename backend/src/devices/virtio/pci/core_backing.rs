@@ -309,7 +309,10 @@ impl Backing for CoreBacking {
 ///
 /// # Errors
 /// When there are not so many, or they are no eventfds.
-pub(in crate::devices) fn adopted(fds: Vec<OwnedFd>, count: usize) -> io::Result<Vec<Arc<EventFd>>> {
+pub(in crate::devices) fn adopted(
+    fds: Vec<OwnedFd>,
+    count: usize,
+) -> io::Result<Vec<Arc<EventFd>>> {
     if fds.len() != count {
         return Err(io::Error::other(format!("{} descriptors in place of {count}", fds.len())));
     }

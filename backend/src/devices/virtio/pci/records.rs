@@ -78,7 +78,8 @@ impl Records {
     /// The record of a queue that is served.
     pub(super) fn served(&self, index: u16, world: &World<'_>) -> Option<&Record> {
         let queue = self.queues.get(usize::from(index))?;
-        (queue.served.is_some() && queue.served == world.queue_start(index)).then_some(&queue.record)
+        (queue.served.is_some() && queue.served == world.queue_start(index))
+            .then_some(&queue.record)
     }
 
     /// Begins to serve a queue that the driver enabled. `in_flight` is what the device has of it by
@@ -94,7 +95,9 @@ impl Records {
         memory: &DmaGuard,
         in_flight: &[InFlight],
     ) -> Result<Attached, QueueError> {
-        let Some(queue) = self.queues.get_mut(usize::from(index)) else { return Ok(Attached::Before) };
+        let Some(queue) = self.queues.get_mut(usize::from(index)) else {
+            return Ok(Attached::Before);
+        };
         let start = world.queue_start(index);
         let (Some(start), Some(ring)) = (start, world.queue(index)) else {
             queue.served = None;

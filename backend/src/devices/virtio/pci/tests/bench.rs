@@ -1,5 +1,6 @@
 //! A function with the world around it, and a driver.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -10,11 +11,13 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use super::super::layout::common as at;
 use super::super::{CoreBacking, VirtioFunction};
 use super::core::{Echo, QUEUE_SIZE};
+use crate::devices::virtio::crash::tests::{kill_at, spare, survives};
 use crate::devices::virtio::spec::{descriptor, feature, status};
 use crate::devices::{Context, Device, Transfers};
 use crate::dma::{DmaAccess, DmaTable, Iova};
 use crate::irq::{EventFd, Interrupts};
-use crate::pci::{BarIndex, Effects, Function, ResetKind, spec};
+use crate::pci::{BarIndex, Effects, Function, FunctionState, ResetKind, spec};
+use crate::state::Scratch;
 
 pub(super) const ISR: u64 = 0x1000;
 pub(super) const DEVICE: u64 = 0x2000;
@@ -43,6 +46,22 @@ pub(super) struct Bench {
     pin: OwnedFd,
     available: Vec<u16>,
     used: Vec<u16>,
+    /// If its process may be killed.
+    life: Option<Life>,
+}
+
+/// What outlives the process of a function.
+#[derive(Clone)]
+pub(super) struct Life {
+    scratch: Scratch,
+    /// What was saved at the end of the last access that changed something: registers and device.
+    saved: Option<(FunctionState, Vec<u8>)>,
+    revision: Option<u64>,
+    /// After how many points each process is killed.
+    kills: VecDeque<u64>,
+    killed: usize,
+    /// After how many of them somebody went on.
+    gone_on: usize,
 }
 
 impl Bench {
@@ -79,6 +98,7 @@ impl Bench {
             pin,
             available: vec![0; queues],
             used: vec![0; queues],
+            life: None,
         };
         bench.map_memory();
         bench.command(COMMAND_ON);
@@ -198,7 +218,7 @@ impl Bench {
 
     /// What the event loop does when a wake of the device's is signalled.
     pub(super) fn wake(&mut self, index: usize) {
-        self.with(|device, context| device.woken(index, context));
+        self.turn(|device, context| device.woken(index, context));
     }
 
     /// The index of the core's own wake.
@@ -242,7 +262,7 @@ impl Bench {
     }
 
     pub(super) fn write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
-        self.with(|device, context| device.bar_write(bar, offset, data, context));
+        self.turn(|device, context| device.bar_write(bar, offset, data, context));
     }
 
     pub(super) fn with<R>(
@@ -341,13 +361,129 @@ impl Bench {
 
     /// Another process takes over what this one had, which is stopped.
     pub(super) fn moved(&mut self) -> Self {
-        let mut other = self.successor();
+        let other = self.successor();
+        self.moved_to(other)
+    }
+
+    pub(super) fn moved_to(&mut self, mut other: Self) -> Self {
+        (other.available, other.used) = (self.available.clone(), self.used.clone());
         self.device.quiesce();
         let registers = self.function.save();
         let state = self.device.saved().unwrap().save();
         let _ = other.function.restore(&registers).unwrap();
         other.device.saved().unwrap().restore(&state).unwrap();
         other
+    }
+
+    /// From now on its process is killed after so many points, and the next ones likewise.
+    pub(super) fn is_mortal(&mut self, kills: &[u64]) {
+        let saved = self.device.saved().unwrap();
+        let scratch = Scratch::private(saved.scratch_words()).unwrap();
+        saved.set_scratch(scratch.clone());
+        let mut kills = VecDeque::from(kills.to_vec());
+        kill_at(kills.pop_front().unwrap_or(u64::MAX));
+        self.life =
+            Some(Life { scratch, saved: None, revision: None, kills, killed: 0, gone_on: 0 });
+    }
+
+    /// How often it was killed. It is not any more.
+    pub(super) fn is_spared(&mut self) -> usize {
+        spare();
+        self.life.take().unwrap().killed
+    }
+
+    /// What the server does with one thing that happened: it is done, and what changed is saved; or it
+    /// is done again where somebody was killed.
+    pub(super) fn turn(&mut self, call: impl Fn(&mut VirtioFunction, &mut Context<'_>)) {
+        let Some(life) = &self.life else { return self.with(call) };
+        let killed = life.gone_on;
+        let attempt = |bench: &mut Self| {
+            let life = bench.life.as_ref().unwrap();
+            if life.killed > life.gone_on {
+                bench.go_on();
+            }
+            bench.with(&call);
+        };
+        while survives(|| attempt(self)).is_none() {
+            self.succeed();
+        }
+        let registers = self.function.save();
+        let saved = self.device.saved().unwrap();
+        let life = self.life.as_mut().unwrap();
+        let revision = saved.revision();
+        life.gone_on = life.killed;
+        if revision != life.revision || life.saved.is_none() || life.killed > killed {
+            life.saved = Some((registers, saved.save()));
+            life.revision = revision;
+        } else if let Some((of_function, _)) = &mut life.saved {
+            *of_function = registers;
+        }
+    }
+
+    /// It is killed while nothing happens, and somebody goes on.
+    pub(super) fn is_killed(&mut self) {
+        self.succeed();
+        self.turn(|_, _| {});
+    }
+
+    /// Likewise, while the client has no memory mapped.
+    pub(super) fn is_killed_without_memory(&mut self) {
+        self.succeed();
+        self.unmap_memory();
+        self.turn(|_, _| {});
+    }
+
+    /// Likewise, but what was saved since `life` was not.
+    pub(super) fn is_killed_and_has(&mut self, life: Life) {
+        self.succeed();
+        let killed = self.life.as_ref().unwrap().killed;
+        self.life = Some(Life { killed, ..life });
+        self.turn(|_, _| {});
+    }
+
+    pub(super) fn life(&self) -> Life {
+        self.life.clone().unwrap()
+    }
+
+    pub(super) fn scratch(&self) -> Scratch {
+        self.life().scratch
+    }
+
+    pub(super) fn file(&self) -> OwnedFd {
+        self.memory.try_clone().unwrap().into()
+    }
+
+    /// The descriptor that the next request starts with.
+    pub(super) fn next_head(&self, queue: u16) -> u16 {
+        2 * (self.available[usize::from(queue)] % (QUEUE_SIZE / 2))
+    }
+
+    /// Another process takes the place of one that was killed.
+    fn succeed(&mut self) {
+        let mut life = self.life.take().unwrap();
+        life.killed += 1;
+        let next = life.kills.pop_front().unwrap_or(u64::MAX);
+        // What was registered with the client stays.
+        let mut other = self.successor();
+        std::mem::swap(&mut other.interrupts, &mut self.interrupts);
+        std::mem::swap(&mut other.msix, &mut self.msix);
+        std::mem::swap(&mut other.pin, &mut self.pin);
+        other.core.state().holds = self.core.state().holds;
+        other.life = Some(life);
+        *self = other;
+        kill_at(next);
+    }
+
+    /// It begins where the last one was.
+    fn go_on(&mut self) {
+        let life = self.life.clone().unwrap();
+        let saved = self.device.saved().unwrap();
+        saved.set_scratch(life.scratch);
+        if let Some((registers, state)) = &life.saved {
+            saved.restore(state).unwrap();
+            let _ = self.function.restore(registers).unwrap();
+        }
+        self.resume();
     }
 
     /// Another function at power-on, with the same guest.

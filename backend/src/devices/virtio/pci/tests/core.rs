@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::devices::RestoreError;
 use crate::devices::virtio::spec::DeviceType;
@@ -32,6 +32,8 @@ pub(super) struct State {
     pub(super) holds: bool,
     pub(super) held: VecDeque<InFlight>,
     pub(super) config: [u8; 8],
+    /// How often it was written.
+    pub(super) writes: u64,
     /// What a reload finds.
     pub(super) surroundings: Option<Result<u8, String>>,
     /// How often it was kicked or woken.
@@ -52,7 +54,7 @@ impl Echo {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn take_told(&self) -> Vec<Told> {
@@ -115,6 +117,7 @@ impl Core<DmaGuard> for Echo {
 
     fn config_write(&mut self, offset: u64, data: &[u8]) {
         let mut state = self.state();
+        state.writes += 1;
         let to = state.config.get_mut(usize::try_from(offset).unwrap()..).unwrap_or_default();
         to.iter_mut().zip(data).for_each(|(byte, value)| *byte = *value);
     }
@@ -184,6 +187,10 @@ impl Core<DmaGuard> for Echo {
         self.state().told.push(Told::Resubmitted(request));
         let queue = request.queue;
         finish(request, io).map_err(|error| DeviceError::Queue { queue, error })
+    }
+
+    fn revision(&self) -> u64 {
+        self.state().writes
     }
 
     fn save(&self) -> Vec<u8> {

@@ -7,4 +7,5 @@ mod interrupts;
 mod moving;
 mod properties;
 mod queues;
+mod recovery;
 mod registers;
