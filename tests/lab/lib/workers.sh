@@ -122,6 +122,8 @@ check_orphans() {
   else
     ok orphans-end
   fi
+  # Their numbers may be others' soon.
+  orphans=()
 }
 
 # stop_workers NAME...: stops them as a debugger does; whoever watches them has to replace them.
