@@ -3,16 +3,20 @@
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, flock, open, statat};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname, listen,
+    socket_with,
 };
 use thiserror::Error;
 
@@ -28,7 +32,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 pub struct SocketPath {
     path: PathBuf,
     listener: OwnedFd,
-    identity: (u64, u64),
+    /// Of what is to be removed in the end.
+    identity: Option<(u64, u64)>,
 }
 
 /// Why a path can't be listened on.
@@ -43,6 +48,9 @@ pub enum SocketError {
     /// Something that is not a socket has this name; it is not ours to remove.
     #[error("exists and is not a socket")]
     NotASocket,
+    /// What is to be gone on with does not listen, or nobody can find it.
+    #[error("not a listening UNIX stream socket with a path")]
+    NotListening,
     /// The kernel refused.
     #[error("{0}")]
     System(#[from] Errno),
@@ -60,8 +68,34 @@ impl SocketPath {
         let listener = unix_socket()?;
         bind(&listener, &address)?;
         listen(&listener, BACKLOG)?;
-        let identity = identity(path)?.ok_or(Errno::NOENT)?;
+        let identity = Some(identity(path)?.ok_or(Errno::NOENT)?);
         Ok(Self { path: path.to_owned(), listener, identity })
+    }
+
+    /// Goes on with a socket that another process has listened on.
+    ///
+    /// # Errors
+    /// [`SocketError::NotListening`] when that is something else, or its path has been removed.
+    pub fn adopt(listener: OwnedFd) -> Result<Self, SocketError> {
+        let listens = socket_acceptconn(&listener) == Ok(true)
+            && socket_type(&listener) == Ok(SocketType::STREAM)
+            && socket_domain(&listener) == Ok(AddressFamily::UNIX);
+        let path =
+            listens.then(|| path_of(&listener)).flatten().ok_or(SocketError::NotListening)?;
+        let identity = Some(identity(&path)?.ok_or(SocketError::NotListening)?);
+        ioctl_fionbio(&listener, true)?;
+        Ok(Self { path, listener, identity })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Leaves it in the file system in the end: somebody else goes on with it.
+    pub fn leave(&mut self) {
+        self.identity = None;
     }
 
     /// The listening socket, non-blocking.
@@ -80,7 +114,7 @@ impl fmt::Display for SocketPath {
 impl Drop for SocketPath {
     fn drop(&mut self) {
         // Somebody may have replaced it since; then it is theirs.
-        if identity(&self.path) == Ok(Some(self.identity)) {
+        if self.identity.is_some() && identity(&self.path) == Ok(self.identity) {
             let _ = rustix::fs::unlink(&self.path);
         }
     }
@@ -133,6 +167,12 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), SocketError
         Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS) => Err(SocketError::InUse),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// The path that a socket is bound to.
+fn path_of(socket: &OwnedFd) -> Option<PathBuf> {
+    let address = SocketAddrUnix::try_from(getsockname(socket).ok()?).ok()?;
+    Some(PathBuf::from(OsStr::from_bytes(address.path_bytes()?)))
 }
 
 /// Device and inode of what is at `path`, if anything is.

@@ -85,3 +85,46 @@ fn the_listener_does_not_block() {
     let result = accept_with(socket.listener().as_fd(), SocketFlags::empty());
     assert_eq!(result.unwrap_err(), Errno::AGAIN);
 }
+
+/// The same socket, as another process finds it.
+fn inherited(socket: &SocketPath) -> OwnedFd {
+    socket.listener().try_clone_to_owned().unwrap()
+}
+
+#[test]
+fn a_socket_is_gone_on_with_by_another_process_that_removes_it_in_the_end() {
+    let (_directory, path) = directory();
+    let mut first = SocketPath::claim(&path).unwrap();
+    let second = SocketPath::adopt(inherited(&first)).unwrap();
+    assert_eq!(second.path(), path);
+    first.leave();
+    drop(first);
+    UnixStream::connect(&path).expect("still listening");
+    drop(second);
+    assert!(!path.exists());
+}
+
+#[test]
+fn an_inherited_socket_never_makes_the_event_loop_wait() {
+    let (_directory, path) = directory();
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = SocketPath::adopt(listener.into()).unwrap();
+    let accepted = accept_with(socket.listener(), SocketFlags::empty());
+    assert_eq!(accepted.err(), Some(Errno::AGAIN));
+}
+
+#[test]
+fn what_does_not_listen_or_cannot_be_found_is_not_gone_on_with() {
+    let (_directory, path) = directory();
+    let refused = |fd: OwnedFd| SocketPath::adopt(fd).unwrap_err() == SocketError::NotListening;
+    let (stream, _other) = UnixStream::pair().unwrap();
+    assert!(refused(stream.into()));
+    assert!(refused(std::fs::File::open("/dev/null").unwrap().into()));
+    assert!(refused(std::os::unix::net::UnixDatagram::bind(&path).unwrap().into()));
+    std::fs::remove_file(&path).unwrap();
+    let socket = SocketPath::claim(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    assert!(refused(inherited(&socket)));
+    let address = std::os::unix::net::SocketAddr::from_pathname("").unwrap();
+    assert!(refused(std::os::unix::net::UnixListener::bind_addr(&address).unwrap().into()));
+}
