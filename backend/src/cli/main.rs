@@ -3,6 +3,7 @@
 #[cfg(feature = "demo")]
 mod demo;
 mod log;
+mod run;
 mod serve;
 mod vhost_user;
 mod worker;
@@ -34,9 +35,8 @@ struct Arguments {
 enum Command {
     /// Serve PCI functions over vfio-user, one socket each
     Serve(serve::Arguments),
-    /// Serve functions for `run`, which starts this
-    #[command(hide = true)]
-    Worker(worker::Arguments),
+    /// As serve, with workers that are replaced when they end and go on with the same clients
+    Run(run::Arguments),
     /// Toggle PCI_COMMAND.MEM under load in a real guest and check every value it reads
     #[cfg(feature = "demo")]
     Demo(demo::Arguments),
@@ -69,7 +69,7 @@ fn main() -> ExitCode {
     }
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments),
-        Command::Worker(arguments) => worker::run(arguments),
+        Command::Run(run) => run::run(&run, arguments.log),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::run(&arguments),
         #[cfg(feature = "demo")]

@@ -37,8 +37,9 @@ use crate::{usage_error, vhost_user};
     decode=strict|always             'always' serves clients that never enable memory or\n                                   \
     bus mastering in the Command register\n  \
     romfile=FILE                     expansion ROM\n\
-    Option of every device:\n  \
-    id=NAME                          its socket in --socket-dir is NAME.sock"
+    Options of every device:\n  \
+    id=NAME                          its socket in --socket-dir is NAME.sock\n  \
+    group=NAME                       'barkeep run' has one worker for all devices of a group"
 )]
 pub(crate) struct Arguments {
     /// UNIX socket to serve a function on; may repeat
@@ -77,6 +78,49 @@ impl Arguments {
             return Ok(());
         }
         Err(format!("--socket and --device go in pairs: {sockets} sockets, {devices} devices"))
+    }
+
+    pub(crate) fn is_vfio_user(&self) -> bool {
+        self.transport == Transport::VfioUser
+    }
+
+    /// Reads the specification of every device.
+    pub(crate) fn describe<T>(
+        &self,
+        describe: impl FnMut(String) -> Result<Described<T>, String>,
+    ) -> Result<Vec<Described<T>>, String> {
+        self.devices.iter().cloned().map(describe).collect()
+    }
+
+    /// Claims a socket for each device and has it served there, by `add` with what the operator called
+    /// it.
+    pub(crate) fn claim<T>(
+        &self,
+        devices: Vec<Described<T>>,
+        mut add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
+    ) -> Result<(), String> {
+        let sockets = match &self.socket_dir {
+            Some(directory) => in_directory(directory, &devices)?,
+            None => self.sockets.clone(),
+        };
+        let mut ready = String::new();
+        for (path, Described { text, served, .. }) in sockets.into_iter().zip(devices) {
+            let option = format!("--socket {}", path.display());
+            let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
+            ready.push_str(&format!("serving {text} on {socket}\n"));
+            add(socket, text, served).map_err(|error| format!("{option}: {error}"))?;
+        }
+        // For whoever started us: the sockets are there. Nobody may be reading, which is fine.
+        let _ = io::stdout().write_all(ready.as_bytes());
+        Ok(())
+    }
+
+    /// What describes the devices to a worker.
+    pub(crate) fn for_workers(&self) -> Vec<String> {
+        // Sockets are the supervisor's.
+        let Self { sockets: _, socket_dir: _, transport: _, devices, poll } = self;
+        let devices = devices.iter().map(|spec| format!("--device={spec}"));
+        devices.chain([format!("--poll={poll}")]).collect()
     }
 }
 
@@ -117,53 +161,63 @@ fn prepare(arguments: Arguments) -> Result<Server, String> {
     let mut registry = Registry::default();
     let mut server = Server::new().map_err(|failure| format!("event loop: {failure}"))?;
     server.set_poll_budget(Duration::from_micros(arguments.poll));
-    let described = |text| Described::new(text, &mut registry);
-    open_sockets(arguments, described, |socket, _, function| server.add(socket, function))?;
+    let described = |text| {
+        let described = Described::new(text, &mut registry)?;
+        described.labels.refuse_group(&described.text)?;
+        Ok(described)
+    };
+    open_sockets(&arguments, described, |socket, _, function| server.add(socket, function))?;
     Ok(server)
 }
 
 /// Makes the devices and has each of them served on its socket, by `add` with what the operator called
-/// it.
+/// it. Every device is made before the first socket appears: a client that can connect is served.
 pub(crate) fn open_sockets<T>(
-    arguments: Arguments,
+    arguments: &Arguments,
     describe: impl FnMut(String) -> Result<Described<T>, String>,
-    mut add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
+    add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
 ) -> Result<(), String> {
-    let Arguments { sockets, socket_dir, devices, .. } = arguments;
-    // Every device is made before the first socket appears: a client that can connect is served.
-    let devices = devices.into_iter().map(describe).collect::<Result<Vec<_>, _>>()?;
-    let sockets = match socket_dir {
-        Some(directory) => in_directory(&directory, &devices)?,
-        None => sockets,
-    };
-    let mut ready = String::new();
-    for (path, Described { text, served, .. }) in sockets.into_iter().zip(devices) {
-        let option = format!("--socket {}", path.display());
-        let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
-        ready.push_str(&format!("serving {text} on {socket}\n"));
-        add(socket, text, served).map_err(|error| format!("{option}: {error}"))?;
-    }
-    // For whoever started us: the sockets are there. Nobody may be reading, which is fine.
-    let _ = io::stdout().write_all(ready.as_bytes());
-    Ok(())
+    arguments.claim(arguments.describe(describe)?, add)
 }
 
 /// What is to be served, and what the operator called it.
 pub(crate) struct Described<T> {
     pub(crate) text: String,
     pub(crate) name: String,
-    pub(crate) id: Option<String>,
+    pub(crate) labels: Labels,
     pub(crate) served: T,
+}
+
+/// What an operator adds to a device's specification for its surroundings.
+#[derive(Debug, Default)]
+pub(crate) struct Labels {
+    /// What its socket is called.
+    id: Option<String>,
+    /// With whom it shares a worker.
+    pub(crate) group: Option<String>,
+}
+
+impl Labels {
+    /// What a device is called that has this name and position.
+    pub(crate) fn device(&self, name: &str, position: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("{name}{position}"))
+    }
+
+    /// Where all devices are in one process anyway.
+    pub(crate) fn refuse_group(&self, spec: &str) -> Result<(), String> {
+        match self.group {
+            None => Ok(()),
+            Some(_) => Err(option(spec, &"parameter 'group': only with 'barkeep run'")),
+        }
+    }
 }
 
 impl Described<ServedFunction> {
     pub(crate) fn new(text: String, registry: &mut Registry) -> Result<Self, String> {
-        // Whatever the specification holds, the answer is one line.
-        let shown = text.replace(char::is_control, "?");
-        let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
-        let (spec, id) = parse(&text).map_err(|error| option(&error))?;
+        let option = |error: &dyn std::fmt::Display| option(&text, error);
+        let (spec, labels) = parse(&text).map_err(|error| option(&error))?;
         let name = spec.name.clone();
-        let described = |served| Self { text: text.clone(), name, id, served };
+        let described = |served| Self { text: text.clone(), name, labels, served };
         #[cfg(feature = "passthrough")]
         if spec.name == passthrough::NAME {
             let (function, map) = passthrough::create(spec).map_err(|error| option(&error))?;
@@ -175,14 +229,23 @@ impl Described<ServedFunction> {
     }
 }
 
-/// A device's specification, and what its socket is called if the operator says so.
-pub(crate) fn parse(text: &str) -> Result<(DeviceSpec, Option<String>), ConfigError> {
+/// What is wrong with a device's specification. Whatever that holds, the answer is one line.
+pub(crate) fn option(spec: &str, error: &dyn std::fmt::Display) -> String {
+    format!("--device {}: {error}", spec.replace(char::is_control, "?"))
+}
+
+/// A device's specification, and what is not the device's own in it.
+pub(crate) fn parse(text: &str) -> Result<(DeviceSpec, Labels), ConfigError> {
     let mut spec: DeviceSpec = text.parse()?;
     let id = spec.parameters.take_string("id");
     if let Some(id) = id.as_deref().filter(|id| !is_file_name(id)) {
         return Err(ConfigError::invalid("id", format!("'{id}' can't name a socket")));
     }
-    Ok((spec, id))
+    let group = spec.parameters.take_string("group");
+    if group.as_deref().is_some_and(str::is_empty) {
+        return Err(ConfigError::invalid("group", "it has no name".to_owned()));
+    }
+    Ok((spec, Labels { id, group }))
 }
 
 /// Whether this can be a part of a file's name.
@@ -192,15 +255,21 @@ fn is_file_name(id: &str) -> bool {
 
 /// A path for each device, by its name and id: unique, or it is an error.
 fn in_directory<T>(directory: &Path, devices: &[Described<T>]) -> Result<Vec<PathBuf>, String> {
+    let path = |name| directory.join(format!("{name}.sock"));
+    Ok(unique_names(devices)?.into_iter().map(path).collect())
+}
+
+/// What the devices are called, by their names and ids: unique, or it is an error.
+pub(crate) fn unique_names<T>(devices: &[Described<T>]) -> Result<Vec<String>, String> {
     let mut names = BTreeSet::new();
-    let paths = devices.iter().enumerate().map(|(position, Described { name, id, .. })| {
-        let name = id.clone().unwrap_or_else(|| format!("{name}{position}"));
+    let unique = devices.iter().enumerate().map(|(position, Described { name, labels, .. })| {
+        let name = labels.device(name, position);
         if !names.insert(name.clone()) {
             return Err(format!("two devices are called '{name}'"));
         }
-        Ok(directory.join(format!("{name}.sock")))
+        Ok(name)
     });
-    paths.collect()
+    unique.collect()
 }
 
 pub(crate) fn fatal(message: &str) -> ExitCode {

@@ -10,7 +10,7 @@ use barkeep_backend::server::VhostUserServer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
-use crate::serve::{Arguments, Described, fatal, open_sockets, parse};
+use crate::serve::{Arguments, Described, fatal, open_sockets, option, parse};
 use crate::usage_error;
 
 pub(crate) fn run(arguments: Arguments, stop: &UnixStream, reload: &UnixStream) -> ExitCode {
@@ -41,7 +41,7 @@ fn prepare(arguments: Arguments) -> Result<VhostUserServer, String> {
         return Err("--poll: not with --transport vhost-user".into());
     }
     let mut server = VhostUserServer::new().map_err(|failure| format!("vhost-user: {failure}"))?;
-    open_sockets(arguments, described, |socket, text, core| server.add(socket, text, core))?;
+    open_sockets(&arguments, described, |socket, text, core| server.add(socket, text, core))?;
     Ok(server)
 }
 
@@ -49,10 +49,9 @@ fn prepare(arguments: Arguments) -> Result<VhostUserServer, String> {
 const PCI_ONLY: [&str; 2] = ["decode", "romfile"];
 
 fn described(text: String) -> Result<Described<Box<dyn Core<SharedMemory>>>, String> {
-    // Whatever the specification holds, the answer is one line.
-    let shown = text.replace(char::is_control, "?");
-    let option = |error: &dyn std::fmt::Display| format!("--device {shown}: {error}");
-    let (spec, id) = parse(&text).map_err(|error| option(&error))?;
+    let option = |error: &dyn std::fmt::Display| option(&text, error);
+    let (spec, labels) = parse(&text).map_err(|error| option(&error))?;
+    labels.refuse_group(&text)?;
     let (name, mut parameters) = (spec.name, spec.parameters);
     let Some(constructor) = models::constructor(&name) else {
         let known = models::NAMES.join(", ");
@@ -67,5 +66,5 @@ fn described(text: String) -> Result<Described<Box<dyn Core<SharedMemory>>>, Str
     }
     let served = constructor(&mut parameters).map_err(|error| option(&error))?;
     parameters.finish().map_err(|error| option(&error))?;
-    Ok(Described { text, name, id, served })
+    Ok(Described { text, name, labels, served })
 }
