@@ -21,6 +21,8 @@ fn start(session: &Session) -> Supervised {
 fn survive(session: &Session, kills: u64) {
     let mut random = Random::new();
     let run = start(session);
+    run.worker(0);
+    let descriptors = run.descriptors();
     let expected = (session.run)(&run);
     let rounds = AtomicU64::new(0);
     let recovery = while_killed(

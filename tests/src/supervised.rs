@@ -116,6 +116,13 @@ impl Supervised {
         Pid::from_child(&self.child)
     }
 
+    /// How many descriptors the supervisor has.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        let list = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        list.expect("it is our child").count()
+    }
+
     /// Sends the supervisor a signal.
     pub fn signal(&self, signal: Signal) {
         rustix::process::kill_process(self.pid(), signal).expect("it is our child");
