@@ -77,6 +77,8 @@ fn start(arguments: &Arguments, log: String, asked: Signals) -> Result<Superviso
         return Err(Unserved::Usage("--transport vhost-user: not with 'barkeep run'".into()));
     }
     serve.check_pairs().map_err(Unserved::Usage)?;
+    let mut positions = 0..;
+    let described = |text| described(text, &mut positions);
     let devices = serve.describe(described).map_err(Unserved::Usage)?;
     let names = unique_names(&devices).map_err(Unserved::Usage)?;
     let failed = |failure: std::io::Error| Unserved::Failure(format!("supervisor: {failure}"));
@@ -94,9 +96,8 @@ fn start(arguments: &Arguments, log: String, asked: Signals) -> Result<Superviso
             Unserved::Failure(format!("supervisor: {error}"))
         }
     })?;
-    let mut functions = 0..;
-    let listen = |socket, _, ()| {
-        functions.next().into_iter().for_each(|function| supervisor.listen(function, socket));
+    let listen = |socket, _, function| {
+        supervisor.listen(function, socket);
         Ok(())
     };
     serve.claim(devices, listen).map_err(Unserved::Usage)?;
@@ -104,9 +105,13 @@ fn start(arguments: &Arguments, log: String, asked: Signals) -> Result<Superviso
 }
 
 /// What the supervisor has to know of a device. The rest is checked by the worker that makes it.
-fn described(text: String) -> Result<Described<()>, String> {
+fn described(
+    text: String,
+    positions: &mut impl Iterator<Item = usize>,
+) -> Result<Described<usize>, String> {
     let (spec, labels) = parse(&text).map_err(|error| option(&text, &error))?;
-    Ok(Described { text, name: spec.name, labels, served: () })
+    let position = positions.next().ok_or("too many devices")?;
+    Ok(Described { text, name: spec.name, labels, served: position })
 }
 
 /// How workers are started.
