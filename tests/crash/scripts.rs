@@ -21,7 +21,6 @@ fn start(session: &Session) -> Supervised {
 fn survive(session: &Session, kills: u64) {
     let mut random = Random::new();
     let run = start(session);
-    run.worker(0);
     let descriptors = run.descriptors();
     let expected = (session.run)(&run);
     let rounds = AtomicU64::new(0);
@@ -37,6 +36,9 @@ fn survive(session: &Session, kills: u64) {
             rounds.fetch_add(1, Ordering::Relaxed);
         },
     );
+    run.until("the end of what was held for clients", || {
+        (run.descriptors() == descriptors).then_some(())
+    });
     figure(&format_args!(
         "{}: {} rounds, {} kills",
         session.name,
