@@ -71,6 +71,18 @@ impl Function {
         Ok(self.finish(before, Events::default()))
     }
 
+    /// Makes the function what it was itself, in a process that has ended: also the epoch is what it was
+    /// then, since nobody has been told of another one.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore).
+    pub fn recover(&mut self, state: &FunctionState) -> Result<(), StateError> {
+        let FunctionState::V1(StateV1 { epoch, .. }) = state;
+        let _effects = self.restore(state)?;
+        self.epoch = *epoch;
+        Ok(())
+    }
+
     /// Checks what the registers' masks can't say: which values of a field there are.
     fn check_config(&self) -> Result<(), StateError> {
         let Capabilities { power, msi, aer, .. } = &self.capabilities;

@@ -121,7 +121,7 @@ impl HostedFunction {
         let RecordedFunction::V1(state, rest) =
             postcard::from_bytes(bytes).map_err(|_| Damaged)?;
         // The device is told nothing: its own state is from the same moment.
-        let _effects = self.function.restore(&state).map_err(|_| Damaged)?;
+        self.function.recover(&state).map_err(|_| Damaged)?;
         let saved = self.device.saved().ok_or(Damaged)?;
         saved.restore(recorded.device.ok_or(Damaged)?).map_err(|_| Damaged)?;
         Ok(rest)

@@ -1,1 +1,0 @@
-//! Sessions whose server is killed.

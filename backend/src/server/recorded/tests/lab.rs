@@ -1,0 +1,120 @@
+//! A server with one recorded port, and what outlives it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::server::ServedFunction;
+use crate::server::event_loop::{Epoll, Source, Token, Wait};
+use crate::server::recorded::{Legacy, Port};
+use crate::state::{FdKey, Holder};
+
+/// Rounds without a step of the client's, after which it is waited for in vain.
+const PATIENCE: usize = 1000;
+
+type Shelf = Arc<Mutex<BTreeMap<FdKey, OwnedFd>>>;
+
+pub(super) struct Lab {
+    function: fn() -> ServedFunction,
+    state: OwnedFd,
+    client: OwnedFd,
+    shelf: Shelf,
+    worker: Option<(Port, Epoll)>,
+}
+
+struct ShelfHolder(Shelf);
+
+impl Holder for ShelfHolder {
+    fn store(&mut self, key: FdKey, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.lock().unwrap().insert(key, fd.try_clone_to_owned()?);
+        Ok(())
+    }
+
+    fn forget(&mut self, key: FdKey) {
+        self.0.lock().unwrap().remove(&key);
+    }
+}
+
+/// What a client says of its script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Status {
+    /// It has done something.
+    Busy,
+    Waits,
+    Done,
+}
+
+impl Lab {
+    /// With a client that has just connected, whose end is returned.
+    pub(super) fn new(function: fn() -> ServedFunction) -> (Self, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let state = memfd_create("state", flags).unwrap();
+        let shelf = Shelf::default();
+        (Self { function, state, client: ours.into(), shelf, worker: None }, theirs)
+    }
+
+    /// Starts a server with all that is held.
+    pub(super) fn start(&mut self) {
+        let held = |shelf: &Shelf| {
+            let fds = shelf.lock().unwrap();
+            fds.iter().map(|(key, fd)| (*key, fd.try_clone().unwrap())).collect()
+        };
+        let fds = held(&self.shelf);
+        let state = self.state.try_clone().unwrap();
+        let client = Some(self.client.try_clone().unwrap());
+        let legacy = Legacy { state, client, fds };
+        let holder = Box::new(ShelfHolder(self.shelf.clone()));
+        let mut port = Port::new(0, "test", (self.function)(), legacy, holder).unwrap();
+        let epoll = Epoll::new().unwrap();
+        port.add(&epoll).unwrap();
+        self.worker = Some((port, epoll));
+    }
+
+    /// Takes away what is left of a server that was killed.
+    pub(super) fn bury(&mut self) {
+        self.worker = None;
+    }
+
+    /// Serves once what there is.
+    pub(super) fn round(&mut self) {
+        let (port, epoll) = self.worker.as_mut().unwrap();
+        let mut tokens = Vec::new();
+        epoll.wait(Wait::None, &mut tokens).unwrap();
+        if port.has_work() {
+            tokens.push(Token::Port(0, Source::Work));
+        }
+        for token in tokens {
+            let Token::Port(_, source) = token else { continue };
+            port.turn(epoll, source).unwrap();
+        }
+    }
+
+    pub(super) fn run_until(&mut self, mut step: impl FnMut() -> Status) {
+        let mut idle = 0;
+        loop {
+            match step() {
+                Status::Done => return,
+                Status::Busy => idle = 0,
+                Status::Waits => idle += 1,
+            }
+            assert!(idle < PATIENCE, "the client waits for ever");
+            self.round();
+        }
+    }
+
+    /// Nothing is held but what the state refers to: asked by starting once more.
+    pub(super) fn expect_no_litter(&mut self) {
+        self.bury();
+        let before: Vec<FdKey> = self.shelf.lock().unwrap().keys().copied().collect();
+        self.start();
+        let after: Vec<FdKey> = self.shelf.lock().unwrap().keys().copied().collect();
+        assert_eq!(before, after);
+    }
+}
