@@ -15,6 +15,7 @@ use crate::{EXIT_USAGE, usage_error};
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     serve: serve::Arguments,
