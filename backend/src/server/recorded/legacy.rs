@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::port::HANDSHAKE_TIME;
 use super::recorder::{Attempt, MAX_ATTEMPTS, Recorder};
@@ -121,7 +121,7 @@ impl Legacy {
             Ok(session) => {
                 self.forget_rest(&mut recorder);
                 let left_over = left_over(interrupted, function);
-                info!(function = name, "going on with its client");
+                debug!(function = name, "going on with its client");
                 Ok(Past { recorder, session: Some(session), left_over, lost: false })
             }
             Err(unusable) => {
