@@ -26,7 +26,7 @@ pub enum Activity {
 ///
 /// | word | what |
 /// |---|---|
-/// | 0 | the last activity to begin: 16 bits of index, 8 of kind, 40 of serial number. It is under way unless the committed record has that number, or its kind is [`IDLE`] |
+/// | 0 | the last activity to begin: 16 bits of index, 7 of kind, [`DONE`], 40 bits of serial number. It is under way unless it is marked as done, or the committed record has its number |
 /// | 1.. | deaths: 8 bits of count, 16 to tell one message or wake from another, and the serial number of the last activity that was counted |
 #[derive(Debug)]
 pub(super) struct Activities {
@@ -40,7 +40,8 @@ const OTHER_WORDS: usize = 6;
 /// Words for all of it.
 pub(super) const WORDS: usize = 1 + OTHER_WORDS + WAKE_WORDS as usize;
 
-const IDLE: u64 = 0;
+/// It is done, and nothing came of it that had to be committed.
+const DONE: u64 = 1 << 23;
 const SERIAL_SHIFT: u64 = 24;
 const SERIAL_MASK: u64 = u64::MAX >> SERIAL_SHIFT;
 
@@ -84,9 +85,9 @@ impl Activities {
 
     /// What is under way is done, with nothing that came of it.
     pub(super) fn end(&mut self, memory: &Memory, record: &Record) {
-        self.forgive(memory, record);
-        self.current = IDLE << 16 | self.serial() << SERIAL_SHIFT;
+        self.current |= DONE;
         memory.set(self.first, self.current);
+        self.forgive(memory, record);
     }
 
     /// Nobody has died of it in a row any more: it is done.
@@ -106,13 +107,14 @@ impl Activities {
     }
 
     fn current(&self, finished: u64) -> Result<Option<Activity>, StateError> {
-        if self.serial() == finished { Ok(None) } else { self.activity() }
+        let done = self.current & DONE != 0 || self.serial() == finished;
+        if done { Ok(None) } else { self.activity() }
     }
 
     fn activity(&self) -> Result<Option<Activity>, StateError> {
         let index = (self.current & 0xffff) as u16;
-        Ok(Some(match self.current >> 16 & 0xff {
-            IDLE => return Ok(None),
+        Ok(Some(match self.current >> 16 & 0x7f {
+            0 => return Ok(None),
             1 => Activity::Message(StreamId::Client),
             2 => Activity::Message(StreamId::Twin),
             3 => Activity::Wake(index),

@@ -223,7 +223,7 @@ impl Journal {
         self.flip(record);
         let streams = self.streams.iter_mut().zip(&self.record.streams);
         for (((inbox, outbox), record), staged) in streams.zip(staged) {
-            inbox.clear();
+            inbox.disconnect();
             outbox.adopt(staged, record);
         }
         self.activities.forgive(&self.memory, &self.record);
@@ -240,7 +240,7 @@ impl Journal {
     #[must_use]
     pub fn keys(&self) -> Vec<FdKey> {
         let of = |(inbox, outbox): &(Inbox, Outbox)| {
-            inbox.keys().iter().copied().chain(outbox.keys()).collect::<Vec<_>>()
+            inbox.keys().chain(outbox.keys()).collect::<Vec<_>>()
         };
         self.streams.iter().flat_map(of).collect()
     }

@@ -241,7 +241,7 @@ impl Outbox {
             let position = Position { bytes: self.sent, keys: 0 };
             let header = self.progress.prepare(memory, position, 0, length);
             match socket::send(socket, memory, header, from..from + length, fds) {
-                Ok(count) => self.sent += count as u64,
+                Ok(done) => self.sent += u64::from(done.bytes),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => return Ok(Flush::Blocked),
                 Err(errno) => return Err(errno),

@@ -5,7 +5,7 @@
 
 use super::StateError;
 use super::memory::{Memory, WORD};
-use super::socket::{self, HEADER_WORDS};
+use super::socket::{self, HEADER_WORDS, Transferred};
 
 /// One direction of a stream.
 #[derive(Debug)]
@@ -52,10 +52,12 @@ impl Progress {
         let [bytes, keys, keys_with, asked, crc] =
             std::array::from_fn(|word| memory.get(record + word));
         let expected = Self::crc([bytes, keys, keys_with, asked]);
-        let done = u64::from(socket::recorded(memory, record + HEADER_WORD).unwrap_or(0));
+        let Transferred { bytes: done, fds } =
+            socket::recorded(memory, record + HEADER_WORD).unwrap_or_default();
+        let done = u64::from(done);
         let end = bytes.checked_add(done).filter(|_| crc == expected && done <= asked);
         let bytes = end.ok_or(damaged)?;
-        Ok((progress, Position { bytes, keys: if done > 0 { keys_with } else { keys } }))
+        Ok((progress, Position { bytes, keys: if fds { keys_with } else { keys } }))
     }
 
     /// Makes a record count that says: at `position`, about to ask for so many bytes with so many keys.

@@ -22,29 +22,32 @@ use super::memory::{Memory, WORD};
 pub(super) const HEADER_WORDS: usize = size_of::<libc::mmsghdr>() / WORD;
 
 /// What no call writes: there is no message of this length.
-pub(super) const NOTHING: u32 = u32::MAX;
+const NOTHING: u32 = u32::MAX;
 
 /// `SCM_MAX_FD`: the kernel takes no more at once.
 const MAX_FDS: usize = 253;
 
 const LENGTH_WORD: usize = offset_of!(libc::mmsghdr, msg_len) / WORD;
+const FLAGS: usize = offset_of!(libc::mmsghdr, msg_hdr) + offset_of!(libc::msghdr, msg_flags);
+const FLAGS_WORD: usize = FLAGS / WORD;
 
 const _: () =
     assert!(align_of::<libc::mmsghdr>() == WORD && size_of::<libc::mmsghdr>() % WORD == 0);
-const _: () = assert!(offset_of!(libc::mmsghdr, msg_len) % WORD == 0);
+const _: () = assert!(offset_of!(libc::mmsghdr, msg_len) % WORD == 0 && FLAGS % WORD == 0);
 
 /// What the socket would give next. It stays there.
 #[derive(Debug)]
 pub struct Peeked {
     /// As much as is here, up to the room for it. None: the peer has closed its end.
     pub bytes: Vec<u8>,
-    /// Duplicates of the descriptors that come with these bytes, close-on-exec.
+    /// Duplicates of the first descriptors that are here, close-on-exec. They come with these bytes, or
+    /// with later ones: the kernel looks for them behind the room as well.
     pub fds: Vec<OwnedFd>,
     /// There are more descriptors than this process may have.
     pub fds_missing: bool,
 }
 
-/// Looks at the next bytes, up to those that come with descriptors, and at these.
+/// Looks at the next bytes, up to those that come with descriptors, and at the first of these.
 pub(super) fn peek(socket: BorrowedFd<'_>, room: usize) -> Result<Peeked, Errno> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
     let mut bytes = vec![0; room];
@@ -68,26 +71,41 @@ pub(super) fn peek(socket: BorrowedFd<'_>, room: usize) -> Result<Peeked, Errno>
     }
 }
 
+/// What the kernel has written to a header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Transferred {
+    pub(super) bytes: u32,
+    /// The bytes came with descriptors, which were dropped: there was no room for any.
+    pub(super) fds: bool,
+}
+
 /// Prepares a header for a call. It is not the one that counts yet.
 pub(super) fn prepare(memory: &Memory, header: usize) {
     memory.set(header + LENGTH_WORD, u64::MAX);
 }
 
 /// What the kernel has written to a header since it was prepared.
-pub(super) fn recorded(memory: &Memory, header: usize) -> Option<u32> {
-    let word = memory.get(header + LENGTH_WORD).to_ne_bytes();
-    let length = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
-    (length != NOTHING).then_some(length)
+pub(super) fn recorded(memory: &Memory, header: usize) -> Option<Transferred> {
+    let bytes = low_half(memory.get(header + LENGTH_WORD));
+    let flags = low_half(memory.get(header + FLAGS_WORD)).cast_signed();
+    let fds = flags & libc::MSG_CTRUNC != 0;
+    (bytes != NOTHING).then_some(Transferred { bytes, fds })
 }
 
-/// Takes bytes off the socket into `to`, with the header at word `header`. Descriptors that come with
-/// them are dropped: they have been seen before.
+/// The member at the lower address.
+fn low_half(word: u64) -> u32 {
+    let [a, b, c, d, ..] = word.to_ne_bytes();
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// Takes bytes off the socket into `to`, with the header at word `header`, and none behind those that
+/// come with descriptors. These are dropped: they have been seen before.
 pub(super) fn receive(
     socket: BorrowedFd<'_>,
     memory: &Memory,
     header: usize,
     to: Range<usize>,
-) -> Result<usize, Errno> {
+) -> Result<Transferred, Errno> {
     let mut part = libc::iovec { iov_len: to.len(), iov_base: memory.place(to).cast() };
     let place = set_parts(memory, header, &mut part, &mut []);
     let flags = libc::MSG_DONTWAIT;
@@ -107,7 +125,7 @@ pub(super) fn send(
     header: usize,
     from: Range<usize>,
     fds: &[BorrowedFd<'_>],
-) -> Result<usize, Errno> {
+) -> Result<Transferred, Errno> {
     let mut part = libc::iovec { iov_len: from.len(), iov_base: memory.place(from).cast() };
     let mut control = rights(fds);
     let place = set_parts(memory, header, &mut part, &mut control);
@@ -120,11 +138,11 @@ pub(super) fn send(
     finish(memory, header, result)
 }
 
-fn finish(memory: &Memory, header: usize, result: libc::c_int) -> Result<usize, Errno> {
+fn finish(memory: &Memory, header: usize, result: libc::c_int) -> Result<Transferred, Errno> {
     let result = if result < 0 { Err(last_error()) } else { Ok(()) };
     crash_point();
     result?;
-    recorded(memory, header).map(|length| length as usize).ok_or(Errno::AGAIN)
+    recorded(memory, header).ok_or(Errno::AGAIN)
 }
 
 fn last_error() -> Errno {

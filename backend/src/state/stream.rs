@@ -28,8 +28,8 @@ pub struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// Looks at what the socket would give next: no more than `room` bytes, and none behind those that
-    /// come with descriptors. Never waits.
+    /// Looks at what the socket would give next: no more than `room` bytes, and the first descriptors,
+    /// wherever they are ([`hold`](Self::hold)). Never waits.
     ///
     /// # Errors
     /// `EAGAIN` if there is nothing; whatever else the socket says.
@@ -37,18 +37,25 @@ impl Stream<'_> {
         socket::peek(socket.as_fd(), room)
     }
 
-    /// The message comes with these descriptors as well, which are held already. It counts when the
-    /// next bytes are taken: those that were peeked with them.
+    /// These are the keys of the first descriptors that the socket would give. They are part of the
+    /// message that takes the bytes they come with, this one or a later one. Until then, a peek
+    /// finds the same descriptors again.
     ///
     /// # Errors
-    /// [`TooManyKeys`]; then none of them is part of the message.
+    /// [`TooManyKeys`]
     pub fn hold(&mut self, keys: &[FdKey]) -> Result<(), TooManyKeys> {
-        self.inbox.hold(self.memory, keys)
+        self.inbox.hold(keys)
     }
 
-    /// Takes bytes off the socket into the message, no more than `count` and than there is room for.
-    /// Only bytes that were peeked, or their descriptors are lost. None: the peer has closed its end.
-    /// Never waits.
+    /// The keys that are part of no message yet.
+    #[must_use]
+    pub fn held(&self) -> &[FdKey] {
+        &self.inbox.held
+    }
+
+    /// Takes bytes off the socket into the message, no more than `count` and than there is room for,
+    /// and none behind those that come with descriptors. Only bytes that were peeked, or their
+    /// descriptors are lost. None: the peer has closed its end. Never waits.
     ///
     /// # Errors
     /// `EAGAIN` if there is nothing, `EMSGSIZE` if there is no room; whatever else the socket says.
@@ -123,7 +130,7 @@ pub(super) struct Inbox {
     /// Of the message in progress.
     length: usize,
     keys: Vec<FdKey>,
-    /// Those that count when the next bytes are taken.
+    /// Of a message that takes the bytes they come with.
     held: Vec<FdKey>,
 }
 
@@ -164,24 +171,25 @@ impl Inbox {
         self.position
     }
 
-    pub(super) fn keys(&self) -> &[FdKey] {
-        &self.keys
+    pub(super) fn keys(&self) -> impl Iterator<Item = FdKey> {
+        self.keys.iter().chain(&self.held).copied()
     }
 
     /// The message is done: so says the record.
     pub(super) fn clear(&mut self) {
         self.length = 0;
         self.keys.clear();
+    }
+
+    /// Nothing comes from this connection any more.
+    pub(super) fn disconnect(&mut self) {
+        self.clear();
         self.held.clear();
     }
 
-    fn hold(&mut self, memory: &Memory, keys: &[FdKey]) -> Result<(), TooManyKeys> {
-        let count = self.keys.len() + self.held.len();
-        if keys.len() > MAX_MESSAGE_KEYS - count {
+    fn hold(&mut self, keys: &[FdKey]) -> Result<(), TooManyKeys> {
+        if self.keys.len() + self.held.len() + keys.len() > MAX_MESSAGE_KEYS {
             return Err(TooManyKeys);
-        }
-        for (index, key) in keys.iter().enumerate() {
-            memory.set(self.area.first_word() + count + index, key.0);
         }
         self.held.extend(keys);
         Ok(())
@@ -199,19 +207,23 @@ impl Inbox {
             return Err(Errno::MSGSIZE);
         }
         let start = area.start + self.length;
+        for (index, key) in self.held.iter().enumerate() {
+            memory.set(self.area.first_word() + self.keys.len() + index, key.0);
+        }
         loop {
             let held = self.held.len() as u64;
             let header = self.progress.prepare(memory, self.position, held, count);
             match socket::receive(socket, memory, header, start..start + count) {
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno),
-                Ok(0) => return Ok(0),
                 Ok(taken) => {
-                    self.position.bytes += taken as u64;
-                    self.position.keys += held;
-                    self.length += taken;
-                    self.keys.append(&mut self.held);
-                    return Ok(taken);
+                    self.position.bytes += u64::from(taken.bytes);
+                    self.length += taken.bytes as usize;
+                    if taken.fds {
+                        self.position.keys += held;
+                        self.keys.append(&mut self.held);
+                    }
+                    return Ok(taken.bytes as usize);
                 }
             }
         }

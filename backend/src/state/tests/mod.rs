@@ -1,4 +1,9 @@
 mod basics;
+mod crashes;
+mod peer;
+mod random;
+mod worker;
+mod world;
 
 use std::os::fd::OwnedFd;
 
@@ -7,6 +12,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::{Journal, Recovered, StateError, StateFile};
 
 const IDENTITY: &str = "edu0: edu,width=28";
+const SCRATCH_WORDS: usize = 10;
 
 fn memfd() -> OwnedFd {
     memfd_create("state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap()
@@ -14,9 +20,9 @@ fn memfd() -> OwnedFd {
 
 fn fresh(memfd: &OwnedFd) -> Journal {
     let file = StateFile::create(memfd.try_clone().unwrap()).unwrap();
-    Journal::fresh(file, IDENTITY, 10).unwrap()
+    Journal::fresh(file, IDENTITY, SCRATCH_WORDS).unwrap()
 }
 
 fn recover(memfd: &OwnedFd) -> Result<(Journal, Recovered), StateError> {
-    Journal::recover(StateFile::open(memfd.try_clone()?)?, IDENTITY, 10)
+    Journal::recover(StateFile::open(memfd.try_clone()?)?, IDENTITY, SCRATCH_WORDS)
 }
