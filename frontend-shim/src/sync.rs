@@ -39,8 +39,11 @@ pub(crate) fn wait<'a, T>(
 pub(crate) struct Snapshot<T> {
     #[cfg(not(feature = "model-check"))]
     value: arc_swap::ArcSwap<T>,
+    /// Never held while another thread may run, so that a look or a change is one step: that of `turn`.
     #[cfg(feature = "model-check")]
-    value: Mutex<Arc<T>>,
+    value: std::sync::Mutex<Arc<T>>,
+    #[cfg(feature = "model-check")]
+    turn: AtomicU64,
 }
 
 #[cfg(not(feature = "model-check"))]
@@ -67,7 +70,7 @@ impl<T> Snapshot<T> {
 #[cfg(feature = "model-check")]
 impl<T> Snapshot<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { value: Mutex::new(Arc::new(value)) }
+        Self { value: std::sync::Mutex::new(Arc::new(value)), turn: AtomicU64::new(0) }
     }
 
     pub(crate) fn load(&self) -> Arc<T> {
@@ -75,10 +78,16 @@ impl<T> Snapshot<T> {
     }
 
     pub(crate) fn load_full(&self) -> Arc<T> {
-        Arc::clone(&lock(&self.value))
+        Arc::clone(&self.reach())
     }
 
     pub(crate) fn store(&self, value: T) {
-        *lock(&self.value) = Arc::new(value);
+        *self.reach() = Arc::new(value);
+    }
+
+    /// After any other thread may have run.
+    fn reach(&self) -> std::sync::MutexGuard<'_, Arc<T>> {
+        self.turn.fetch_add(1, Ordering::Relaxed);
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

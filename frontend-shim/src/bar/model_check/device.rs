@@ -83,6 +83,8 @@ pub(super) struct DeviceState {
     /// What the guest wants: the last it wrote.
     pub(super) wanted: bool,
     pub(super) placed: u64,
+    /// The same, of the process before.
+    placed_before: u64,
     /// Somebody else changed decode, or the addresses.
     pub(super) decode_behind: bool,
     address_behind: bool,
@@ -108,6 +110,7 @@ impl Device {
             applied: Vec::new(),
             wanted: false,
             placed: 0,
+            placed_before: 0,
             decode_behind: false,
             address_behind: false,
             saved: Vec::new(),
@@ -202,6 +205,11 @@ impl Device {
         self.arrive().dies_answering = true;
     }
 
+    /// It does not die of what it does next.
+    pub(super) fn live_on(&self) {
+        self.lock().dies_answering = false;
+    }
+
     /// Another process serves the function, from power-on; `None` while one does.
     pub(super) fn start_again(self: &Arc<Self>) -> Option<Link> {
         let mut state = self.arrive();
@@ -213,6 +221,9 @@ impl Device {
         (state.decode_behind, state.address_behind) = (false, false);
         state.reset();
         state.epoch = 0;
+        if state.placed != 0 {
+            state.placed_before = state.placed;
+        }
         (state.wanted, state.placed) = (false, 0);
         state.saved.clear();
         Some(Link { device: Arc::clone(self), process: state.process })
@@ -267,6 +278,13 @@ impl DeviceState {
     pub(super) fn address(&self, bar: u8) -> u64 {
         let at = usize::from(BARS) + 4 * usize::from(bar);
         u32::from_le_bytes(self.config[at..at + 4].try_into().unwrap()).into()
+    }
+
+    /// Whether the guest has put BAR2 there, as far as the VMM knows: it may not have heard yet that
+    /// another process serves.
+    pub(super) fn is_placed_at(&self, address: u64) -> bool {
+        let unheard = self.resumed < self.process;
+        address == self.placed || unheard && address == self.placed_before
     }
 
     /// The BAR and offset at an address, whether it decodes or not.

@@ -12,7 +12,7 @@
 //! | edu with 1 and 2 bytes | nothing: the device answers only 4 and 8 |
 //!
 //! A register may also hold its reset value of zero until a tagged value has been seen in it: all writes
-//! so far may have met a function that did not decode.
+//! so far may have met a function that did not decode. And at any time, where functions may be reset.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
@@ -132,6 +132,8 @@ fn tag_or_reset(asm: &mut Assembly, tag: u64, seen: i32) -> Result<(), IcedError
     asm.a.jne(wrong)?;
     asm.a.cmp(qword_ptr(r11 + seen), 0)?;
     asm.a.je(done)?;
+    asm.a.cmp(qword_ptr(r12 + control::RESETS), 0)?;
+    asm.a.jne(done)?;
     asm.bind(&mut wrong)?;
     asm.record_wrong()?;
     asm.a.jmp(done)?;
@@ -159,7 +161,7 @@ fn edu_narrow(asm: &mut Assembly) -> Result<(), IcedError> {
 
 fn cell(asm: &mut Assembly) -> Result<(), IcedError> {
     let (mut done, mut wrong, mut narrow) = (asm.label(), asm.label(), asm.label());
-    let mut unseen = asm.label();
+    let (mut unseen, mut no_reset) = (asm.label(), asm.label());
     asm.a.mov(rbx, rdi)?;
     asm.a.shl(rbx, CELL_SHIFT)?;
     asm.a.add(rbx, rsi)?;
@@ -167,6 +169,12 @@ fn cell(asm: &mut Assembly) -> Result<(), IcedError> {
     asm.a.or(r10, r8)?;
     asm.store64(r10, field::MAPPED_WRITES)?;
     asm.read_or(Width::Qword, narrow)?;
+
+    asm.a.test(rax, rax)?;
+    asm.a.jne(no_reset)?;
+    asm.a.cmp(qword_ptr(r12 + control::RESETS), 0)?;
+    asm.a.jne(unseen)?;
+    asm.bind(&mut no_reset)?;
 
     let last = qword_ptr(r11 + LAST_CELL);
     asm.a.cmp(rax, last)?;
@@ -213,6 +221,8 @@ fn constant_byte_or_reset(asm: &mut Assembly, byte: u32) -> Result<(), IcedError
     asm.a.jne(wrong)?;
     asm.a.cmp(qword_ptr(r11 + LAST_CELL), 0)?;
     asm.a.je(right)?;
+    asm.a.cmp(qword_ptr(r12 + control::RESETS), 0)?;
+    asm.a.jne(right)?;
     asm.bind(&mut wrong)?;
     asm.a.mov(ecx, byte)?;
     asm.record_wrong()?;

@@ -66,6 +66,8 @@ pub(super) mod control {
     pub(in super::super) const DEVICE_COUNT: i32 = 24;
     pub(in super::super) const ECAM: i32 = 32;
     pub(in super::super) const POLL_LIMIT: i32 = 40;
+    /// u64, not zero when functions may be reset at any time.
+    pub(in super::super) const RESETS: i32 = 48;
 }
 
 /// Offsets in a row of the device table.
@@ -91,6 +93,8 @@ pub struct Parameters {
     pub ecam: GuestAddress,
     /// How often `edu` polls for a result before it gives up.
     pub poll_limit: u64,
+    /// Somebody resets functions while `hammer` runs: any register may hold its reset value at any time.
+    pub resets: bool,
     /// Functions to work on.
     pub devices: Vec<Device>,
 }
@@ -144,6 +148,7 @@ impl Parameters {
         ram.store_u64(control(control::DEVICE_COUNT), self.devices.len() as u64)?;
         ram.store_u64(control(control::ECAM), self.ecam.0)?;
         ram.store_u64(control(control::POLL_LIMIT), self.poll_limit)?;
+        ram.store_u64(control(control::RESETS), self.resets.into())?;
 
         for (at, device) in (DEVICE_TABLE..).step_by(64).zip(&self.devices) {
             let field = |offset: i32| at + u64::from(offset.unsigned_abs());

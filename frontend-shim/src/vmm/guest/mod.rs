@@ -18,6 +18,7 @@ mod layout;
 mod lost_ram;
 mod page_tables;
 mod probe;
+mod recover;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -40,7 +41,7 @@ use crate::hypervisor::memory::AccessError;
 use crate::hypervisor::{GuestAddress, HostMapping, VcpuEntry};
 
 /// A program writes one byte here when it has finished: 0 if every value was right, else 1. It then halts.
-/// ([`Program::Hammer`] only halts.)
+/// ([`Program::Hammer`] and [`Program::Recover`] only halt.)
 pub const EXIT_PORT: u16 = 0x604;
 
 /// [`Program::LostRam`] writes one byte here when its RAM shall go.
@@ -60,6 +61,10 @@ pub enum Program {
     /// Reads and writes the BARs of all functions, with every width, until the stop flag is set. For any
     /// number of virtual CPUs; not for number 0 where that runs [`Program::Toggle`] at the same time.
     Hammer,
+    /// Looks for functions that were reset behind the guest's back, and programs them anew: BAR0 of edu
+    /// functions and BAR2 of ivshmem functions. Until the stop flag is set. For one virtual CPU, which
+    /// must be number 0; the others run [`Program::Hammer`], with [`Parameters::resets`].
+    Recover,
     /// Enumerates bus 0 through ports and compares with ECAM.
     Probe,
     /// Makes each edu function compute a factorial and copy a buffer by DMA there and back.
@@ -85,6 +90,7 @@ impl Program {
             Program::Edu => edu::assemble(self.address()),
             Program::Instructions => instructions::assemble(self.address()),
             Program::LostRam => lost_ram::assemble(self.address()),
+            Program::Recover => recover::assemble(self.address()),
         };
         code.map_err(|error| GuestError::Assemble(error.to_string()))
     }
@@ -121,6 +127,7 @@ impl Program {
             Program::Edu => 3,
             Program::Instructions => 4,
             Program::LostRam => 5,
+            Program::Recover => 6,
         })
     }
 }

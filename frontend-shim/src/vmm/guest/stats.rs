@@ -17,6 +17,7 @@ pub(super) mod field {
     pub(in super::super) const WRONG_ADDRESS: i32 = 64;
     pub(in super::super) const WRONG_VALUE: i32 = 72;
     pub(in super::super) const WRONG_EXPECTED: i32 = 80;
+    pub(in super::super) const RECOVERIES: i32 = 88;
 }
 
 /// Values of [`field::STATE`].
@@ -29,7 +30,7 @@ pub(super) const FINISHED: i32 = 2;
 pub struct StatBlock {
     /// How far the program is.
     pub state: RunState,
-    /// `toggle`: cycles done. `hammer`: rounds through all devices.
+    /// `toggle`: cycles done. `hammer` and `recover`: rounds through all devices.
     pub progress: u64,
     /// Reads of BARs (`probe`: of ECAM), of any width.
     pub reads: u64,
@@ -42,6 +43,8 @@ pub struct StatBlock {
     pub trapped_writes: u64,
     /// Writes to mapped BARs, whether or not the function claimed them.
     pub mapped_writes: u64,
+    /// `recover`: functions that it found reset, and programmed.
+    pub recoveries: u64,
     /// Values that no correct machine returns.
     pub wrong: u64,
     /// The first of them.
@@ -101,6 +104,7 @@ impl StatBlock {
             narrow_reads: get(field::NARROW_READS)?,
             trapped_writes: get(field::TRAPPED_WRITES)?,
             mapped_writes: get(field::MAPPED_WRITES)?,
+            recoveries: get(field::RECOVERIES)?,
             wrong,
             first_wrong: (wrong > 0).then_some(first_wrong),
         })

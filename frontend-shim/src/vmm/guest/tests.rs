@@ -36,6 +36,7 @@ fn toggle_sees_every_state_of_both_functions() {
                 narrow_reads: 0,
                 trapped_writes: 50 * 2,
                 mapped_writes: 50 * 2,
+                recoveries: 0,
                 wrong: 0,
                 first_wrong: None,
             }
@@ -228,6 +229,7 @@ fn what_does_not_fit_the_layout_is_refused() {
         command_off: OFF,
         ecam: GuestAddress(ECAM),
         poll_limit: 0,
+        resets: false,
         devices: vec![device; MAX_DEVICES + 1],
     };
     let ram = HostMapping::anonymous(RAM_SIZE).unwrap();

@@ -57,6 +57,7 @@ impl Board {
             command_off: 4,
             ecam: GuestAddress(0),
             poll_limit: 0,
+            resets: false,
             devices: vec![device],
         }
         .install(&ram)

@@ -79,6 +79,7 @@ impl Board {
             command_off: OFF,
             ecam: GuestAddress(ECAM),
             poll_limit: 100,
+            resets: false,
             devices: vec![
                 Device {
                     trapped: ConfigAddress::from_bdf(EDU_BDF),
