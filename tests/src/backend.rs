@@ -11,9 +11,11 @@ use std::time::Duration;
 use barkeep_backend::config::DeviceSpec;
 use barkeep_backend::devices::{Device, Options, Registry};
 use barkeep_backend::server::{HostedFunction, Server, SocketPath};
+use barkeep_backend::supervisor::link::WorkerLink;
 use tempfile::TempDir;
 
 use crate::peer::Peer;
+use crate::recorded;
 
 /// A server is stopped by one byte; one that takes this long hangs.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
@@ -55,20 +57,31 @@ impl Backend {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let mut server = Server::new().expect("an event loop");
         let mut sockets = Vec::new();
+        let mut functions = Vec::new();
         for (index, (device, options)) in devices.into_iter().enumerate() {
             let path = directory.path().join(format!("{index}.sock"));
             let socket = SocketPath::claim(&path).expect("a socket in a fresh directory");
             let name = format!("function {index}");
             let function = HostedFunction::with_options(name, device, options)
                 .expect("a function that can exist");
-            server.add(socket, function).expect("a socket that can be watched");
+            functions.push((socket, function));
             sockets.push(path);
         }
         let (stop, stopped) = UnixStream::pair().expect("a socket pair");
         let (finished, done): (Sender<()>, _) = channel();
+        let serve: Box<dyn FnOnce() + Send> = if recorded::is_wanted() {
+            serve_recorded(server, functions, stopped)
+        } else {
+            for (socket, function) in functions {
+                server.add(socket, function).expect("a socket that can be watched");
+            }
+            Box::new(move || {
+                server.run(stopped.as_fd()).expect("nothing a client does ends the event loop");
+            })
+        };
         let thread = std::thread::spawn(move || {
             let _finished = finished;
-            server.run(stopped.as_fd()).expect("nothing a client does ends the event loop");
+            serve();
         });
         Self { sockets, stop, thread: Some(thread), done, _directory: directory }
     }
@@ -90,6 +103,29 @@ impl Backend {
     pub fn client(&self) -> Peer {
         Peer::greeted(self.socket())
     }
+}
+
+/// The same as a supervisor would have it served, which here is a thread as well.
+fn serve_recorded(
+    mut server: Server,
+    functions: Vec<(SocketPath, HostedFunction)>,
+    stopped: UnixStream,
+) -> Box<dyn FnOnce() + Send> {
+    let (sockets, functions): (Vec<_>, Vec<_>) = functions.into_iter().unzip();
+    let (holding, link) = recorded::Holding::new(sockets, stopped);
+    let link = WorkerLink::from_fd(link);
+    let held = link.begin().expect("what was just told");
+    server.supervise(link).expect("a link that can be watched");
+    for (held, function) in held.into_iter().zip(functions) {
+        server.add_held("test", held, function).expect("a state that can be mapped");
+    }
+    Box::new(move || {
+        let holding = std::thread::spawn(move || holding.run());
+        // Nobody stops it but the supervisor.
+        let (_stop, stopped) = UnixStream::pair().expect("a socket pair");
+        server.run(stopped.as_fd()).expect("nothing a client does ends the event loop");
+        holding.join().expect("the supervisor has nothing to complain about");
+    })
 }
 
 impl Drop for Backend {

@@ -14,6 +14,7 @@ pub mod event_counter;
 mod figures;
 pub mod memory;
 pub mod peer;
+mod recorded;
 mod skip;
 pub mod supervised;
 pub mod virtio;
