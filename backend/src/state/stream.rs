@@ -210,11 +210,15 @@ impl Inbox {
         for (index, key) in self.held.iter().enumerate() {
             memory.set(self.area.first_word() + self.keys.len() + index, key.0);
         }
+        let mut reset = false;
         loop {
             let held = self.held.len() as u64;
             let header = self.progress.prepare(memory, self.position, held, count);
             match socket::receive(socket, memory, header, start..start + count) {
                 Err(Errno::INTR) => {}
+                // The peer has gone with replies unread. Unlike recvmsg, recvmmsg says so, once, before
+                // it gives what the peer has sent.
+                Err(Errno::CONNRESET) if !reset => reset = true,
                 Err(errno) => return Err(errno),
                 Ok(taken) => {
                     self.position.bytes += u64::from(taken.bytes);
