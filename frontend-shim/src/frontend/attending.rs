@@ -44,7 +44,7 @@ impl Frontend {
     /// [`ClientOptions::reconnect`](crate::client::ClientOptions::reconnect) is connected again as soon
     /// as its backend answers, and attended to further, until
     /// [`stop_attending`](Self::stop_attending): then it returns [`Attended::Stopped`]. Others are left
-    /// with [`Attended::Ended`].
+    /// with [`Attended::Ended`], and no access to them waits any more.
     pub fn attend(&self, function: usize) -> Attended {
         self.attend_with(function, &mut |_| {})
     }
@@ -67,6 +67,8 @@ impl Frontend {
             let gone = Instant::now();
             tell(SessionEvent::Gone);
             if !client.options().reconnect {
+                // Nobody brings another one.
+                attached.stop_waiting();
                 return Attended::Ended;
             }
             if gone - began >= LASTING {

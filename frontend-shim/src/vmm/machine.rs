@@ -78,7 +78,7 @@ pub enum MachineError {
     },
     /// The program needs functions that are not attached.
     #[error(
-        "--program {0:?}: it needs an edu function, and toggle and hammer an ivshmem function as well; instructions, an ivshmem or a passed-through edu function"
+        "--program {0:?}: it needs an edu function, and toggle, hammer and recover an ivshmem function as well; instructions, an ivshmem or a passed-through edu function"
     )]
     NothingToDo(Program),
     /// The model accesses RAM itself: without its file it would die of SIGBUS.
@@ -125,7 +125,8 @@ impl Machine {
                 deadline,
                 dma_target: Some(target),
                 twin_socket: true,
-                ..ClientOptions::default()
+                reconnect: arguments.reconnect,
+                dead_backend: arguments.dead_backend,
             };
             let index = frontend
                 .attach_with(path, options, arguments.suspend_order.into())
@@ -152,7 +153,7 @@ impl Machine {
         let frontend = self.host.frontend();
         self.placement.enable(frontend, COMMAND_ON);
         let devices = match arguments.program {
-            Program::Toggle | Program::Hammer => self.placement.pairs(frontend),
+            Program::Toggle | Program::Hammer | Program::Recover => self.placement.pairs(frontend),
             Program::Edu | Program::Probe | Program::LostRam => self.placement.edu_alone(frontend),
             Program::Instructions => self.placement.mapped_alone(frontend),
         };
@@ -166,6 +167,7 @@ impl Machine {
             command_off: COMMAND_OFF,
             ecam: GuestAddress(ECAM_BASE),
             poll_limit: POLL_LIMIT,
+            resets: arguments.program == Program::Recover,
             devices,
         }
         .install(&self.memory.ram)?;
@@ -197,22 +199,19 @@ impl Machine {
             Program::LostRam => vec![GuestProgram::LostRam],
             Program::Instructions => vec![GuestProgram::Instructions],
             Program::Hammer => vec![GuestProgram::Hammer; arguments.vcpus as usize],
-            Program::Toggle => {
-                let mut programs = vec![GuestProgram::Toggle];
-                programs.resize(arguments.vcpus as usize, GuestProgram::Hammer);
-                programs
-            }
+            Program::Toggle => among_hammers(GuestProgram::Toggle, arguments.vcpus),
+            Program::Recover => among_hammers(GuestProgram::Recover, arguments.vcpus),
         };
         let mut vcpus = Vec::new();
         for (id, program) in (0..).zip(programs) {
             program.load(&self.memory.ram)?;
             vcpus.push((id, self.vm.create_vcpu(id, &program.entry(id)?)?));
         }
-        if arguments.program == Program::Hammer {
+        if matches!(arguments.program, Program::Hammer | Program::Recover) {
             stop_with_standard_input(&self.memory.ram)?;
         }
-        let monitor = Monitor::new(&self.memory.ram, arguments);
         let frontend = self.host.frontend();
+        let monitor = Monitor::new(&self.memory.ram, frontend, arguments);
         std::thread::scope(|scope| {
             let _attendants = Attendants::start(scope, frontend)?;
             let mut threads = Vec::new();
@@ -242,8 +241,8 @@ impl Machine {
     }
 }
 
-/// A thread for each function, which learns at once when its backend has gone, and serves what it asks
-/// for. They end with this value.
+/// A thread for each function, which learns at once when its backend has gone, connects again if that is
+/// wanted, and serves what it asks for. They end with this value.
 struct Attendants<'a>(&'a Frontend);
 
 impl<'a> Attendants<'a> {
@@ -267,7 +266,7 @@ impl<'a> Attendants<'a> {
 
 impl Drop for Attendants<'_> {
     fn drop(&mut self) {
-        self.0.functions().iter().for_each(|function| function.client().attendant().stop());
+        (0..self.0.functions().len()).for_each(|index| self.0.stop_attending(index));
     }
 }
 
@@ -289,7 +288,14 @@ fn choose_hypervisor(choice: HypervisorChoice) -> Result<Arc<dyn Vm>, MachineErr
     Ok(Arc::new(Kvm::open()?))
 }
 
-/// Stops `hammer` when standard input ends. The thread dies with the process.
+/// `program` on vCPU 0, `hammer` on the others.
+fn among_hammers(program: GuestProgram, vcpus: u32) -> Vec<GuestProgram> {
+    let mut programs = vec![program];
+    programs.resize(vcpus as usize, GuestProgram::Hammer);
+    programs
+}
+
+/// Stops `hammer` and `recover` when standard input ends. The thread dies with the process.
 fn stop_with_standard_input(ram: &Arc<HostMapping>) -> Result<(), MachineError> {
     let ram = Arc::clone(ram);
     let wait = move || {
@@ -303,7 +309,7 @@ fn stop_with_standard_input(ram: &Arc<HostMapping>) -> Result<(), MachineError> 
     Ok(())
 }
 
-/// Asks the vCPUs that run `hammer` to stop.
+/// Asks the vCPUs that run `hammer` or `recover` to stop.
 pub(super) fn request_stop(ram: &HostMapping) {
     if let Err(error) = guest::request_stop(ram) {
         tracing::error!("can't stop the guest: {error}");

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::bar::SuspendOrder;
+use crate::client::DeadBackend;
 
 /// Options of `barkeep-vmm`.
 #[derive(Clone, Debug, clap::Args)]
@@ -32,7 +33,7 @@ pub struct Arguments {
     /// Guest program to run
     #[arg(long, value_enum, default_value_t = Program::Probe)]
     pub program: Program,
-    /// Virtual CPUs; only `toggle` and `hammer` use more than one
+    /// Virtual CPUs; only `toggle`, `hammer` and `recover` use more than one
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: u32,
     /// Rounds of `toggle`
@@ -56,6 +57,13 @@ pub struct Arguments {
     /// Seconds that a backend may take for one answer
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub deadline: u64,
+    /// What accesses do while a backend is gone: `ur` (complete as Unsupported Request), or
+    /// `stall=SECONDS` (wait for it, at most so long)
+    #[arg(long, value_name = "POLICY", default_value = "ur", value_parser = parse_dead_backend)]
+    pub dead_backend: DeadBackend,
+    /// Connect again to backends that have gone
+    #[arg(long)]
+    pub reconnect: bool,
     /// Print progress and report as JSON, one object a line
     #[arg(long)]
     pub json: bool,
@@ -72,6 +80,9 @@ pub enum Program {
     Toggle,
     /// Read and write the BARs until standard input ends, while somebody else toggles them
     Hammer,
+    /// Program functions anew on vCPU 0 whenever they have been reset, while the others read and write
+    /// the BARs, until standard input ends
+    Recover,
     /// Make every kind of access with decode on and off
     Instructions,
     /// Lose RAM and read it: the VM must not survive that
@@ -160,6 +171,21 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     }
 }
 
-/// How long `toggle` may stand still before the VM counts as hung. Far more than a backend's
+/// More than a day is no deadline.
+const LONGEST_STALL: u64 = 24 * 60 * 60;
+
+fn parse_dead_backend(text: &str) -> Result<DeadBackend, String> {
+    let seconds = match text.split_once('=') {
+        None if text == "ur" => return Ok(DeadBackend::UnsupportedRequest),
+        Some(("stall", seconds)) => seconds.parse().ok(),
+        _ => None,
+    };
+    match seconds {
+        Some(seconds @ 1..=LONGEST_STALL) => Ok(DeadBackend::Stall(Duration::from_secs(seconds))),
+        _ => Err(format!("ur, or stall=SECONDS from 1 to {LONGEST_STALL}")),
+    }
+}
+
+/// How long the guest may stand still before the VM counts as hung. Far more than a backend's
 /// deadline, so that a slow backend is told apart.
 const STALL_LIMIT: Duration = Duration::from_secs(60);

@@ -6,23 +6,37 @@ use std::time::{Duration, Instant};
 use super::guest::StatBlock;
 use super::report::{self, Line, Progress};
 use super::{Arguments, Program, STALL_LIMIT};
+use crate::Frontend;
+use crate::client::DeadBackend;
 use crate::hypervisor::HostMapping;
 
 const INTERVAL: Duration = Duration::from_millis(100);
 
 pub(super) struct Monitor<'a> {
     ram: &'a HostMapping,
+    frontend: &'a Frontend,
+    vcpus: u32,
     total: u64,
     tell: bool,
+    stall_limit: Duration,
     bell: mpsc::Sender<()>,
     ended: mpsc::Receiver<()>,
 }
 
 impl<'a> Monitor<'a> {
-    pub(super) fn new(ram: &'a HostMapping, arguments: &Arguments) -> Self {
+    pub(super) fn new(ram: &'a HostMapping, frontend: &'a Frontend, arguments: &Arguments) -> Self {
         let (bell, ended) = mpsc::channel();
-        let tell = arguments.json && arguments.program == Program::Toggle;
-        Self { ram, total: arguments.cycles, tell, bell, ended }
+        let (total, tells) = match arguments.program {
+            Program::Toggle => (arguments.cycles, true),
+            Program::Recover => (0, true),
+            _ => (0, false),
+        };
+        let stall_limit = match arguments.dead_backend {
+            DeadBackend::UnsupportedRequest => STALL_LIMIT,
+            DeadBackend::Stall(limit) => STALL_LIMIT + limit,
+        };
+        let (vcpus, tell) = (arguments.vcpus, tells && arguments.json);
+        Self { ram, frontend, vcpus, total, tell, stall_limit, bell, ended }
     }
 
     /// To be held by a vCPU until it ends.
@@ -30,21 +44,23 @@ impl<'a> Monitor<'a> {
         self.bell.clone()
     }
 
-    /// Returns when every vCPU has ended. A guest that makes no progress for [`STALL_LIMIT`] ends
-    /// the process: its vCPU threads can't be stopped from outside.
+    /// Returns when every vCPU has ended. A guest that makes no progress for [`STALL_LIMIT`], beyond
+    /// what accesses may wait for a backend, ends the process: its vCPU threads can't be stopped from
+    /// outside.
     pub(super) fn watch(self) {
-        let Self { ram, total, tell, bell, ended } = self;
+        let Self { ram, frontend, vcpus, total, tell, stall_limit, bell, ended } = self;
         drop(bell);
         let mut seen = (u64::MAX, Instant::now());
         while ended.recv_timeout(INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
             let done = StatBlock::read(ram, 0).map_or(0, |block| block.progress);
             if tell {
-                report::print_line(&Line::Progress(Progress { done, total }));
+                let progress = Progress { done, total, ..Progress::read(ram, vcpus, frontend) };
+                report::print_line(&Line::Progress(progress));
             }
             if done != seen.0 {
                 seen = (done, Instant::now());
-            } else if seen.1.elapsed() > STALL_LIMIT {
-                report::say(&format!("the guest made no progress for {STALL_LIMIT:?}: it hangs"));
+            } else if seen.1.elapsed() > stall_limit {
+                report::say(&format!("the guest made no progress for {stall_limit:?}: it hangs"));
                 std::process::exit(1);
             }
         }

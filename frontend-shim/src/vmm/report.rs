@@ -13,7 +13,7 @@ use super::placement::{Placement, is_mapped};
 use super::vcpu::VcpuEnd;
 use super::{Arguments, MachineError, Program};
 use crate::Frontend;
-use crate::bar::AddressSpace;
+use crate::bar::{AddressSpace, Outages};
 use crate::fault::FaultCounts;
 use crate::hypervisor::{HostMapping, HypervisorKind};
 
@@ -27,13 +27,38 @@ pub enum Line {
     Report(Box<Report>),
 }
 
-/// How far `toggle` is.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+/// How far `toggle` or `recover` is.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
-    /// Cycles done.
+    /// Cycles, or rounds, that vCPU 0 has done.
     pub done: u64,
-    /// Cycles in all.
+    /// Cycles in all; 0 for `recover`, which ends when it is told so.
     pub total: u64,
+    /// Reads of BARs by the guest that a device answered.
+    pub live_reads: u64,
+    /// Functions that `recover` found reset, and programmed.
+    pub recoveries: u64,
+    /// What became of the sessions with backends.
+    pub outages: Outages,
+}
+
+impl Progress {
+    /// What the guest and the frontend have counted by now.
+    pub(super) fn read(ram: &HostMapping, vcpus: u32, frontend: &Frontend) -> Self {
+        let mut progress = Self { outages: outages(frontend), ..Self::default() };
+        for block in (0..vcpus).filter_map(|vcpu| StatBlock::read(ram, vcpu).ok()) {
+            let StatBlock { reads, reads_ur, narrow_reads, recoveries, .. } = block;
+            // They are counted one after the other.
+            progress.live_reads += reads.saturating_sub(reads_ur + narrow_reads);
+            progress.recoveries += recoveries;
+        }
+        progress
+    }
+}
+
+/// Of all functions.
+fn outages(frontend: &Frontend) -> Outages {
+    frontend.functions().iter().map(|function| function.outages()).sum()
 }
 
 /// The result of a run.
@@ -67,6 +92,10 @@ pub struct Report {
     pub longest_stuck_ns: u64,
     /// How often a memory slot came or went.
     pub slot_changes: u64,
+    /// What became of the sessions with backends, of all functions.
+    pub outages: Outages,
+    /// Functions that `recover` found reset, and programmed.
+    pub recoveries: u64,
     /// Values that no correct machine returns.
     pub wrong_values: u64,
     /// The backends' side of the trapped BARs.
@@ -123,6 +152,7 @@ pub(super) fn collect(finished: Finished<'_>) -> Report {
         memory_faults: frontend.fault_counters().get().resolved(),
         faults: frontend.fault_counters().get(),
         slot_changes: frontend.slot_changes(),
+        outages: outages(frontend),
         seconds: elapsed.as_secs_f64(),
         ..Report::default()
     };
@@ -181,6 +211,13 @@ impl Report {
                 self.longest_stuck_ns / 1000
             ));
         }
+        if self.outages != Outages::default() {
+            let Outages { gone, back, away_ns, unsupported_requests, resumed } = self.outages;
+            text.push_str(&format!(
+                "  backends: {gone} gone, {back} back, away {} ms; {unsupported_requests} accesses UR, {resumed} resumed\n",
+                away_ns / 1_000_000
+            ));
+        }
         for line in self.findings.iter().chain(&self.failures) {
             text.push_str(line);
             text.push('\n');
@@ -205,6 +242,7 @@ impl Report {
         self.narrow_reads += block.narrow_reads;
         self.trapped_writes += block.trapped_writes;
         self.mapped_writes += block.mapped_writes;
+        self.recoveries += block.recoveries;
         self.wrong_values += block.wrong;
         if let Some(wrong) = block.first_wrong {
             self.failures.push(format!(
@@ -215,13 +253,14 @@ impl Report {
     }
 
     /// Every write of the guest must have arrived, applied or dropped, exactly once; where a mapped BAR
-    /// of a passed-through function takes a part of them, nobody can count those.
+    /// of a passed-through function takes a part of them, nobody can count those, and a backend that went
+    /// away has taken its counts with it.
     fn ask_backends(&mut self, arguments: &Arguments, frontend: &Frontend, placement: &Placement) {
         // Others keep no count of their own.
-        if !matches!(arguments.program, Program::Toggle | Program::Hammer) {
+        if !matches!(arguments.program, Program::Toggle | Program::Hammer | Program::Recover) {
             return;
         }
-        let mut counted = true;
+        let mut counted = self.outages.gone == 0;
         for index in placement.edu_functions() {
             let state = self.ask_backend(frontend, index, 0);
             self.backends.writes_applied += state.writes;
@@ -243,8 +282,12 @@ impl Report {
     }
 
     fn ask_backend(&mut self, frontend: &Frontend, function: usize, bar: u32) -> RegionState {
-        frontend.functions()[function].client().region_state(bar).unwrap_or_else(|error| {
-            self.failures.push(format!("function {function}: {error}"));
+        let asked = frontend.functions()[function].client().region_state(bar);
+        asked.unwrap_or_else(|error| {
+            // That it has gone is told, and no failure of the VM's.
+            if !(error.ends_session() && self.outages.gone > 0) {
+                self.failures.push(format!("function {function}: {error}"));
+            }
             RegionState::default()
         })
     }
@@ -266,7 +309,7 @@ impl Report {
                 let pairs = placement.pairs(frontend).len() as u64;
                 self.check_toggle(arguments, pairs, passes_through(frontend, placement));
             }
-            Program::Hammer => self.add_ends(frontend, placement),
+            Program::Hammer | Program::Recover => self.add_ends(frontend, placement),
             Program::Instructions => self.add_instructions(ram),
             // That it came here at all is the failure.
             Program::LostRam => self.check_lost_ram(),

@@ -56,6 +56,18 @@ pub struct Outages {
     pub resumed: u64,
 }
 
+impl std::iter::Sum for Outages {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            gone: sum.gone + one.gone,
+            back: sum.back + one.back,
+            away_ns: sum.away_ns.saturating_add(one.away_ns),
+            unsupported_requests: sum.unsupported_requests + one.unsupported_requests,
+            resumed: sum.resumed + one.resumed,
+        })
+    }
+}
+
 /// What an access has waited so far.
 #[derive(Debug, Default)]
 pub(super) struct Patience {

@@ -85,7 +85,10 @@ impl Hypervisor for ModelHypervisor {
         let (device, part, size) = &self.plan[slot.0 as usize];
         let end = |mapping: &SlotMapping| mapping.guest.0 + mapping.len;
         let placed = mapping.guest.0 - part;
-        assert!(device.lock().is_placed_at(placed), "{mapping:x?} is where the guest has not put it");
+        assert!(
+            device.lock().is_placed_at(placed),
+            "{mapping:x?} is where the guest has not put it"
+        );
         assert!(mapping.offset == 0 && mapping.len == *size, "{mapping:x?} is not its part");
         assert!(end(&mapping) <= placed + BAR2_SIZE, "{mapping:x?} passes the end of the BAR");
         assert!(mapping.guest.0 >= RAM_SIZE, "{mapping:x?} lies over RAM");
