@@ -12,7 +12,7 @@
 //! [`OPTIONAL`] what those that don't know it may leave alone.
 
 use super::memory::{Memory, WORD};
-use super::{SectionId, StateError, StreamId};
+use super::{SectionId, StateError, StreamId, checksum};
 
 /// This program's layout.
 pub(super) const VERSION: u32 = 1;
@@ -133,7 +133,8 @@ impl Layout {
         let table: Vec<u64> =
             (TABLE_WORD..TABLE_WORD + table * ENTRY_WORDS).map(|word| memory.get(word)).collect();
         let words = [&[version, count], table.as_slice()].concat();
-        if memory.get(CRC_WORD) != u64::from(crc32fast::hash(&bytes_of(&words))) {
+        let crc = crc32fast::hash(&bytes_of(&words));
+        if !checksum::matches(memory.get(CRC_WORD), crc.into()) {
             return Err(StateError::Damaged("the header"));
         }
         let oldest_reader = version >> 32;

@@ -13,6 +13,7 @@
 //! nothing twice that others have seen, and leaves nothing out.
 
 mod activity;
+mod checksum;
 mod crash;
 mod file;
 mod journal;

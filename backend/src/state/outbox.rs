@@ -14,7 +14,7 @@ use super::layout::Area;
 use super::memory::{Memory, WORD};
 use super::progress::{Position, Progress};
 use super::record::StreamRecord;
-use super::{FdKey, StateError, socket};
+use super::{FdKey, StateError, checksum, socket};
 
 /// Descriptors that go with one frame.
 pub const MAX_FRAME_KEYS: usize = 16;
@@ -114,7 +114,7 @@ impl Outbox {
         for _ in 0..count {
             let word = words.next()?;
             let start = end;
-            end = end.checked_add(word & 0xffff_ffff)?;
+            end += Some(word & 0xffff_ffff).filter(|length| *length > 0)?;
             let keys = usize::try_from(word >> 32).ok().filter(|keys| *keys <= MAX_FRAME_KEYS)?;
             table_words += 1 + keys;
             let keys = words.by_ref().take(keys).map(FdKey).collect();
@@ -129,11 +129,14 @@ impl Outbox {
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&bytes);
         hasher.update(&table[WORD..table_words * WORD]);
-        (crc == u64::from(hasher.finalize())).then_some(frames)
+        checksum::matches(crc, hasher.finalize().into()).then_some(frames)
     }
 
     /// Bytes that fit behind those that wait.
     pub(super) fn room(&self) -> usize {
+        if self.frames.len() == MAX_FRAMES {
+            return 0;
+        }
         self.half(false).length - HEADER - self.waiting()
     }
 

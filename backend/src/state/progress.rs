@@ -3,9 +3,9 @@
 //! There are two records. One counts: its base, plus what the kernel has written to its header. The
 //! other one is prepared for the next call, and then one store makes it the one that counts.
 
-use super::StateError;
 use super::memory::{Memory, WORD};
 use super::socket::{self, HEADER_WORDS, Transferred};
+use super::{StateError, checksum};
 
 /// One direction of a stream.
 #[derive(Debug)]
@@ -23,6 +23,9 @@ const RECORD_WORDS: usize = HEADER_WORD + HEADER_WORDS;
 
 /// Words that a direction needs.
 pub(super) const WORDS: usize = 1 + 2 * RECORD_WORDS;
+
+/// Larger counts of bytes or anything else are damage: nobody lives to see them.
+pub(super) const MAX_COUNT: u64 = 1 << 62;
 
 /// Bytes, and descriptors' keys, since the file was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,13 +54,13 @@ impl Progress {
         let record = progress.record(second);
         let [bytes, keys, keys_with, asked, crc] =
             std::array::from_fn(|word| memory.get(record + word));
-        let expected = Self::crc([bytes, keys, keys_with, asked]);
+        let expected = checksum::of_words([bytes, keys, keys_with, asked]);
         let Transferred { bytes: done, fds } =
             socket::recorded(memory, record + HEADER_WORD).unwrap_or_default();
         let done = u64::from(done);
-        let end = bytes.checked_add(done).filter(|_| crc == expected && done <= asked);
-        let bytes = end.ok_or(damaged)?;
-        Ok((progress, Position { bytes, keys: if fds { keys_with } else { keys } }))
+        let intact = checksum::matches(crc, expected) && done <= asked && bytes <= MAX_COUNT;
+        let end = intact.then(|| bytes + done).ok_or(damaged)?;
+        Ok((progress, Position { bytes: end, keys: if fds { keys_with } else { keys } }))
     }
 
     /// Makes a record count that says: at `position`, about to ask for so many bytes with so many keys.
@@ -73,16 +76,12 @@ impl Progress {
         let record = self.record(second);
         let words = [position.bytes, position.keys, position.keys + keys, asked as u64];
         let [bytes, keys, keys_with, asked] = words;
-        let words = [bytes, keys, keys_with, asked, Self::crc(words)];
+        let words = [bytes, keys, keys_with, asked, checksum::of_words(words)];
         memory.write(record * WORD, words.map(u64::to_ne_bytes).as_flattened());
         socket::prepare(memory, record + HEADER_WORD);
         memory.set(self.first, second.into());
         self.second = second;
         record + HEADER_WORD
-    }
-
-    fn crc(words: [u64; 4]) -> u64 {
-        crc32fast::hash(words.map(u64::to_ne_bytes).as_flattened()).into()
     }
 
     fn record(&self, second: bool) -> usize {

@@ -1,8 +1,8 @@
 //! What has been committed: one of two records, and the word that says which.
 
 use super::memory::{Memory, WORD};
-use super::progress::Position;
-use super::{StateError, StreamId};
+use super::progress::{MAX_COUNT, Position};
+use super::{StateError, StreamId, checksum};
 
 /// Words of a record. Those that this version does not use are zeros, and mean what they mean in the
 /// version that uses them: nothing.
@@ -61,7 +61,7 @@ impl Record {
         let generation = memory.get(first);
         let place = first + 1 + if generation & 1 == 1 { RECORD_WORDS } else { 0 };
         let words: [u64; RECORD_WORDS] = std::array::from_fn(|word| memory.get(place + word));
-        if words[0] != generation || words[CRC_WORD] != Self::crc(&words) {
+        if words[0] != generation || !checksum::matches(words[CRC_WORD], Self::crc(&words)) {
             return Err(StateError::Damaged("the committed record"));
         }
         let stream = |index: usize| {
@@ -69,16 +69,16 @@ impl Record {
             let words = words[place..].first_chunk().expect("there is room for all streams");
             StreamRecord::parse(words)
         };
-        Ok(Self {
-            generation,
-            finished: words[1],
-            sections: words[2],
-            streams: std::array::from_fn(stream),
-        })
+        let streams: [StreamRecord; _] = std::array::from_fn(stream);
+        if !streams.iter().all(StreamRecord::is_possible) {
+            return Err(StateError::Damaged("the committed record"));
+        }
+        Ok(Self { generation, finished: words[1], sections: words[2], streams })
     }
 
     fn crc(words: &[u64; RECORD_WORDS]) -> u64 {
-        crc32fast::hash(words.map(u64::to_ne_bytes)[..CRC_WORD].as_flattened()).into()
+        let words: &[u64; CRC_WORD] = words.first_chunk().expect("all but the CRC's");
+        checksum::of_words(*words)
     }
 }
 
@@ -94,6 +94,13 @@ impl StreamRecord {
             self.outbox_end,
             u64::from(self.frames) | u64::from(self.second_half) << 32,
         ]
+    }
+
+    /// Nobody counts further.
+    fn is_possible(&self) -> bool {
+        let Position { bytes, keys } = self.taken;
+        let counts = [bytes, keys, self.messages, self.outbox_start, self.outbox_end];
+        counts.iter().all(|count| *count <= MAX_COUNT)
     }
 
     fn parse(words: &[u64; Self::WORDS]) -> Self {

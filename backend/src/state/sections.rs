@@ -2,9 +2,9 @@
 
 use thiserror::Error;
 
-use super::SectionId;
 use super::layout::{Area, Layout};
 use super::memory::{Memory, WORD};
+use super::{SectionId, checksum};
 
 /// A slot begins with: the section's number, its version in the second 16 bits and the oldest version
 /// whose readers understand it in the third; its length in bytes; a CRC of these two words and the
@@ -105,7 +105,7 @@ fn read_slot(memory: &Memory, slot: Area, id: SectionId) -> Result<Vec<u8>, Sect
     let length_here = usize::try_from(length).ok().filter(|length| *length <= slot.length - HEADER);
     let mut bytes = vec![0; length_here.ok_or(SectionError::Damaged)?];
     memory.read(slot.start + HEADER, &mut bytes);
-    if crc(kind, length, &bytes) != expected {
+    if !checksum::matches(expected, crc(kind, length, &bytes)) {
         return Err(SectionError::Damaged);
     }
     if kind >> 32 & 0xffff > VERSION {

@@ -2,6 +2,7 @@ mod basics;
 mod crashes;
 mod peer;
 mod random;
+mod skew;
 mod worker;
 mod world;
 
