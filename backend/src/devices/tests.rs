@@ -357,3 +357,80 @@ fn windows_are_seen_whether_the_function_masters_the_bus_or_not() {
     assert_eq!(windows, [(Iova(0x4000), 0x2000)]);
     assert!(context.windows().all(|window| window.file.is_some()));
 }
+
+#[test]
+fn edu_tells_of_each_access_that_may_have_changed_its_state() {
+    let mut bench = Bench::enabled("edu");
+    let state = |bench: &mut Bench| {
+        let saved = bench.device.saved().unwrap();
+        (saved.revision().unwrap(), saved.save())
+    };
+    let before = state(&mut bench);
+    bench.read(BarIndex::BAR0, 0x80, 8);
+    bench.read(BarIndex::BAR0, 0x24, 4);
+    assert_eq!(state(&mut bench), before);
+    let writes = [(0x04, 5), (0x08, 5), (0x20, 0x80), (0x60, 7), (0x64, 7), (0x80, 5), (0x88, 5)];
+    for (offset, value) in writes.into_iter().chain([(0x90, 5), (0x98, 2 | 1)]) {
+        let before = state(&mut bench);
+        bench.write(BarIndex::BAR0, offset, value, 4);
+        let after = state(&mut bench);
+        assert!(after.1 != before.1, "{offset:#x}");
+        assert!(after.0 != before.0, "{offset:#x}");
+    }
+    let before = state(&mut bench);
+    bench.device.reset();
+    assert_ne!(state(&mut bench).0, before.0);
+    bench.device.saved().unwrap().restore(&before.1).unwrap();
+    assert_eq!(state(&mut bench).1, before.1);
+}
+
+#[test]
+fn ivshmem_tells_of_its_registers_and_not_of_doorbells_or_memory() {
+    let mut bench = Bench::enabled("ivshmem,size=4K,vectors=1");
+    let revision = |bench: &mut Bench| bench.device.saved().unwrap().revision().unwrap();
+    let before = revision(&mut bench);
+    bench.write(BarIndex::BAR0, 12, 0, 4);
+    bench.write(BarIndex::BAR2, 0, 1, 4);
+    bench.read(BarIndex::BAR0, 4, 4);
+    assert_eq!(revision(&mut bench), before);
+    bench.write(BarIndex::BAR0, 0, 1, 4);
+    assert_ne!(revision(&mut bench), before);
+}
+
+fn kept(bench: &Bench) -> Vec<OwnedFd> {
+    bench.device.kept().iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect()
+}
+
+#[test]
+fn a_successor_of_ivshmem_has_its_memory_and_is_rung_as_it_was() {
+    let text = "ivshmem,size=4K,vectors=2";
+    let (mut first, mut second) = (Bench::enabled(text), Bench::enabled(text));
+    first.write(BarIndex::BAR2, 8, 0x1234, 4);
+    second.device.adopt(kept(&first)).unwrap();
+    assert_eq!(second.read(BarIndex::BAR2, 8, 4), 0x1234);
+    // What a client rings, the successor is woken by; and it rings itself by them.
+    let vectors = kept(&first).split_off(1);
+    for (index, vector) in vectors.iter().enumerate() {
+        rustix::io::write(vector, &1_u64.to_ne_bytes()).unwrap();
+        assert_eq!(rustix::io::read(second.device.wakes()[index], &mut [0; 8]), Ok(8));
+        second.write(BarIndex::BAR0, 12, index as u64, 4);
+        assert_eq!(signals(vector), 1);
+    }
+    let doorbells = second.device.doorbells(BarIndex::BAR0);
+    doorbells[1].eventfd.signal();
+    assert_eq!(signals(&vectors[1]), 1);
+
+    let others = ["ivshmem,size=8K,vectors=2", "ivshmem,size=4K,vectors=1", "ivshmem,size=4K"];
+    for other in others {
+        assert!(second.device.adopt(kept(&Bench::new(other))).is_err(), "{other}");
+        assert!(Bench::new(other).device.adopt(kept(&first)).is_err(), "{other}");
+    }
+}
+
+#[test]
+fn ivshmem_over_a_file_keeps_nothing_but_its_vectors() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4096).unwrap();
+    let text = format!("ivshmem,size=4K,path={},vectors=1", file.path().display());
+    assert_eq!(kept(&Bench::new(&text)).len(), 1);
+}

@@ -375,8 +375,12 @@ impl Backing for Bridge {
         &self.rings[usize::from(queue)].kick
     }
 
-    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()> {
-        let kicks = adopted(kicks, self.rings.len())?;
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        self.rings.iter().map(|ring| ring.kick.as_fd()).collect()
+    }
+
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
+        let kicks = adopted(kept, self.rings.len())?;
         for (ring, kick) in self.rings.iter_mut().zip(kicks) {
             let before = std::mem::replace(&mut ring.kick, kick);
             if ring.relay.is_some() {

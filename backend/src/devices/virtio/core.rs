@@ -1,6 +1,7 @@
 use std::fmt;
+use std::io;
 use std::ops::Deref;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use vm_memory::GuestMemory;
 
@@ -122,6 +123,19 @@ pub trait Core<G: MemoryGuard>: Send {
     /// Gives it that memory, before anything else happens: zeros, or what its predecessor left there.
     /// It lasts through resets.
     fn set_words(&mut self, _words: Words) {}
+
+    /// Descriptors of its own that a successor in another process needs, always as many. Asked once.
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// Takes over what a predecessor [kept](Self::kept). Called before anything else happens.
+    ///
+    /// # Errors
+    /// When they are not what they should be. The device is then of no use.
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
+        if kept.is_empty() { Ok(()) } else { Err(io::Error::other("too many descriptors")) }
+    }
 
     /// Differs whenever [`save`](Self::save) may return something else than before, the progress of
     /// requests aside.

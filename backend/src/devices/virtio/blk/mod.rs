@@ -13,24 +13,27 @@ mod uring;
 mod tests;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::fs::fdatasync;
+use rustix::io::Errno;
 use vm_memory::Bytes;
 
 use self::config::{Configuration, feature};
-use self::engine::{Completion, Engine, Id};
+use self::engine::{Completion, Engine, Id, Operation};
 use self::options::{Aio, Image, Options, SERIAL};
 use self::progress::{Next, Progress};
-use self::request::{Disk, Request, Status};
+use self::request::{Command, Disk, Request, Status};
 use self::requests::{Requests, State, Taken};
 use self::sync::SyncEngine;
 use self::uring::UringEngine;
 use super::rate_limit::{Admission, RateLimiter};
 use super::spec::DeviceType;
-use super::{Chain, Core, DeviceError, InFlight, Io, MemoryGuard, QueueError};
+use super::{Chain, Core, DeviceError, InFlight, Io, MemoryGuard, QueueError, Words};
 use crate::config::{ConfigError, Parameters};
 use crate::devices::RestoreError;
 use crate::irq::EventFd;
@@ -65,6 +68,12 @@ pub struct Block<G> {
     failures: u64,
     /// Counts what changes in the state.
     revision: u64,
+    /// What was given back may never get to stable storage, as the kernel said.
+    has_lost: bool,
+    /// Where that is noted.
+    words: Option<Words>,
+    /// What a predecessor may have been told of it is to be asked before the next flush is done.
+    ask_witness: bool,
     /// Used again for each request.
     chain: Chain,
 }
@@ -137,6 +146,9 @@ impl<G: MemoryGuard> Block<G> {
             wake,
             failures: 0,
             revision: 0,
+            has_lost: false,
+            words: None,
+            ask_witness: false,
             chain: Chain::default(),
         })
     }
@@ -249,6 +261,10 @@ impl<G: MemoryGuard> Block<G> {
             self.follow(id, Next::Finish(Status::IoError));
             return;
         }
+        if matches!(command, Command::Flush) && self.has_lost {
+            self.follow(id, Next::Finish(Status::IoError));
+            return;
+        }
         let (progress, next) = Progress::start(command, memory, durable, &self.serial);
         taken.state = State::Running(progress);
         self.follow(id, next);
@@ -285,13 +301,46 @@ impl<G: MemoryGuard> Block<G> {
     /// Takes in an operation that is done, if there is one, and lets `then` see to what comes next.
     /// Returns how many bytes were moved.
     fn complete(&mut self, then: fn(&mut Self, Id, Next<G>)) -> Option<u64> {
-        let Completion { id, operation, result } = self.engine.completed()?;
+        let Completion { id, operation, mut result } = self.engine.completed()?;
         self.running -= 1;
+        self.see_loss(&operation, &mut result);
         if let Some(Taken { state: State::Running(progress), .. }) = self.requests.get_mut(id) {
             let next = progress.advance(operation, result);
             then(self, id, next);
         }
         Some(result.unwrap_or(0))
+    }
+
+    /// The kernel says once that it could not write what it had taken, forgets that, and calls the next
+    /// attempt a success. So no flush succeeds any more after that.
+    fn see_loss(&mut self, operation: &Operation<G>, result: &mut Result<u64, Errno>) {
+        if matches!(operation, Operation::Sync) && result.is_ok() && self.ask_witness {
+            self.ask_witness = false;
+            if let Some(witness) = &self.image.witness
+                && let Err(errno) = fdatasync(witness)
+            {
+                *result = Err(errno);
+            }
+        }
+        if matches!(operation, Operation::Sync) && result.is_ok() && self.has_lost {
+            // Another one was told, which covers the same.
+            *result = Err(Errno::IO);
+        }
+        let loses = match (operation, *result) {
+            (_, Ok(_) | Err(Errno::INTR | Errno::AGAIN | Errno::CANCELED)) => false,
+            (Operation::Sync, Err(_)) => true,
+            // Without space it has taken nothing.
+            (Operation::Write { durable: true, .. }, Err(errno)) => errno == Errno::IO,
+            _ => false,
+        };
+        if loses && !self.has_lost {
+            self.has_lost = true;
+            if let Some(words) = &self.words {
+                words.set(0, 1);
+            }
+            let path = &self.image.path;
+            tracing::error!("virtio-blk {path}: written data was lost; no flush succeeds any more");
+        }
     }
 
     /// Goes on with a request only if that needs no operation.
@@ -483,6 +532,35 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         found.map_err(|error| DeviceError::Queue { queue, error })?;
         self.take(queue, access.memory())?;
         self.proceed(io)
+    }
+
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        self.image.witness.iter().map(File::as_fd).collect()
+    }
+
+    fn adopt(&mut self, mut kept: Vec<OwnedFd>) -> io::Result<()> {
+        let Some(witness) = &mut self.image.witness else {
+            return if kept.is_empty() { Ok(()) } else { Err(io::Error::other("no witness")) };
+        };
+        let (Some(theirs), true) = (kept.pop(), kept.is_empty()) else {
+            return Err(io::Error::other("not one witness"));
+        };
+        *witness = File::from(theirs);
+        if !self.image.is_opened_by_witness()? {
+            let path = &self.image.path;
+            return Err(io::Error::other(format!("{path} is another file than it was")));
+        }
+        self.ask_witness = true;
+        Ok(())
+    }
+
+    fn word_count(&self) -> usize {
+        1
+    }
+
+    fn set_words(&mut self, words: Words) {
+        self.has_lost = words.get(0) != 0;
+        self.words = Some(words);
     }
 
     fn revision(&self) -> u64 {

@@ -1,7 +1,8 @@
 use std::fmt::Display;
 use std::fs::{self, File, FileType, OpenOptions};
+use std::io;
 use std::ops::RangeInclusive;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ pub(super) const SERIAL: usize = 20;
 /// How long an image may stay locked after the death of the process that served it: the kernel keeps the
 /// file until the last write that it had begun is done, and so must whoever comes next.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(5);
+const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// What the operator chose.
 #[derive(Debug)]
@@ -49,6 +50,10 @@ pub(super) enum Aio {
 pub(super) struct Image {
     pub(super) file: Arc<File>,
     pub(super) path: String,
+    /// The same file, opened once more if it is written to: nothing but the fate of what was written is
+    /// asked of it, and only after the death of a process. The kernel tells each of those who opened a
+    /// file once that something could not be written, and a process may die of or right after that.
+    pub(super) witness: Option<File>,
     is_device: bool,
     /// The size of a logical block of the disk in bytes.
     pub(super) block_size: u32,
@@ -154,7 +159,9 @@ impl Image {
             Errno::WOULDBLOCK => invalid(&path, "in use: another process has locked it"),
             errno => invalid(&path, format!("can't be locked: {errno}")),
         })?;
-        let image = Self { file: Arc::new(file), path, is_device, block_size };
+        let witness = if read_only { None } else { Some(File::open(&path)) };
+        let witness = witness.transpose().map_err(|error| invalid(&path, error))?;
+        let image = Self { file: Arc::new(file), path, witness, is_device, block_size };
         image.size().map_err(|reason| ConfigError::invalid("path", reason))?;
         Ok(image)
     }
@@ -175,6 +182,13 @@ impl Image {
             return Err(format!("{path}: {size} bytes, no multiple of {block_size}"));
         }
         Ok(size)
+    }
+
+    /// Whether the witness is of this file.
+    pub(super) fn is_opened_by_witness(&self) -> io::Result<bool> {
+        let Some(witness) = &self.witness else { return Ok(true) };
+        let (ours, theirs) = (self.file.metadata()?, witness.metadata()?);
+        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
     }
 
     /// The size of the blocks that can be written without reading first, in bytes: a power of two,

@@ -6,6 +6,7 @@ mod configuration;
 mod engines;
 mod lifecycle;
 mod limits;
+mod loss;
 mod memory;
 mod model;
 mod opening;

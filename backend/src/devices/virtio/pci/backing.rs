@@ -76,12 +76,15 @@ pub trait Backing: Send {
         Ok(())
     }
 
-    /// The [doorbells](Self::kick), by queue, are these from now on: those of a predecessor in another
-    /// process, which clients have. Called before anything else happens.
+    /// What a successor in another process needs: the [doorbells](Self::kick) by queue, which clients
+    /// have, and what else there is.
+    fn kept(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Takes over what a predecessor [kept](Self::kept). Called before anything else happens.
     ///
     /// # Errors
-    /// When they are too few or too many, or no eventfds.
-    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()>;
+    /// When they are not what they should be. It is then of no use.
+    fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()>;
 
     /// How many words it needs that outlive the process. Asked once.
     fn word_count(&self) -> usize {

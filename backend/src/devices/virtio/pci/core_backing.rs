@@ -231,9 +231,14 @@ impl Backing for CoreBacking {
         self.live = false;
     }
 
-    fn adopt_kicks(&mut self, kicks: Vec<OwnedFd>) -> io::Result<()> {
-        self.kicks = adopted(kicks, self.kicks.len())?;
-        Ok(())
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        self.kicks.iter().map(|kick| kick.as_fd()).chain(self.core.kept()).collect()
+    }
+
+    fn adopt(&mut self, mut kept: Vec<OwnedFd>) -> io::Result<()> {
+        let of_core = kept.split_off(self.kicks.len().min(kept.len()));
+        self.kicks = adopted(kept, self.kicks.len())?;
+        self.core.adopt(of_core)
     }
 
     fn word_count(&self) -> usize {

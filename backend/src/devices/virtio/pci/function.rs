@@ -1,6 +1,6 @@
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::common::{self, Request};
@@ -205,11 +205,11 @@ impl Device for VirtioFunction {
     }
 
     fn kept(&self) -> Vec<BorrowedFd<'_>> {
-        (0..self.driver.queue_count()).map(|queue| self.backing.kick(queue).as_fd()).collect()
+        self.backing.kept()
     }
 
     fn adopt(&mut self, kept: Vec<OwnedFd>) -> io::Result<()> {
-        self.backing.adopt_kicks(kept)
+        self.backing.adopt(kept)
     }
 
     fn saved(&mut self) -> Option<&mut dyn Saved> {

@@ -4,6 +4,7 @@ mod control;
 mod options;
 mod random;
 mod receive;
+mod recovery;
 mod sockets;
 mod taps;
 mod transmit;
