@@ -4,6 +4,7 @@ mod demo;
 mod idle;
 mod logs;
 mod process;
+mod run;
 mod signals;
 mod sockets;
 mod usage;

@@ -12,7 +12,10 @@ use tempfile::TempDir;
 /// One that does not end after this many seconds hangs.
 const DEADLINE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// `barkeep serve`, ready; killed when dropped.
+/// The commands that serve functions; they have the same options, and refuse the same ones.
+pub(crate) const COMMANDS: [&str; 2] = ["serve", "run"];
+
+/// `barkeep serve` or `run`, ready; killed when dropped.
 pub(crate) struct Sidecar {
     child: Child,
     stdout: BufReader<ChildStdout>,
@@ -32,17 +35,30 @@ impl Sidecar {
     ) -> Self {
         let mut arguments = arguments(functions);
         arguments.extend(options.iter().map(|option| (*option).to_owned()));
-        Self::start_as(&arguments, functions, stderr)
+        Self::start_as("serve", &arguments, functions, stderr)
+    }
+
+    /// Starts it with workers.
+    pub(crate) fn supervise(
+        functions: &[(&Path, &str)],
+        options: &[&str],
+        stderr: impl Into<Stdio>,
+    ) -> Self {
+        let mut arguments = arguments(functions);
+        arguments.extend(options.iter().map(|option| (*option).to_owned()));
+        Self::start_as("run", &arguments, functions, stderr)
     }
 
     /// Starts it in words of the test's own, which serve these functions.
     pub(crate) fn start_as(
+        command: &str,
         arguments: &[String],
         functions: &[(&Path, &str)],
         stderr: impl Into<Stdio>,
     ) -> Self {
+        let mut command = barkeep(command, arguments);
         let mut child =
-            serve(arguments).stdout(Stdio::piped()).stderr(stderr).spawn().expect("barkeep starts");
+            command.stdout(Stdio::piped()).stderr(stderr).spawn().expect("barkeep starts");
         let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
         let mut sidecar = Self { child, stdout };
         for (path, spec) in functions {
@@ -73,6 +89,15 @@ impl Sidecar {
         self.stdout.read_to_string(&mut more).expect("a pipe");
         assert_eq!(more, "", "standard output is for the ready lines");
         self.child.wait().expect("it is our child").code()
+    }
+
+    /// The processes that it has started and that have not ended.
+    pub(crate) fn children(&self) -> Vec<Pid> {
+        let id = self.child.id();
+        let path = format!("/proc/{id}/task/{id}/children");
+        let children = std::fs::read_to_string(path).unwrap_or_default();
+        let pid = |id: &str| Pid::from_raw(id.parse().expect("a number")).expect("not 0");
+        children.split_whitespace().map(pid).collect()
     }
 
     fn pid(&self) -> Pid {
@@ -114,9 +139,9 @@ pub(crate) fn arguments(functions: &[(&Path, &str)]) -> Vec<String> {
         .collect()
 }
 
-/// Runs `barkeep serve` with arguments that it refuses. One that serves all the same is ended.
-pub(crate) fn run(arguments: &[String]) -> Output {
-    let mut command = serve(arguments);
+/// Runs `barkeep` with arguments that the command refuses. One that serves all the same is ended.
+pub(crate) fn run(command: &str, arguments: &[String]) -> Output {
+    let mut command = barkeep(command, arguments);
     let mut child =
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("barkeep starts");
     let mut stdout = Vec::new();
@@ -129,22 +154,27 @@ pub(crate) fn run(arguments: &[String]) -> Output {
     output
 }
 
+/// Checks the answer of every command to an operator's mistake.
+pub(crate) fn assert_refused(arguments: &[String], words: &[&str]) {
+    COMMANDS.iter().for_each(|command| assert_refused_by(command, arguments, words));
+}
+
 /// Checks the answer to an operator's mistake: one line on standard error that has all of `words`,
 /// nothing on standard output, and status 2.
-pub(crate) fn assert_refused(arguments: &[String], words: &[&str]) {
-    let output = run(arguments);
-    assert!(output.stdout.is_empty(), "{arguments:?} was served");
+pub(crate) fn assert_refused_by(command: &str, arguments: &[String], words: &[&str]) {
+    let output = run(command, arguments);
+    assert!(output.stdout.is_empty(), "{command} {arguments:?} was served");
     let stderr = String::from_utf8(output.stderr).expect("UTF-8");
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-    assert_eq!(stderr.matches('\n').count(), 1, "{arguments:?} has one line: {stderr}");
+    assert_eq!(output.status.code(), Some(2), "{command} {arguments:?}: {stderr}");
+    assert_eq!(stderr.matches('\n').count(), 1, "{command} {arguments:?} has one line: {stderr}");
     assert!(stderr.starts_with("barkeep: ") && stderr.ends_with('\n'), "{stderr}");
     for word in words {
-        assert!(stderr.contains(word), "{stderr:?} says {word:?}");
+        assert!(stderr.contains(word), "{command}: {stderr:?} says {word:?}");
     }
 }
 
-fn serve(arguments: &[String]) -> Command {
-    let mut command = Command::new(binary::barkeep());
-    command.arg("serve").args(arguments).env_remove("BARKEEP_LOG").stdin(Stdio::null());
-    command
+fn barkeep(command: &str, arguments: &[String]) -> Command {
+    let mut barkeep = Command::new(binary::barkeep());
+    barkeep.arg(command).args(arguments).env_remove("BARKEEP_LOG").stdin(Stdio::null());
+    barkeep
 }

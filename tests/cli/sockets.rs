@@ -98,7 +98,7 @@ fn a_directory_gets_a_socket_for_each_device_by_its_id_or_its_place() {
     let paths = ["edu0.sock", "shared.sock", "edu2.sock"].map(|name| directory.join(name));
     let functions: Vec<(&Path, &str)> = paths.iter().map(PathBuf::as_path).zip(specs).collect();
     let arguments = in_directory(directory, &specs);
-    let sidecar = Sidecar::start_as(&arguments, &functions, std::process::Stdio::piped());
+    let sidecar = Sidecar::start_as("serve", &arguments, &functions, std::process::Stdio::piped());
     edu::assert_served(&paths[0]);
     assert_eq!(Peer::greeted(&paths[1]).config_u16(2), 0x1110);
     edu::assert_served(&paths[2]);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::process::{arguments, assert_refused, run, socket};
+use crate::process::{COMMANDS, arguments, assert_refused, run, socket};
 
 #[test]
 fn a_device_that_cant_be_made_is_named_with_the_reason() {
@@ -116,9 +116,12 @@ fn missing_and_unknown_options_are_usage_errors() {
         (vec!["--device".into(), "edu".into()], "--socket"),
         (vec!["--sockets".into(), path], "--sockets"),
     ] {
-        let output = run(&arguments);
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
-        assert!(String::from_utf8_lossy(&output.stderr).contains(word), "{arguments:?}");
-        assert!(output.stdout.is_empty());
+        for command in COMMANDS {
+            let output = run(command, &arguments);
+            assert_eq!(output.status.code(), Some(2), "{command} {arguments:?}");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(stderr.contains(word), "{command} {arguments:?}");
+            assert!(output.stdout.is_empty());
+        }
     }
 }

@@ -90,9 +90,7 @@ impl Commands {
     pub(super) fn save(&self) -> SavedCommands {
         let layout = match self.layout {
             Layout::Unknown => SavedLayout::Unknown,
-            Layout::Asked(id, nothing) => {
-                SavedLayout::Asked { id: id.0, address: nothing.address }
-            }
+            Layout::Asked(id, nothing) => SavedLayout::Asked { id: id.0, address: nothing.address },
             Layout::Known(DmaLayout::Spec) => SavedLayout::Spec,
             Layout::Known(DmaLayout::Qemu) => SavedLayout::Qemu,
         };

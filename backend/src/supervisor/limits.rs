@@ -1,6 +1,7 @@
 //! How many descriptors the supervisor can hold.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thiserror::Error;
 use tracing::warn;
 
 /// More than a client can have in use: 65535 DMA windows, and eventfds.
@@ -15,9 +16,16 @@ const EACH: usize = 16;
 /// The kernel's default for `fs.nr_open`, which bounds what a limit can be.
 const UNLIMITED: usize = 1 << 20;
 
-/// Takes what the operator allows, and shares it among the functions. `None` if there is not enough to
-/// serve them at all.
-pub(super) fn share(functions: usize) -> Option<usize> {
+/// There are not enough to serve so many functions at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the limit of {allowed} open files is too low for {functions} functions")]
+pub(super) struct TooFew {
+    allowed: usize,
+    functions: usize,
+}
+
+/// Takes what the operator allows, and shares it among the functions.
+pub(super) fn share(functions: usize) -> Result<usize, TooFew> {
     let limit = getrlimit(Resource::Nofile);
     let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
     let mut allowed = limit.maximum;
@@ -27,14 +35,14 @@ pub(super) fn share(functions: usize) -> Option<usize> {
     }
     let allowed =
         allowed.map_or(UNLIMITED, |allowed| usize::try_from(allowed).unwrap_or(UNLIMITED));
-    let share = share_of(allowed, functions)?;
+    let share = share_of(allowed, functions).ok_or(TooFew { allowed, functions })?;
     if share < FEW {
         warn!(
             "the limit of {allowed} open files leaves {share} for each of {functions} functions: a \
              client may be refused DMA windows"
         );
     }
-    Some(share)
+    Ok(share)
 }
 
 fn share_of(allowed: usize, functions: usize) -> Option<usize> {

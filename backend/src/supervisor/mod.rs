@@ -150,7 +150,7 @@ impl Supervisor {
         signals: Signals,
         watchdog: Option<Duration>,
     ) -> io::Result<Self> {
-        let share = limits::share(setups.len()).ok_or(Errno::MFILE)?;
+        let share = limits::share(setups.len()).map_err(io::Error::other)?;
         let epoll = Epoll::new()?;
         ioctl_fionbio(&signals.reload, true)?;
         ioctl_fionbio(&signals.upgrade, true)?;

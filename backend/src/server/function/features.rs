@@ -122,7 +122,7 @@ impl HostedFunction {
             }
             (Migration::Stopped, MigrationState::StopCopy) => {
                 Migration::Saving(Outgoing::new(&self.saved_function()?))
-            },
+            }
             (Migration::Saving(_), MigrationState::Stop) => Migration::Stopped,
             (Migration::Stopped, MigrationState::Resuming) => {
                 Migration::Resuming(Incoming::default())

@@ -118,8 +118,7 @@ impl HostedFunction {
 
     fn restore_recorded(&mut self, recorded: Recorded<'_>) -> Result<Rest, Damaged> {
         let Some(bytes) = recorded.function else { return Ok(Rest::default()) };
-        let RecordedFunction::V1(state, rest) =
-            postcard::from_bytes(bytes).map_err(|_| Damaged)?;
+        let RecordedFunction::V1(state, rest) = postcard::from_bytes(bytes).map_err(|_| Damaged)?;
         // The device is told nothing: its own state is from the same moment.
         self.function.recover(&state).map_err(|_| Damaged)?;
         let saved = self.device.saved().ok_or(Damaged)?;

@@ -13,9 +13,7 @@ use crate::server::function::{Changes, Image};
 use crate::server::request_error::RequestError;
 use crate::server::served::Served;
 use crate::server::session::SessionEnd;
-use crate::state::{
-    Activity, Commit, FdKey, Flush, Frame, Holder, Journal, SectionId, StreamId,
-};
+use crate::state::{Activity, Commit, FdKey, Flush, Frame, Holder, Journal, SectionId, StreamId};
 
 /// How often something may be begun. Who tries once more dies once more.
 pub(super) const MAX_ATTEMPTS: u32 = 3;
@@ -145,7 +143,11 @@ impl Recorder {
             };
             if peeked.bytes.is_empty() {
                 let boundary = received.is_empty();
-                return if boundary { Ok(Arrived::Closed) } else { Err(TransportError::Truncated.into()) };
+                return if boundary {
+                    Ok(Arrived::Closed)
+                } else {
+                    Err(TransportError::Truncated.into())
+                };
             }
             let mut count = peeked.bytes.len();
             if missing.is_none() {

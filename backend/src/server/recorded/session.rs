@@ -238,7 +238,8 @@ impl Session {
                 }
             }
         };
-        if matches!(outcome, Ok(Handled::Done)) && matches!(header.kind, MessageKind::Command { .. })
+        if matches!(outcome, Ok(Handled::Done))
+            && matches!(header.kind, MessageKind::Command { .. })
         {
             recorder.note(&message);
         }

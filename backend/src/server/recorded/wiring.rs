@@ -149,12 +149,7 @@ impl Wiring {
         unused.extend(removed.filter_map(|(_, window)| window.key).map(FdKey));
     }
 
-    fn set_irqs(
-        &mut self,
-        set: &SetIrqs<'_>,
-        keys: &[FdKey],
-        unused: &mut Vec<FdKey>,
-    ) -> bool {
+    fn set_irqs(&mut self, set: &SetIrqs<'_>, keys: &[FdKey], unused: &mut Vec<FdKey>) -> bool {
         let intx = PciIrq::from_index(set.index) == Some(PciIrq::Intx);
         if set.disables_index() {
             let all = (set.index, 0)..=(set.index, u32::MAX);
