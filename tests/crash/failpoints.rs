@@ -9,7 +9,7 @@ use barkeep_tests::supervised::{Launch, Supervised};
 use barkeep_tests::{binary, figure, skip};
 
 use crate::random::Random;
-use crate::script::Answer;
+use crate::script::{Answer, assert_same};
 use crate::sessions::{self, Session};
 
 /// So many points of each session, and pairs of points, where not all of them are asked for.
@@ -56,10 +56,7 @@ fn undisturbed(session: &Session, binary: &Path) -> (Vec<Answer>, u64) {
 }
 
 fn compare(expected: &[Answer], outcome: &Outcome, points: &[u64]) {
-    for (index, (expected, found)) in expected.iter().zip(&outcome.answers).enumerate() {
-        assert_eq!(found, expected, "answer {index}, after deaths at {points:?}");
-    }
-    assert_eq!(outcome.answers.len(), expected.len(), "after deaths at {points:?}");
+    assert_same(expected, &outcome.answers, &format!("after deaths at {points:?}"));
 }
 
 fn every_point_is_survived(session: &Session) {

@@ -225,6 +225,19 @@ impl Script {
     }
 }
 
+/// Checks that a session was answered as the one that nothing disturbed. `what` was different about it.
+pub(crate) fn assert_same(expected: &[Answer], found: &[Answer], what: &str) {
+    for (index, (expected, found)) in expected.iter().zip(found).enumerate() {
+        let head = |answer: &Answer| (answer.0, answer.1, answer.2, answer.3.len(), answer.4);
+        assert_eq!(head(found), head(expected), "answer {index}, {what}");
+        let at = expected.3.iter().zip(&found.3).position(|(expected, found)| expected != found);
+        let Some(at) = at else { continue };
+        let part = |answer: &Answer| answer.3[at..].iter().take(16).copied().collect::<Vec<_>>();
+        assert_eq!(part(found), part(expected), "answer {index} from byte {at} on, {what}");
+    }
+    assert_eq!(found.len(), expected.len(), "{what}");
+}
+
 /// Checks that a signal came, once or more often: a worker that dies may repeat one.
 pub(crate) fn assert_signalled(counter: &EventCounter) {
     assert!(counter.take() > 0, "{LOST}");

@@ -8,7 +8,7 @@ use barkeep_tests::supervised::{Launch, Supervised};
 use crate::blk;
 use crate::kills::{number_of_kills, while_killed};
 use crate::random::Random;
-use crate::script::Answer;
+use crate::script::assert_same;
 use crate::sessions::{self, Session};
 
 fn start(session: &Session) -> Supervised {
@@ -32,7 +32,7 @@ fn survive(session: &Session, kills: u64) {
         || rounds.load(Ordering::Relaxed),
         || {
             let answers = (session.run)(&run);
-            assert_same(&expected, &answers);
+            assert_same(&expected, &answers, "while workers are killed");
             rounds.fetch_add(1, Ordering::Relaxed);
         },
     );
@@ -45,13 +45,6 @@ fn survive(session: &Session, kills: u64) {
         rounds.into_inner(),
         recovery.kills()
     ));
-}
-
-fn assert_same(expected: &[Answer], found: &[Answer]) {
-    for (index, (expected, found)) in expected.iter().zip(found).enumerate() {
-        assert_eq!(found, expected, "answer {index}");
-    }
-    assert_eq!(found.len(), expected.len());
 }
 
 #[test]
