@@ -13,10 +13,14 @@ use crate::server::function::{Changes, Image};
 use crate::server::request_error::RequestError;
 use crate::server::served::Served;
 use crate::server::session::SessionEnd;
-use crate::state::{Activity, Commit, FdKey, Flush, Frame, Holder, Journal, SectionId, StreamId};
+use crate::state::{
+    Activity, Commit, FdKey, Flush, Frame, Holder, Journal, MAX_FRAME, SectionId, StreamId,
+};
 
 /// How often something may be begun. Who tries once more dies once more.
 pub(super) const MAX_ATTEMPTS: u32 = 3;
+/// Frames that may wait for a peer that does not read; beyond, it is not read from either.
+const MAX_WAITING: usize = 8;
 /// Bytes that are looked at first: more than a small request.
 const FIRST_LOOK: usize = 4096;
 /// Stands for descriptors of which there were more than a message may have.
@@ -35,6 +39,8 @@ pub(super) struct Recorder {
     session: Option<SavedSession>,
     /// The last frame with descriptors.
     attached: Option<(StreamId, Header)>,
+    /// Frames of each stream that were committed since all was sent.
+    waiting: [usize; StreamId::ALL.len()],
     /// What the holder may forget once the state does not refer to it any more.
     unused: Vec<FdKey>,
 }
@@ -44,7 +50,10 @@ pub(super) struct Recorder {
 pub(super) enum Arrived {
     Nothing,
     /// A whole message is in the inbox.
-    Message,
+    Message {
+        /// Another one may be behind it. If that is not known, an event will tell.
+        more: bool,
+    },
     /// The peer closed the connection between two messages.
     Closed,
 }
@@ -81,6 +90,7 @@ impl Recorder {
             wiring_changed: false,
             session: None,
             attached: None,
+            waiting: [0; StreamId::ALL.len()],
             unused: Vec::new(),
         }
     }
@@ -127,11 +137,12 @@ impl Recorder {
         id: StreamId,
         socket: BorrowedFd<'_>,
     ) -> Result<Arrived, SessionEnd> {
+        let mut more = false;
         loop {
             let received = self.journal.stream(id).received();
             let missing = missing(&received)?;
             if missing == Some(0) {
-                return Ok(Arrived::Message);
+                return Ok(Arrived::Message { more });
             }
             let room = missing.unwrap_or(FIRST_LOOK);
             let looked = self.journal.stream(id).peek(socket, room);
@@ -158,6 +169,7 @@ impl Recorder {
                     Some(body) => HEADER_SIZE + body - received.len(),
                 };
                 if of_message < count {
+                    more = true;
                     count = of_message;
                     if !peeked.fds.is_empty() || peeked.fds_missing {
                         // They may be of the next message.
@@ -294,6 +306,9 @@ impl Recorder {
             parts.iter().filter_map(|(id, bytes)| Some((*id, bytes.as_deref()?))).collect();
         let frame = send.as_ref().map(|(id, bytes, keys)| (*id, Frame { bytes, keys }));
         self.journal.commit(Commit { sections: &sections, taken, send: frame.as_slice() });
+        if let Some((id, _)) = frame {
+            self.waiting[id as usize] += 1;
+        }
         for key in self.unused.drain(..) {
             self.holder.forget(key);
         }
@@ -355,7 +370,14 @@ impl Recorder {
                 return Ok(Flush::Blocked);
             }
         }
+        self.waiting[id as usize] = 0;
         Ok(Flush::Sent)
+    }
+
+    /// Whether a message may be taken: there is room for its answer, beside what the peer has not read.
+    /// It may be busy with a request of its own, and read when that is with us.
+    pub(super) fn has_room(&mut self, id: StreamId) -> bool {
+        self.waiting[id as usize] < MAX_WAITING && self.journal.stream(id).room() >= MAX_FRAME
     }
 
     /// The kernel does not take the descriptors of the next frame: too many of this user are on their
@@ -387,6 +409,7 @@ impl Recorder {
         self.wiring = Wiring::default();
         self.wiring_changed = false;
         self.session = None;
+        self.waiting = [0; StreamId::ALL.len()];
     }
 }
 

@@ -15,7 +15,7 @@ use crate::server::desk::{Desk, Handled, State};
 use crate::server::event_loop::{Epoll, Interest, Source, Token};
 use crate::server::served::Served;
 use crate::server::session::{Progress, SessionEnd};
-use crate::state::{Activity, Flush, StreamId};
+use crate::state::{Activity, StreamId};
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
@@ -158,16 +158,21 @@ impl Session {
     ) -> Result<Progress, SessionEnd> {
         let mut progress = Progress::Nothing;
         for _ in 0..BATCH {
-            if recorder.flush(StreamId::Client, self.client.socket.as_fd())? == Flush::Blocked {
+            recorder.flush(StreamId::Client, self.client.socket.as_fd())?;
+            if !recorder.has_room(StreamId::Client) {
                 break;
             }
-            match recorder.receive(StreamId::Client, self.client.socket.as_fd()) {
-                Ok(Arrived::Message) => self.handle(StreamId::Client, recorder, function)?,
+            let more = match recorder.receive(StreamId::Client, self.client.socket.as_fd()) {
+                Ok(Arrived::Message { more }) => more,
                 Ok(Arrived::Nothing) => break,
                 Ok(Arrived::Closed) => return Err(SessionEnd::Left),
                 Err(end) => return Err(self.farewell(end, recorder, function)),
-            }
+            };
+            self.handle(StreamId::Client, recorder, function)?;
             progress = Progress::Served;
+            if !more {
+                break;
+            }
         }
         self.speak(recorder, function)?;
         Ok(progress)
@@ -183,8 +188,15 @@ impl Session {
             let Some(twin) = self.twin.as_ref().filter(|_| self.saved_twin != Twin::Closed) else {
                 break;
             };
+            if recorder.flush(StreamId::Twin, twin.socket.as_fd()).is_err() {
+                self.close_twin(recorder);
+                break;
+            }
+            if !recorder.has_room(StreamId::Twin) {
+                break;
+            }
             match recorder.receive(StreamId::Twin, twin.socket.as_fd()) {
-                Ok(Arrived::Message) => self.handle(StreamId::Twin, recorder, function)?,
+                Ok(Arrived::Message { .. }) => self.handle(StreamId::Twin, recorder, function)?,
                 Ok(Arrived::Nothing) => break,
                 Err(
                     end @ (SessionEnd::TooLong { .. }
@@ -353,7 +365,11 @@ impl Line {
     }
 
     fn watch(&mut self, epoll: &Epoll, token: Token, recorder: &mut Recorder) -> io::Result<()> {
-        let interest = if recorder.is_sent(self.id) { Interest::Read } else { Interest::Write };
+        let interest = match (recorder.is_sent(self.id), recorder.has_room(self.id)) {
+            (true, _) => Interest::Read,
+            (false, true) => Interest::ReadWrite,
+            (false, false) => Interest::Write,
+        };
         match self.watched.replace(interest) {
             None => epoll.add(self.socket.as_fd(), token, interest),
             Some(before) if before == interest => Ok(()),
