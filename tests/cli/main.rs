@@ -7,5 +7,6 @@ mod process;
 mod run;
 mod signals;
 mod sockets;
+mod systemd;
 mod usage;
 mod virtio;

@@ -4,8 +4,7 @@
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
 //! tests proves nothing, so none of these uses `barkeep_protocol`. [`virtio`] drives virtio devices
 //! through the shim's client, for which that protocol is a means. [`binary`] finds what was built,
-//! [`supervised`] runs it with workers that a test kills, [`skip`](skip()) says what this machine can't
-//! test, and [`figure`] what a test has measured.
+//! [`service_manager`] stands for systemd, and [`skip`](skip()) says what this machine can't test.
 
 pub mod backend;
 pub mod binary;
@@ -14,7 +13,7 @@ pub mod event_counter;
 mod figures;
 pub mod memory;
 pub mod peer;
-mod recorded;
+pub mod service_manager;
 mod skip;
 pub mod supervised;
 pub mod virtio;
