@@ -172,7 +172,7 @@ impl Outbox {
         record: &mut StreamRecord,
     ) -> Staged {
         // Mostly nothing waits, and then the half that was used last is free, and warm.
-        let second_half = self.second_half != !self.is_empty();
+        let second_half = self.second_half == self.is_empty();
         let half = self.half(second_half);
         let mut staged = Staged::default();
         let mut table = vec![0, self.sent, 0];

@@ -27,13 +27,14 @@ const NOTHING: u32 = u32::MAX;
 /// `SCM_MAX_FD`: the kernel takes no more at once.
 const MAX_FDS: usize = 253;
 
-const LENGTH_WORD: usize = offset_of!(libc::mmsghdr, msg_len) / WORD;
+const LENGTH: usize = offset_of!(libc::mmsghdr, msg_len);
+const LENGTH_WORD: usize = LENGTH / WORD;
 const FLAGS: usize = offset_of!(libc::mmsghdr, msg_hdr) + offset_of!(libc::msghdr, msg_flags);
 const FLAGS_WORD: usize = FLAGS / WORD;
 
 const _: () =
-    assert!(align_of::<libc::mmsghdr>() == WORD && size_of::<libc::mmsghdr>() % WORD == 0);
-const _: () = assert!(offset_of!(libc::mmsghdr, msg_len) % WORD == 0 && FLAGS % WORD == 0);
+    assert!(align_of::<libc::mmsghdr>() == WORD && size_of::<libc::mmsghdr>().is_multiple_of(WORD));
+const _: () = assert!(LENGTH.is_multiple_of(WORD) && FLAGS.is_multiple_of(WORD));
 
 /// What the socket would give next. It stays there.
 #[derive(Debug)]

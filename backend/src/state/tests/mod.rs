@@ -1,5 +1,6 @@
 mod basics;
 mod crashes;
+mod hostile;
 mod peer;
 mod random;
 mod skew;

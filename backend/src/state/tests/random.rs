@@ -27,5 +27,5 @@ pub(super) fn mix(value: u64) -> u64 {
 
 /// As many bytes, which tell what they were made from.
 pub(super) fn bytes(seed: u64, length: usize) -> Vec<u8> {
-    (0..length).map(|at| mix(seed ^ at as u64 / 8).to_le_bytes()[at % 8]).collect()
+    (0..length).map(|at| mix(seed ^ (at as u64 / 8)).to_le_bytes()[at % 8]).collect()
 }

@@ -24,7 +24,7 @@ const TABLE_WORD: u64 = 8;
 const ENTRY_WORDS: u64 = 4;
 
 /// A state with something of everything in it.
-fn full() -> OwnedFd {
+pub(super) fn full() -> OwnedFd {
     let memfd = memfd();
     let (mut peer, socket) = UnixStream::pair().unwrap();
     peer.write_all(b"a request, and half of the next").unwrap();
