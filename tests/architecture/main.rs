@@ -85,6 +85,10 @@ fn modules_know_only_what_is_below_them() {
     assert_never("backend/src/pci", &["crate::dma", "crate::irq", "std::os::fd", "rustix"]);
     assert_never("backend/src/devices", &["crate::server", "barkeep_protocol", "barkeep_shim"]);
     assert_never("backend/src/server", &["crate::cli", "barkeep_shim"]);
+    // It parses nothing of a guest or a client, so it knows nothing of what they say.
+    assert_never("backend/src/supervisor", &below_devices);
+    let guests = ["crate::pci", "crate::dma", "crate::irq", "vm_memory", "virtio"];
+    assert_never("backend/src/supervisor", &guests);
     assert_never("backend/src/config", &["crate::server", "barkeep_protocol", "barkeep_shim"]);
 
     assert_never("frontend-shim/src", &["barkeep_backend"]);

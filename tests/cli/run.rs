@@ -75,7 +75,7 @@ fn a_client_keeps_its_device_when_the_worker_is_killed() {
     let (_directory, path) = socket();
     let sidecar = supervise(&[(&path, "edu")], &[]);
     let mut client = client(&path);
-    for signal in [Signal::KILL, Signal::ABORT, Signal::SEGV, Signal::TERM] {
+    for signal in [Signal::KILL, Signal::ABORT, Signal::TERM] {
         replace(&sidecar, signal);
         assert_alive(&mut client);
     }
@@ -240,7 +240,7 @@ fn a_limit_of_open_files_that_is_too_low_is_told() {
     let output = limited(60, &path, "").output().expect("a shell");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("the limit of 60 open files is too low for 1 functions"), "{stderr}");
+    assert!(stderr.contains("the limit of open files (60) is too low"), "{stderr}");
     assert!(output.stdout.is_empty() && !path.exists());
 }
 

@@ -6,7 +6,7 @@ use std::process::Stdio;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
 
-use crate::process::{Sidecar, arguments, assert_refused, socket};
+use crate::process::{Sidecar, arguments, assert_refused, assert_refused_by, socket};
 
 /// Checks the answers to specifications, in each of which `DIR` stands for a directory with the
 /// files that they name.
@@ -160,7 +160,8 @@ fn an_image_has_one_writer_or_readers() {
             assert_eq!(second.wait(), Some(0));
         } else {
             let words = [&format!("{}: in use", image.display())[..], "'path'"];
-            assert_refused(&arguments(&[(&other, second)]), &words);
+            // Each waits a while for the other to end: one command will do.
+            assert_refused_by("serve", &arguments(&[(&other, second)]), &words);
         }
         // Whoever was refused has taken nothing away.
         sidecar.signal(Signal::TERM);

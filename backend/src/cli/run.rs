@@ -1,11 +1,12 @@
 //! `barkeep run`
 
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use barkeep_backend::supervisor::{End, Holding, Setup, Signals, Start, StartError, Supervisor};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use tracing::info;
 
 use crate::serve::{self, Described, fatal, option, parse, signals, unique_names};
@@ -26,14 +27,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments, log: String) -> ExitCode {
     // Before anything can be left behind: a signal from here on means a clean stop.
-    let asked = (|| {
-        Ok::<_, std::io::Error>(Signals {
-            stop: signals(&[SIGTERM, SIGINT])?.into(),
-            reload: signals(&[SIGHUP])?.into(),
-            upgrade: signals(&[SIGUSR2])?.into(),
-        })
-    })();
-    let asked = match asked {
+    let asked = match listen_to_signals() {
         Ok(asked) => asked,
         Err(failure) => return fatal(&format!("can't handle signals: {failure}")),
     };
@@ -48,6 +42,16 @@ pub(crate) fn run(arguments: &Arguments, log: String) -> ExitCode {
             Err(failure) => return fatal(&format!("event loop: {failure}")),
         }
     }
+}
+
+fn listen_to_signals() -> io::Result<Signals> {
+    // Whoever started us may ignore it, and then the kernel would not tell how a worker has ended.
+    signals(&[SIGCHLD])?;
+    Ok(Signals {
+        stop: signals(&[SIGTERM, SIGINT])?.into(),
+        reload: signals(&[SIGHUP])?.into(),
+        upgrade: signals(&[SIGUSR2])?.into(),
+    })
 }
 
 /// Why nothing is served.
@@ -82,7 +86,7 @@ fn start(arguments: &Arguments, log: String, asked: Signals) -> Result<Superviso
     let described = |text| described(text, &mut positions);
     let devices = serve.describe(described).map_err(Unserved::Usage)?;
     let names = unique_names(&devices).map_err(Unserved::Usage)?;
-    let failed = |failure: std::io::Error| Unserved::Failure(format!("supervisor: {failure}"));
+    let failed = |failure: io::Error| Unserved::Failure(format!("supervisor: {failure}"));
     let setups = names.into_iter().zip(&devices).map(|(name, device)| {
         Ok(Setup { name, group: device.labels.group.clone(), holding: Holding::fresh()? })
     });

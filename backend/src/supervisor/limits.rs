@@ -18,7 +18,7 @@ const UNLIMITED: usize = 1 << 20;
 
 /// There are not enough to serve so many functions at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("the limit of {allowed} open files is too low for {functions} functions")]
+#[error("the limit of open files ({allowed}) is too low for so many functions ({functions})")]
 pub(super) struct TooFew {
     allowed: usize,
     functions: usize,
@@ -38,8 +38,8 @@ pub(super) fn share(functions: usize) -> Result<usize, TooFew> {
     let share = share_of(allowed, functions).ok_or(TooFew { allowed, functions })?;
     if share < FEW {
         warn!(
-            "the limit of {allowed} open files leaves {share} for each of {functions} functions: a \
-             client may be refused DMA windows"
+            "the limit of open files ({allowed}) leaves {share} for each function: a client may be \
+             refused DMA windows"
         );
     }
     Ok(share)

@@ -1,13 +1,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{SendFlags, send};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::*;
 use crate::state::Holder;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
 /// A file that tells what it is.
 fn file(text: &str) -> OwnedFd {
@@ -196,6 +197,24 @@ fn nonsense_is_told_from_frames() {
     let frame = Frame { kind: Kind::Store, function: 0, number: 0 };
     send(&theirs, &frame.to_bytes(), SendFlags::empty()).unwrap();
     assert_eq!(supervisor.next().unwrap_err(), LinkError::Garbled);
+}
+
+#[test]
+fn a_descriptor_that_there_is_no_room_for_is_told() {
+    if std::env::var_os("NEXTEST").is_none() {
+        return crate::skip::skip(&"other tests in this process open files");
+    }
+    let (supervisor, worker) = begun(9);
+    let mut holder = worker.holder(0);
+    holder.store(FdKey(1), file("").as_fd()).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    let none = Rlimit { current: Some(0), maximum: before.maximum };
+    setrlimit(Resource::Nofile, none).unwrap();
+    let told = supervisor.next();
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(matches!(told, Ok(Some(FromWorker::Lost(0, FdKey(1))))), "{told:?}");
+    holder.store(FdKey(2), file("").as_fd()).unwrap();
+    assert!(matches!(supervisor.next(), Ok(Some(FromWorker::Store(0, FdKey(2), _)))));
 }
 
 #[test]

@@ -3,6 +3,7 @@ mod worker;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use tempfile::TempDir;
 
 use self::worker::{SCRIPT, ask};
 use super::*;
+use crate::state::FdKey;
 
 /// What a worker may take to answer, for tests in which one does not.
 const SHORT: Duration = Duration::from_millis(200);
@@ -57,10 +59,13 @@ fn supervisor(
 
 impl Supervised {
     fn start(groups: &[Option<&str>], script: &'static str, watchdog: Duration) -> Self {
+        Self::run(supervisor(groups, script, watchdog))
+    }
+
+    fn run((mut supervisor, stop, upgrade): (Supervisor, UnixStream, UnixStream)) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (mut supervisor, stop, upgrade) = supervisor(groups, script, watchdog);
         supervisor.start().unwrap();
-        for function in 0..groups.len() {
+        for function in 0..supervisor.functions.len() {
             let path = directory.path().join(function.to_string());
             supervisor.listen(function, SocketPath::claim(&path).unwrap());
         }
@@ -161,6 +166,24 @@ fn the_next_worker_holds_what_the_last_one_stored_until_its_end() {
     let supervisor = supervised.stop();
     let keys: Vec<_> = supervisor.holdings().flat_map(|held| held.fds.keys()).collect();
     assert_eq!(format!("{keys:?}"), "[FdKey(1), FdKey(3)]");
+}
+
+#[test]
+fn a_worker_gets_more_than_the_link_has_room_for_at_once() {
+    let (mut supervisor, stop, upgrade) = supervisor(&[None], "-", LONG);
+    if supervisor.share < 4000 {
+        return crate::skip::skip(&"the limit of open files is low");
+    }
+    let holding = &mut supervisor.functions[0].holding;
+    holding.fds = (0..4000).map(|key| (FdKey(key), Arc::clone(&holding.state))).collect();
+    let supervised = Supervised::run((supervisor, stop, upgrade));
+    let mut client = supervised.client(0);
+    for incarnation in 0..2 {
+        let status = client.ask(ask::STATUS);
+        assert_eq!((status.incarnation, status.keys.split(", ").count()), (incarnation, 4000));
+        client.send(ask::DIE);
+    }
+    supervised.stop();
 }
 
 #[test]
