@@ -8,5 +8,6 @@ mod run;
 mod signals;
 mod sockets;
 mod systemd;
+mod upgrade;
 mod usage;
 mod virtio;

@@ -66,6 +66,8 @@ impl Client {
         edu::raise(&mut self.peer);
         assert!(self.interrupt.take() > 0, "the client's interrupt");
         edu::acknowledge(&mut self.peer);
+        let flags = irq::DATA_NONE | irq::ACTION_UNMASK;
+        let _ = self.peer.set_irqs(flags, irq::INTX, 0, 1).success();
     }
 }
 

@@ -260,11 +260,14 @@ impl Supervisor {
                 }
                 Token::Reload => {
                     if self.read_all(&self.signals.reload)? {
+                        self.manager.reloading();
                         self.reload();
+                        self.manager.ready();
                     }
                 }
                 Token::Upgrade => {
-                    if self.read_all(&self.signals.upgrade)? && self.phase == Phase::Serving {
+                    let asked = self.read_all(&self.signals.upgrade)?;
+                    if asked && self.phase == Phase::Serving && (self.may_upgrade)() {
                         self.end_workers(End::Drained)?;
                     }
                 }
