@@ -146,7 +146,7 @@ impl Recorder {
             }
             let room = missing.unwrap_or(FIRST_LOOK);
             let looked = self.journal.stream(id).peek(socket, room);
-            let mut peeked = match looked {
+            let peeked = match looked {
                 Ok(peeked) => peeked,
                 Err(Errno::AGAIN) => return Ok(Arrived::Nothing),
                 Err(Errno::CONNRESET) if received.is_empty() => return Ok(Arrived::Closed),
@@ -168,18 +168,13 @@ impl Recorder {
                     None => count,
                     Some(body) => HEADER_SIZE + body - received.len(),
                 };
-                if of_message < count {
-                    more = true;
-                    count = of_message;
-                    if !peeked.fds.is_empty() || peeked.fds_missing {
-                        // They may be of the next message.
-                        let looked = self.journal.stream(id).peek(socket, count);
-                        peeked = looked.map_err(TransportError::Socket)?;
-                        count = count.min(peeked.bytes.len());
-                    }
-                }
+                more = of_message < count;
+                count = count.min(of_message);
             }
-            self.hold_arrived(id, peeked.fds, peeked.fds_missing);
+            // Those that are held already are found again until their bytes are taken.
+            if self.journal.stream(id).held().is_empty() {
+                self.hold_arrived(id, peeked.fds, peeked.fds_missing);
+            }
             match self.journal.stream(id).take(socket, count) {
                 Ok(_) => {}
                 Err(Errno::AGAIN) => return Ok(Arrived::Nothing),
@@ -188,7 +183,7 @@ impl Recorder {
         }
     }
 
-    /// Has descriptors held before the bytes that they came with are taken.
+    /// Has descriptors held before the bytes that they come with are taken, whichever these are.
     fn hold_arrived(&mut self, id: StreamId, fds: Vec<OwnedFd>, missing: bool) {
         let mut keys = Vec::new();
         for fd in fds {
