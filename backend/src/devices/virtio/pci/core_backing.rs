@@ -227,6 +227,9 @@ impl Backing for CoreBacking {
         self.used.fill(false);
         self.served.fill(false);
         self.to_resubmit.clear();
+        if let Some(records) = &mut self.records {
+            records.detach();
+        }
         self.started = false;
         self.live = false;
     }

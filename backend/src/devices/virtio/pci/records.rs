@@ -82,6 +82,11 @@ impl Records {
             .then_some(&queue.record)
     }
 
+    /// No queue is served any more.
+    pub(super) fn detach(&mut self) {
+        self.queues.iter_mut().for_each(|queue| queue.served = None);
+    }
+
     /// Begins to serve a queue that the driver enabled. `in_flight` is what the device has of it by
     /// its own account, which counts if the queue was not served since.
     ///

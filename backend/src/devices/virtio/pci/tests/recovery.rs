@@ -316,6 +316,25 @@ fn a_function_that_moved_begins_where_its_state_says_and_can_be_killed_then() {
 }
 
 #[test]
+fn a_state_from_elsewhere_is_not_taken_for_the_one_that_belongs_to_the_words() {
+    let mut here = mortal(FEATURES);
+    for _ in 0..3 {
+        here.set(at::DEVICE_STATUS, 1, 0);
+        here.drive(FEATURES);
+    }
+    let mut from = mortal(FEATURES);
+    from.core.state().holds = true;
+    let held = from.send(0, b"held");
+    from.kick(0);
+    // Its process was killed before it had saved anything.
+    let mut to = from.successor();
+    to.device.saved().unwrap().set_scratch(here.scratch());
+    let mut to = from.moved_to(to);
+    to.resume();
+    assert_eq!(to.used(0), [(held, b"held".to_vec())]);
+}
+
+#[test]
 fn a_state_that_comes_back_to_its_own_process_says_where_it_is() {
     let mut bench = mortal(FEATURES);
     bench.core.state().holds = true;
