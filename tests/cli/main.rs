@@ -4,7 +4,7 @@ mod demo;
 mod idle;
 mod logs;
 mod process;
-mod run;
+mod real_systemd;
 mod signals;
 mod sockets;
 mod systemd;
