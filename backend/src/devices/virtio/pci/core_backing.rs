@@ -34,6 +34,8 @@ pub struct CoreBacking {
     to_resubmit: Vec<InFlight>,
     /// What outlives the process, if something does.
     records: Option<Records>,
+    /// Whether the configuration is another than the driver was told, by another instance.
+    config_differs: bool,
 }
 
 impl CoreBacking {
@@ -53,6 +55,7 @@ impl CoreBacking {
             served: vec![false; queues],
             to_resubmit: Vec::new(),
             records: None,
+            config_differs: false,
             core,
         })
     }
@@ -117,6 +120,13 @@ impl CoreBacking {
         resubmit.sort_unstable();
         self.to_resubmit.extend(resubmit.into_iter().map(|(_, request)| request));
         recovered
+    }
+
+    /// The device's configuration, as far as any has fields.
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; CONFIG];
+        self.core.config_read(0, &mut config);
+        config
     }
 
     /// Whether it is known where the queue is, if there is one.
@@ -232,6 +242,7 @@ impl Backing for CoreBacking {
         }
         self.started = false;
         self.live = false;
+        self.config_differs = false;
     }
 
     fn kept(&self) -> Vec<BorrowedFd<'_>> {
@@ -266,13 +277,20 @@ impl Backing for CoreBacking {
     fn save(&self) -> Option<Vec<u8>> {
         let requests = self.to_resubmit.iter().copied().chain(self.core.in_flight());
         let in_flight = requests.map(|request| (request.queue, request.head)).collect();
-        let state = State::V1 { in_flight, core: self.core.save() };
+        let core = self.core.save();
+        let state = match &self.records {
+            None => State::V1 { in_flight, core },
+            Some(_) => State::V2 { in_flight, core, config: self.config() },
+        };
         Some(postcard::to_allocvec(&state).expect("plain data serialises"))
     }
 
     fn restore(&mut self, state: &[u8], features: Option<u64>) -> Result<(), RestoreError> {
         let (state, rest) = postcard::take_from_bytes(state).map_err(|_| RestoreError)?;
-        let State::V1 { in_flight, core } = state;
+        let (in_flight, core, config) = match state {
+            State::V1 { in_flight, core } => (in_flight, core, None),
+            State::V2 { in_flight, core, config } => (in_flight, core, Some(config)),
+        };
         let sizes = self.core.queue_sizes();
         let mut known = BTreeSet::new();
         let possible = |&(queue, head): &(u16, u16)| {
@@ -288,6 +306,7 @@ impl Backing for CoreBacking {
             self.core.start(features);
         }
         self.core.restore(&core)?;
+        self.config_differs = config.is_some_and(|config| config != self.config());
         let request = |(queue, head)| InFlight { queue, head };
         self.to_resubmit = in_flight.into_iter().map(request).collect();
         Ok(())
@@ -297,6 +316,9 @@ impl Backing for CoreBacking {
         // What was finished while it was stopped has told nobody yet.
         self.live = false;
         self.changed(world);
+        if std::mem::take(&mut self.config_differs) {
+            world.interrupt_config();
+        }
     }
 
     fn reload(&mut self, world: &mut World<'_>) -> Result<(), String> {
@@ -328,13 +350,23 @@ pub(in crate::devices) fn adopted(
     fds.into_iter().map(eventfd).collect()
 }
 
-/// The first version of the state.
+/// More than any device of ours has fields, in bytes.
+const CONFIG: usize = 128;
+
+/// The versions of the state.
 #[derive(Serialize, Deserialize)]
 enum State {
     V1 {
         /// Queue and head of each request.
         in_flight: Vec<(u16, u16)>,
         core: Vec<u8>,
+    },
+    /// Of a device with records.
+    V2 {
+        in_flight: Vec<(u16, u16)>,
+        core: Vec<u8>,
+        /// What the driver has read, or been told to read.
+        config: Vec<u8>,
     },
 }
 

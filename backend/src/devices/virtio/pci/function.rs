@@ -25,8 +25,6 @@ pub struct VirtioFunction {
     movable: bool,
     /// Whether a state that was saved together with the backing's words may still come.
     pub(super) awaits_own_state: bool,
-    /// Whether it has come, and the driver is to be told.
-    pub(super) recovered: bool,
 }
 
 impl fmt::Debug for VirtioFunction {
@@ -49,8 +47,7 @@ impl VirtioFunction {
         let offered = backing.features() & feature::OFFERABLE;
         let movable = backing.save().is_some();
         let driver = DriverState::new(offered, &sizes);
-        let (live, awaits_own_state, recovered) = (false, false, false);
-        Ok(Self { driver, backing, live, movable, awaits_own_state, recovered })
+        Ok(Self { driver, backing, live: false, movable, awaits_own_state: false })
     }
 
     /// Tells the backing that something is another now.

@@ -97,7 +97,6 @@ impl Saved for VirtioFunction {
         self.power_on();
         let result = self.take_over(state);
         if result.is_err() {
-            self.recovered = false;
             self.power_on();
         }
         result
@@ -122,10 +121,6 @@ impl Saved for VirtioFunction {
 
     fn resume(&mut self, context: &mut Context<'_>) {
         self.call(context, |backing, world| backing.resume(world));
-        if std::mem::take(&mut self.recovered) {
-            // What changed meanwhile, or just before, nobody was told.
-            self.call(context, |_, world| world.interrupt_config());
-        }
     }
 }
 
@@ -147,7 +142,6 @@ impl VirtioFunction {
         match records {
             Some(records) if awaited && here == Some(records.identity) => {
                 self.driver.restore_starts(&records)?;
-                self.recovered = true;
             }
             records => self.driver.start_anew(records.as_ref())?,
         }

@@ -426,10 +426,10 @@ impl Bench {
         self.turn(|_, _| {});
     }
 
-    /// Likewise, while the client has no memory mapped.
-    pub(super) fn is_killed_without_memory(&mut self) {
+    /// Likewise, and this happens before somebody goes on.
+    pub(super) fn is_killed_and(&mut self, meanwhile: impl FnOnce(&mut Self)) {
         self.succeed();
-        self.unmap_memory();
+        meanwhile(self);
         self.turn(|_, _| {});
     }
 

@@ -32,6 +32,8 @@ pub(super) struct State {
     pub(super) holds: bool,
     pub(super) held: VecDeque<InFlight>,
     pub(super) config: [u8; 8],
+    /// More of it, which is not saved, behind.
+    pub(super) capacity: u8,
     /// How often it was written.
     pub(super) writes: u64,
     /// What a reload finds.
@@ -110,7 +112,8 @@ impl Core<DmaGuard> for Echo {
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
-        let config = self.state().config;
+        let state = self.state();
+        let config = [&state.config[..], &[state.capacity]].concat();
         let from = config.get(usize::try_from(offset).unwrap()..).unwrap_or_default();
         data.iter_mut().zip(from).for_each(|(byte, value)| *byte = *value);
     }
