@@ -11,6 +11,8 @@
 mod demo;
 mod faults;
 mod interrupts;
+mod outages;
 mod plain;
 mod programs;
+mod returns;
 mod sidecar;

@@ -1,5 +1,6 @@
 //! The built-in guest programs against real sidecars.
 
+use barkeep_shim::client::DeadBackend;
 use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{
     Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program, Report,
@@ -20,6 +21,8 @@ fn arguments(sidecar: &Sidecar, program: Program, hypervisor: HypervisorChoice) 
         dma: Dma::Shared,
         loss: Loss::Protected,
         deadline: 20,
+        dead_backend: DeadBackend::UnsupportedRequest,
+        reconnect: false,
         json: false,
     }
 }

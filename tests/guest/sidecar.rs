@@ -10,23 +10,41 @@ use rustix::process::{Pid, Signal, kill_process};
 pub(crate) struct Sidecar {
     child: Child,
     directory: tempfile::TempDir,
-    count: usize,
+    devices: Vec<String>,
 }
 
 impl Sidecar {
     /// Serves each device on a socket of its own; ready when this returns.
     pub(crate) fn start(devices: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut command = Command::new(binary::barkeep());
-        command.args(["--log", "warn", "serve"]);
-        for (index, device) in devices.iter().enumerate() {
-            command.arg("--socket").arg(directory.path().join(format!("{index}.sock")));
-            command.args(["--device", device]);
-        }
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert_eq!(lines.take(devices.len()).count(), devices.len(), "the sidecar starts");
-        Self { child, directory, count: devices.len() }
+        let child = serve(directory.path(), devices);
+        Self { child, directory, devices: devices.iter().copied().map(Into::into).collect() }
+    }
+
+    /// Serves the same devices on the same sockets again, after [`kill`](Self::kill).
+    pub(crate) fn start_again(&mut self) {
+        let devices: Vec<_> = self.devices.iter().map(String::as_str).collect();
+        self.child = serve(self.directory.path(), &devices);
+    }
+
+    /// Serves others on the same sockets, after [`kill`](Self::kill).
+    pub(crate) fn start_as(&mut self, devices: &[&str]) {
+        self.child = serve(self.directory.path(), devices);
+    }
+
+    /// Stops the process where it is: it is there, and does not answer.
+    pub(crate) fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub(crate) fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let id = i32::try_from(self.child.id()).unwrap();
+        kill_process(Pid::from_raw(id).unwrap(), signal).unwrap();
     }
 
     pub(crate) fn socket(&self, index: usize) -> PathBuf {
@@ -34,7 +52,7 @@ impl Sidecar {
     }
 
     pub(crate) fn sockets(&self) -> Vec<PathBuf> {
-        (0..self.count).map(|index| self.socket(index)).collect()
+        (0..self.devices.len()).map(|index| self.socket(index)).collect()
     }
 
     /// Ends the process as a crash would. When it returns, the process is gone.
@@ -42,6 +60,19 @@ impl Sidecar {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+}
+
+fn serve(directory: &Path, devices: &[&str]) -> Child {
+    let mut command = Command::new(binary::barkeep());
+    command.args(["--log", "warn", "serve"]);
+    for (index, device) in devices.iter().enumerate() {
+        command.arg("--socket").arg(directory.join(format!("{index}.sock")));
+        command.args(["--device", device]);
+    }
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.take(devices.len()).count(), devices.len(), "the sidecar starts");
+    child
 }
 
 impl Drop for Sidecar {
