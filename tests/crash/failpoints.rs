@@ -25,6 +25,8 @@ struct Outcome {
 
 /// Runs a session whose workers die at these points, the first one at the first, and so on.
 fn run(session: &Session, binary: &Path, points: &[u64], count: Option<&Path>) -> Outcome {
+    // Of a session that hangs, this is the last one.
+    println!("deaths at {points:?}");
     let directory = tempfile::tempdir().unwrap();
     let device = (session.device)(directory.path());
     let mut environment = Vec::new();

@@ -21,6 +21,7 @@ pub(crate) struct Script {
     twin: Option<Peer>,
     /// What the server reaches by messages alone: its address, and the memory.
     pub(crate) messages: Option<(u64, Vec<u8>)>,
+    served: usize,
     notes: Vec<Answer>,
     /// The descriptors of the last answer.
     pub(crate) fds: Vec<OwnedFd>,
@@ -53,7 +54,7 @@ impl Script {
     }
 
     fn over(peer: Peer) -> Self {
-        Self { peer, twin: None, messages: None, notes: Vec::new(), fds: Vec::new() }
+        Self { peer, twin: None, messages: None, served: 0, notes: Vec::new(), fds: Vec::new() }
     }
 
     /// What was answered.
@@ -164,11 +165,14 @@ impl Script {
         }
     }
 
-    /// Serves a command of the server over the twin socket.
-    pub(crate) fn serve_twin(&mut self) {
-        let request = self.twin.as_mut().expect("a twin socket").receive();
-        let answer = self.serve(&request);
-        self.twin.as_mut().expect("a twin socket").send(&answer);
+    /// Serves commands of the server, so many since the beginning.
+    pub(crate) fn serve_until(&mut self, served: usize) {
+        while self.served < served {
+            let request = self.twin.as_mut().unwrap_or(&mut self.peer).receive();
+            let answer = self.serve(&request);
+            self.twin.as_mut().unwrap_or(&mut self.peer).send(&answer);
+        }
+        assert_eq!(self.served, served, "a command that came twice");
     }
 
     /// Whether nothing more has come than what was noted.
@@ -177,6 +181,7 @@ impl Script {
     }
 
     fn serve(&mut self, request: &Reply) -> Vec<u8> {
+        self.served += 1;
         let (base, memory) = self.messages.as_mut().expect("memory without a descriptor");
         let count = usize::try_from(u64_at(&request.body, 8) & 0xffff_ffff).unwrap();
         let start = usize::try_from(u64_at(&request.body, 0) - *base).unwrap();

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use barkeep_tests::edu::at;
 use barkeep_tests::event_counter::EventCounter;
@@ -53,6 +54,8 @@ const MSIX_ENABLE: u16 = 1 << 15;
 const READ_WRITE: u32 = 3;
 const BUFFER: u64 = 0x40000;
 const DEVICE_BUSY: u64 = 1;
+const INTERRUPT_WHEN_DONE: u64 = 4;
+const DONE: u32 = 0x100;
 
 fn described(script: &mut Script) {
     script.call(command::GET_INFO, &info(16, 0)[..16]);
@@ -212,33 +215,38 @@ fn pipelined(run: &Supervised) -> Vec<Answer> {
 
 /// Guest memory that is not shared: the server asks for it.
 fn messages(run: &Supervised) -> Vec<Answer> {
-    let mut script = Script::greeted(run.socket(0));
-    script.call(command::DMA_MAP, &dma_map(READ_WRITE, 0, 0x10_0000, 0x4000));
-    script.messages = Some((0x10_0000, vec![0; 0x4000]));
-    enable(&mut script);
-    for round in 0..3_u8 {
-        memory_of(&mut script)[0x100..0x110].fill(0x40 + round);
-        transfer(&mut script, 0x10_0100, BUFFER, 16, DEVICE_BUSY);
-        until_done(&mut script, |_| {});
-        transfer(&mut script, BUFFER, 0x10_2000, 16, DEVICE_BUSY | 2);
-        until_done(&mut script, |_| {});
-        assert_eq!(memory_of(&mut script)[0x2000..0x2010], [0x40 + round; 16]);
-    }
-    over(script)
+    asked_for(Script::greeted(run.socket(0)))
 }
 
 fn twin(run: &Supervised) -> Vec<Answer> {
-    let mut script = Script::with_twin(run.socket(0));
+    asked_for(Script::with_twin(run.socket(0)))
+}
+
+fn asked_for(mut script: Script) -> Vec<Answer> {
     script.call(command::DMA_MAP, &dma_map(READ_WRITE, 0, 0x10_0000, 0x4000));
     script.messages = Some((0x10_0000, vec![0; 0x4000]));
     enable(&mut script);
-    for round in 0..3_u8 {
-        memory_of(&mut script)[0x100..0x110].fill(0x40 + round);
-        transfer(&mut script, 0x10_0100, BUFFER, 16, DEVICE_BUSY);
-        until_done(&mut script, Script::serve_twin);
-        transfer(&mut script, BUFFER, 0x10_2000, 16, DEVICE_BUSY | 2);
-        until_done(&mut script, Script::serve_twin);
-        assert_eq!(memory_of(&mut script)[0x2000..0x2010], [0x40 + round; 16]);
+    let msi = EventCounter::new();
+    script.set_eventfd(irq::MSI, 0, msi.as_fd());
+    let control = capability(&mut script, pci::MSI) + 2;
+    script.set_config_u16(control, 1);
+    for round in 0..6_u8 {
+        let byte = 0x40 + round / 2;
+        let (source, destination, command) = if round % 2 == 0 {
+            memory_of(&mut script)[0x100..0x110].fill(byte);
+            (0x10_0100, BUFFER, DEVICE_BUSY)
+        } else {
+            (BUFFER, 0x10_2000, DEVICE_BUSY | 2)
+        };
+        transfer(&mut script, source, destination, 16, command | INTERRUPT_WHEN_DONE);
+        script.serve_until(usize::from(round) + 1);
+        wait_for_signal(&msi);
+        until_done(&mut script);
+        script.write_u32(0, at::INTERRUPT_ACKNOWLEDGE, DONE);
+        let _ = msi.take();
+        if round % 2 == 1 {
+            assert_eq!(memory_of(&mut script)[0x2000..0x2010], [byte; 16]);
+        }
     }
     over(script)
 }
@@ -307,7 +315,7 @@ pub(crate) mod crash {
     pub(crate) const ABORT: u64 = 8;
     /// A write loops for ever.
     pub(crate) const LOOP: u64 = 16;
-    /// Stops its process.
+    /// A read stops its process.
     pub(crate) const STOP: u64 = 24;
     /// A register.
     pub(crate) const REGISTER: u64 = 32;
@@ -368,11 +376,14 @@ fn transfer(script: &mut Script, source: u64, destination: u64, count: u64, comm
     }
 }
 
-/// Does what is between until the device is no longer busy. How often it is asked is not noted.
-fn until_done(script: &mut Script, between: impl Fn(&mut Script)) {
+/// Looks until the device is no longer busy, once at most unless somebody dies. How often that is, is
+/// not noted.
+fn until_done(script: &mut Script) {
     let noted = script.noted();
-    between(script);
-    while script.read(0, at::DMA_COMMAND, 8)[0] & 1 != 0 {}
+    let start = Instant::now();
+    while script.read(0, at::DMA_COMMAND, 8)[0] & 1 != 0 {
+        assert!(start.elapsed() < Duration::from_secs(20), "the transfer is over");
+    }
     script.forget_after(noted);
 }
 
