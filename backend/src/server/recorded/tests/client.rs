@@ -1,11 +1,12 @@
 //! A client that sends one request after the other and serves DMA messages meanwhile.
 
 use std::collections::VecDeque;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
-use barkeep_protocol::wire::{Command, Header, MessageId, MessageKind, ServerRequest};
+use barkeep_protocol::wire::{Command, Errno, Header, MessageId, MessageKind, ServerRequest};
 
 use super::lab::Status;
 
@@ -26,7 +27,7 @@ pub(super) struct Client {
     /// The command that waits for its reply.
     asked: Option<MessageId>,
     id: u16,
-    replies: Vec<Vec<u8>>,
+    replies: Vec<Result<Vec<u8>, Errno>>,
     /// Memory that is not shared.
     unshared: Vec<u8>,
     address: u64,
@@ -46,6 +47,12 @@ impl Step {
     pub(super) fn with(mut self, fd: Option<&OwnedFd>) -> Self {
         self.fds.extend(fd.map(|fd| fd.try_clone().unwrap()));
         self
+    }
+
+    /// Its bytes with this id.
+    pub(super) fn message(&self, id: u16) -> Vec<u8> {
+        let frame = Frame::command(MessageId(id), self.command, self.body.clone());
+        [&frame.header.to_bytes()[..], &frame.body].concat()
     }
 
     pub(super) fn until_clear(self) -> Self {
@@ -68,8 +75,36 @@ impl Client {
         }
     }
 
+    /// Those to steps of which none has failed.
     pub(super) fn replies(&self) -> Vec<Vec<u8>> {
-        self.replies.clone()
+        self.replies.iter().map(|reply| reply.clone().unwrap()).collect()
+    }
+
+    pub(super) fn last(&self) -> Result<Vec<u8>, Errno> {
+        self.replies.last().unwrap().clone()
+    }
+
+    pub(super) fn also(&mut self, steps: Vec<Step>) {
+        self.steps.extend(steps);
+    }
+
+    /// The reply to a message that was sent otherwise.
+    pub(super) fn expects(&mut self, id: u16) {
+        self.steps.push_back(Step::new(Command::GetInfo, Vec::new()));
+        self.asked = Some(MessageId(id));
+    }
+
+    pub(super) fn socket(&self) -> UnixStream {
+        self.line.socket.try_clone().unwrap().into()
+    }
+
+    pub(super) fn leave(&self) {
+        self.socket().shutdown(Shutdown::Both).unwrap();
+    }
+
+    /// Whether the connection has ended, and nothing was said before that.
+    pub(super) fn is_hung_up(&self) -> bool {
+        rustix::io::read(&self.line.socket, &mut [0; 1]) == Ok(0)
     }
 
     pub(super) fn unshared(&self) -> Vec<u8> {
@@ -97,8 +132,14 @@ impl Client {
                     self.line.send(answer);
                 }
                 MessageKind::Reply { error } => {
-                    assert_eq!((self.asked.take(), error), (Some(frame.header.id), None));
-                    self.reply(frame);
+                    assert_eq!(self.asked.take(), Some(frame.header.id));
+                    match error {
+                        None => self.reply(frame),
+                        Some(errno) => {
+                            self.steps.pop_front();
+                            self.replies.push(Err(errno));
+                        }
+                    }
                 }
             }
         }
@@ -123,7 +164,7 @@ impl Client {
             return;
         }
         self.steps.pop_front();
-        self.replies.push(body);
+        self.replies.push(Ok(body));
     }
 
     fn serve(&mut self, frame: &Frame) -> Frame {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -16,10 +17,17 @@ use crate::state::{FdKey, Holder};
 /// Rounds without a step of the client's, after which it is waited for in vain.
 const PATIENCE: usize = 1000;
 
-type Shelf = Arc<Mutex<BTreeMap<FdKey, OwnedFd>>>;
+type Shelf = Arc<Mutex<Held>>;
+
+#[derive(Debug, Default)]
+struct Held {
+    fds: BTreeMap<FdKey, OwnedFd>,
+    full: bool,
+}
 
 pub(super) struct Lab {
     function: fn() -> ServedFunction,
+    name: &'static str,
     state: OwnedFd,
     client: OwnedFd,
     shelf: Shelf,
@@ -30,12 +38,16 @@ struct ShelfHolder(Shelf);
 
 impl Holder for ShelfHolder {
     fn store(&mut self, key: FdKey, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.0.lock().unwrap().insert(key, fd.try_clone_to_owned()?);
+        let mut held = self.0.lock().unwrap();
+        if held.full {
+            return Err(rustix::io::Errno::MFILE.into());
+        }
+        held.fds.insert(key, fd.try_clone_to_owned()?);
         Ok(())
     }
 
     fn forget(&mut self, key: FdKey) {
-        self.0.lock().unwrap().remove(&key);
+        self.0.lock().unwrap().fds.remove(&key);
     }
 }
 
@@ -51,27 +63,25 @@ pub(super) enum Status {
 impl Lab {
     /// With a client that has just connected, whose end is returned.
     pub(super) fn new(function: fn() -> ServedFunction) -> (Self, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        theirs.set_nonblocking(true).unwrap();
+        let (ours, theirs) = connection();
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let state = memfd_create("state", flags).unwrap();
         let shelf = Shelf::default();
-        (Self { function, state, client: ours.into(), shelf, worker: None }, theirs)
+        (Self { function, name: "test", state, client: ours, shelf, worker: None }, theirs)
     }
 
     /// Starts a server with all that is held.
     pub(super) fn start(&mut self) {
         let held = |shelf: &Shelf| {
-            let fds = shelf.lock().unwrap();
-            fds.iter().map(|(key, fd)| (*key, fd.try_clone().unwrap())).collect()
+            let held = shelf.lock().unwrap();
+            held.fds.iter().map(|(key, fd)| (*key, fd.try_clone().unwrap())).collect()
         };
         let fds = held(&self.shelf);
         let state = self.state.try_clone().unwrap();
         let client = Some(self.client.try_clone().unwrap());
         let legacy = Legacy { state, client, fds };
         let holder = Box::new(ShelfHolder(self.shelf.clone()));
-        let mut port = Port::new(0, "test", (self.function)(), legacy, holder).unwrap();
+        let mut port = Port::new(0, self.name, (self.function)(), legacy, holder).unwrap();
         let epoll = Epoll::new().unwrap();
         port.add(&epoll).unwrap();
         self.worker = Some((port, epoll));
@@ -112,9 +122,76 @@ impl Lab {
     /// Nothing is held but what the state refers to: asked by starting once more.
     pub(super) fn expect_no_litter(&mut self) {
         self.bury();
-        let before: Vec<FdKey> = self.shelf.lock().unwrap().keys().copied().collect();
+        let before = self.held();
         self.start();
-        let after: Vec<FdKey> = self.shelf.lock().unwrap().keys().copied().collect();
-        assert_eq!(before, after);
+        assert_eq!(before, self.held());
     }
+
+    /// Whether the server dies before the client is done.
+    pub(super) fn dies_within(&mut self, step: impl FnMut() -> Status) -> bool {
+        std::panic::catch_unwind(AssertUnwindSafe(|| self.run_until(step))).is_err()
+    }
+
+    pub(super) fn port(&mut self) -> &mut Port {
+        &mut self.worker.as_mut().unwrap().0
+    }
+
+    pub(super) fn has_ended(&mut self) -> bool {
+        self.port().take_ended()
+    }
+
+    /// A new client, of the server that is here or of the next one.
+    pub(super) fn accept(&mut self, restart: bool) -> UnixStream {
+        let (ours, theirs) = connection();
+        self.client = ours;
+        if restart {
+            self.bury();
+            self.start();
+        } else {
+            let (port, epoll) = self.worker.as_mut().unwrap();
+            port.start_session(epoll, self.client.try_clone().unwrap()).unwrap();
+        }
+        theirs
+    }
+
+    pub(super) fn held(&self) -> Vec<FdKey> {
+        self.shelf.lock().unwrap().fds.keys().copied().collect()
+    }
+
+    /// Of those, the function's own.
+    pub(super) fn kept(&self) -> Vec<FdKey> {
+        self.held().into_iter().filter(|key| key.0 < 1 << 33).collect()
+    }
+
+    /// Signals the first descriptor that the function has kept.
+    pub(super) fn kick(&self) {
+        let shelf = self.shelf.lock().unwrap();
+        let (_, kick) = shelf.fds.first_key_value().unwrap();
+        rustix::io::write(kick, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    pub(super) fn serve_instead(&mut self, function: fn() -> ServedFunction) {
+        self.function = function;
+    }
+
+    pub(super) fn rename(&mut self, name: &'static str) {
+        self.name = name;
+    }
+
+    pub(super) fn lose_held(&self) {
+        let kept = self.kept();
+        self.shelf.lock().unwrap().fds.retain(|key, _| kept.contains(key));
+    }
+
+    pub(super) fn hold_no_more(&self) {
+        self.shelf.lock().unwrap().full = true;
+    }
+}
+
+/// A server's end and a client's.
+fn connection() -> (OwnedFd, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    (ours.into(), theirs)
 }

@@ -1,6 +1,8 @@
 //! Sessions whose server is killed: at every crash point of a script, and the client sees nothing of it.
 
 mod client;
+mod deaths;
+mod fragile;
 mod lab;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -172,9 +174,9 @@ impl Scene {
 
     fn survives_two_kills(&self, every: usize) {
         let (expected, points, _) = self.play(&[]);
-        for first in (1..=points[0]).step_by(every * 13) {
+        for first in (1..=points[0]).step_by(every) {
             let (_, points, _) = self.play(&[first]);
-            for second in (1..=points[1]).step_by(every) {
+            for second in (1..=points[1]).step_by(every * 5) {
                 let (outcome, ..) = self.play(&[first, second]);
                 outcome.expect(&expected, &[first, second]);
             }

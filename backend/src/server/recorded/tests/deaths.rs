@@ -1,0 +1,251 @@
+//! What is left when a server dies, or can't go on.
+
+use std::io::Write;
+use std::sync::atomic::Ordering;
+
+use barkeep_protocol::wire::{Errno, IrqAction, IrqData};
+
+use super::fragile::{self, DEADLY, DEADLY_WAKES, PIN, QUIESCED, VALUE, WAKES};
+use super::*;
+
+/// A test's server and client, one request at a time.
+struct Talk {
+    lab: Lab,
+    client: Client,
+}
+
+impl Talk {
+    fn begin(function: fn() -> ServedFunction) -> Self {
+        let (mut lab, socket) = Lab::new(function);
+        let mut client = Client::new(socket, Vec::new(), UNSHARED, SIZE);
+        lab.start();
+        client.also(vec![version(Offer::empty()), enable()]);
+        lab.run_until(|| client.step());
+        Self { lab, client }
+    }
+
+    /// Asks, and restarts the server until it has answered. Returns the answer, and how many died.
+    fn ask(&mut self, step: Step) -> (Result<Vec<u8>, Errno>, usize) {
+        self.client.also(vec![step]);
+        let mut deaths = 0;
+        while self.lab.dies_within(|| self.client.step()) {
+            deaths += 1;
+            assert!(deaths < 20, "it dies for ever");
+            self.restart();
+        }
+        (self.client.last(), deaths)
+    }
+
+    fn expect(&mut self, step: Step) -> Vec<u8> {
+        let (answer, deaths) = self.ask(step);
+        assert_eq!(deaths, 0);
+        answer.unwrap()
+    }
+
+    fn byte(&mut self, offset: u64) -> u8 {
+        *self.expect(read(BAR0, offset, 1)).last().unwrap()
+    }
+
+    fn restart(&mut self) {
+        self.lab.bury();
+        self.lab.start();
+    }
+
+    fn expect_end(mut self) {
+        self.lab.round();
+        assert!(self.client.is_hung_up());
+        assert!(self.lab.has_ended());
+        assert_eq!(self.lab.held(), self.lab.kept());
+    }
+}
+
+#[test]
+fn a_write_that_nobody_survives_is_dropped() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    for _ in 0..2 {
+        let (answer, deaths) = talk.ask(write(BAR0, DEADLY, &[1]));
+        assert!(answer.is_ok());
+        assert_eq!(deaths, 3);
+    }
+    assert_eq!(talk.byte(VALUE), 5);
+}
+
+#[test]
+fn a_read_that_nobody_survives_brings_all_ones() {
+    let mut talk = Talk::begin(test_crash);
+    let (answer, deaths) = talk.ask(read(BAR0, 0, 8));
+    assert_eq!(deaths, 3);
+    assert_eq!(answer.unwrap()[16..], [0xff; 8]);
+}
+
+/// Each of them may be survived by somebody.
+#[test]
+fn deaths_of_other_requests_do_not_count() {
+    let mut talk = Talk::begin(test_crash);
+    for round in 0..5 {
+        talk.client.also(vec![write(BAR0, 0x20, &[round; 8])]);
+        talk.lab.run_until(|| talk.client.step());
+        talk.restart();
+    }
+    assert_eq!(talk.expect(read(BAR0, 0x20, 8))[16..], [4; 8]);
+}
+
+#[test]
+fn a_wake_that_nobody_survives_resets_the_function_and_leaves_its_wiring() {
+    let (irq, memory) = (counter(), memory());
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(set_irq(IrqAction::Trigger, IrqData::Eventfd, 0, Some(&irq)));
+    let _ = talk.expect(map(MEMORY, Some(&memory)));
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    let _ = talk.expect(write(BAR0, DEADLY_WAKES, &[1]));
+    talk.lab.kick();
+    let (answer, deaths) = talk.ask(read(CONFIG, COMMAND, 2));
+    assert_eq!(deaths, 3);
+    assert_eq!(answer.unwrap()[16..], [0, 0], "as after a reset");
+    let _ = talk.expect(enable());
+    assert_eq!(talk.byte(VALUE), 0);
+    let _ = talk.expect(write(BAR0, PIN, &[1]));
+    assert_eq!(signals(&irq), 1);
+    let (answer, _) = talk.ask(map(MEMORY, None));
+    assert_eq!(answer, Err(Errno::EXIST), "the window is still there");
+}
+
+#[test]
+fn a_wake_is_not_lost_with_the_server() {
+    let mut talk = Talk::begin(fragile::savable);
+    talk.lab.bury();
+    talk.lab.kick();
+    talk.lab.start();
+    talk.lab.round();
+    assert_eq!(talk.byte(WAKES), 1);
+}
+
+#[test]
+fn a_function_that_cant_be_saved_starts_anew_with_its_wiring() {
+    let irq = counter();
+    let mut talk = Talk::begin(fragile::unsavable);
+    let _ = talk.expect(set_irq(IrqAction::Trigger, IrqData::Eventfd, 0, Some(&irq)));
+    let _ = talk.expect(map(MEMORY, None));
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    talk.restart();
+    assert_eq!(talk.expect(read(CONFIG, COMMAND, 2))[16..], [0, 0]);
+    let _ = talk.expect(enable());
+    assert_eq!(talk.byte(VALUE), 0);
+    let _ = talk.expect(write(BAR0, PIN, &[1]));
+    assert_eq!(signals(&irq), 1);
+    assert_eq!(talk.ask(map(MEMORY, None)).0, Err(Errno::EXIST));
+}
+
+#[test]
+fn a_state_that_is_not_this_functions_is_a_reset() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(map(MEMORY, None));
+    talk.lab.serve_instead(test_crash);
+    talk.restart();
+    assert_eq!(talk.expect(read(CONFIG, COMMAND, 2))[16..], [0, 0]);
+    assert_eq!(talk.ask(map(MEMORY, None)).0, Err(Errno::EXIST));
+}
+
+#[test]
+fn a_foreign_state_ends_the_session() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(map(MEMORY, Some(&memory())));
+    talk.lab.rename("another");
+    talk.restart();
+    talk.expect_end();
+}
+
+#[test]
+fn a_window_whose_file_was_not_kept_ends_the_session() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(map(MEMORY, Some(&memory())));
+    talk.lab.lose_held();
+    talk.restart();
+    talk.expect_end();
+}
+
+#[test]
+fn a_client_that_leaves_leaves_nothing() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(map(MEMORY, Some(&memory())));
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    talk.client.leave();
+    talk.lab.round();
+    assert!(talk.lab.has_ended());
+    assert_eq!(talk.lab.held(), talk.lab.kept());
+    // The next one, of the same server and of another one.
+    for restart in [false, true] {
+        let socket = talk.lab.accept(restart);
+        talk.client = Client::new(socket, Vec::new(), UNSHARED, SIZE);
+        let _ = talk.expect(version(Offer::empty()));
+        let _ = talk.expect(enable());
+        assert_eq!(talk.byte(VALUE), 0);
+        let _ = talk.expect(map(MEMORY, None));
+        let _ = talk.expect(write(BAR0, VALUE, &[6]));
+        talk.client.leave();
+        talk.lab.round();
+    }
+}
+
+#[test]
+fn draining_brings_the_device_to_rest_and_keeps_its_state() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    let before = QUIESCED.load(Ordering::Relaxed);
+    talk.lab.port().drain();
+    assert!(QUIESCED.load(Ordering::Relaxed) > before);
+    talk.restart();
+    assert_eq!(talk.byte(VALUE), 5);
+}
+
+#[test]
+fn stopping_ends_the_session() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(map(MEMORY, Some(&memory())));
+    talk.lab.port().stop();
+    assert!(talk.client.is_hung_up());
+    assert_eq!(talk.lab.held(), talk.lab.kept());
+}
+
+#[test]
+fn a_message_may_come_byte_by_byte_from_one_server_to_the_next() {
+    let mut talk = Talk::begin(test_crash);
+    let _ = talk.expect(write(BAR0, 0x28, &[0; 8]));
+    let bytes = read(BAR0, 0x28, 8).message(77);
+    for byte in bytes.chunks(1) {
+        talk.client.socket().write_all(byte).unwrap();
+        talk.lab.round();
+        talk.restart();
+    }
+    talk.client.expects(77);
+    talk.lab.run_until(|| talk.client.step());
+    assert_eq!(talk.client.last().unwrap()[16..], 1u64.to_le_bytes());
+}
+
+#[test]
+fn a_masked_pin_stays_masked() {
+    let irq = counter();
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(set_irq(IrqAction::Trigger, IrqData::Eventfd, 0, Some(&irq)));
+    let _ = talk.expect(set_irq(IrqAction::Mask, IrqData::None, 0, None));
+    talk.restart();
+    let _ = talk.expect(write(BAR0, PIN, &[1]));
+    assert_eq!(signals(&irq), 0);
+    talk.restart();
+    assert_eq!(signals(&irq), 0);
+    let _ = talk.expect(set_irq(IrqAction::Unmask, IrqData::None, 0, None));
+    assert_eq!(signals(&irq), 1);
+    // Masked by its signal.
+    talk.restart();
+    talk.lab.round();
+    assert_eq!(signals(&irq), 0);
+}
+
+#[test]
+fn descriptors_that_cant_be_held_are_refused() {
+    let mut talk = Talk::begin(fragile::savable);
+    talk.lab.hold_no_more();
+    assert_eq!(talk.ask(map(MEMORY, Some(&memory()))).0, Err(Errno::MFILE));
+    let _ = talk.expect(map(MEMORY, None));
+}
