@@ -136,7 +136,13 @@ pub(crate) fn check_churn(device: &Device, edu: &Edu, rounds: u32) -> Result<Str
             source.store(&[tag; PAGE_SIZE]);
             edu.dma_from_ram(SOURCE, LEN)?;
             edu.dma_to_ram(TARGET, LEN)?;
-            ensure!(target.contents() == [tag; PAGE_SIZE], "round {round}: the data is wrong");
+            let seen = target.contents();
+            let stranger = seen.iter().position(|&byte| byte != tag);
+            ensure!(
+                stranger.is_none(),
+                "round {round}: bytes from {stranger:?} on are {:02x?}, not {tag:#x}",
+                stranger.map(|at| seen[at])
+            );
             Ok(())
         });
         done.store(true, Ordering::Relaxed);

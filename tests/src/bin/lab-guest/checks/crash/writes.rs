@@ -61,12 +61,16 @@ pub(super) fn run_during(
         let mut requests = Requests::open()?;
         let area = area(nonce, name)?;
         let writers = area.start(WRITERS, None)?;
-        for round in 0..rounds {
+        let went_on = (0..rounds).try_for_each(|round| {
             goes_on(&writers).map_err(|error| format!("before {request} {round}: {error}"))?;
-            requests.ask_and_await(request)?;
-        }
-        goes_on(&writers).map_err(|error| format!("after the last {request}: {error}"))?;
-        stop(&area, writers)
+            requests.ask_and_await(request)
+        });
+        let goes_on = goes_on(&writers);
+        // Why a writer has failed says more than that it has.
+        let seen = stop(&area, writers)?;
+        went_on?;
+        goes_on.map_err(|error| format!("after the last {request}: {error}"))?;
+        Ok(seen)
     })?;
     report.check(&format!("{name}-edu"), || {
         stopped.store(true, Ordering::Relaxed);
@@ -119,9 +123,12 @@ fn toggle_disk(nonce: &str) -> Result<String> {
     let toggles = Kills::begin("disk")?.during(|_| {
         goes_on(&writers)?;
         Bit::MemorySpace.toggle(&function, &doorbells)
-    })?;
-    goes_on(&writers).map_err(|error| format!("after the last toggle: {error}"))?;
-    Ok(format!("{toggles} toggles, {}", stop(&area, writers)?))
+    });
+    let went_on = goes_on(&writers);
+    // Why a writer has failed says more than that it has.
+    let seen = stop(&area, writers)?;
+    went_on.map_err(|error| format!("after the last toggle: {error}"))?;
+    Ok(format!("{} toggles, {seen}", toggles?))
 }
 
 fn area(nonce: &str, of: &str) -> Result<Area> {
