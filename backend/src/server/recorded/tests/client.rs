@@ -177,7 +177,8 @@ impl Client {
         let mut body = Vec::new();
         match ServerRequest::parse(command, &frame.body).unwrap() {
             ServerRequest::DmaRead(read) => {
-                let data = &self.unshared[range(read.address, usize::try_from(read.count).unwrap())];
+                let data =
+                    &self.unshared[range(read.address, usize::try_from(read.count).unwrap())];
                 read.write_data(layout, &mut body, |room| room.copy_from_slice(data));
             }
             ServerRequest::DmaWrite(write) => {
