@@ -4,6 +4,7 @@ mod hostile;
 mod peer;
 mod random;
 mod skew;
+mod speed;
 mod worker;
 mod world;
 
