@@ -22,6 +22,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// The barkeep extensions that it offers.
     fn extensions(&self) -> BarkeepExtensions;
 
+    /// Nothing more is asked of it: it has gone, as the VMM has learned by itself.
+    fn give_up(&self) {}
+
     /// What the device is.
     ///
     /// # Errors
@@ -87,6 +90,10 @@ pub trait Backend: fmt::Debug + Send + Sync {
 impl Backend for Client {
     fn name(&self) -> String {
         self.path().display().to_string()
+    }
+
+    fn give_up(&self) {
+        self.end_session();
     }
 
     fn is_dead(&self) -> bool {

@@ -217,6 +217,11 @@ impl Client {
         self.connection.has_ended()
     }
 
+    /// Ends the session, whoever waits for an answer.
+    pub(crate) fn end_session(&self) {
+        self.connection.end();
+    }
+
     /// What the device is ("VFIO_USER_DEVICE_GET_INFO").
     ///
     /// # Errors

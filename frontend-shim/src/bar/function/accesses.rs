@@ -109,9 +109,11 @@ impl<B: Backend> AttachedFunction<B> {
     }
 
     /// Takes every memory slot of a function away whose backend has gone, and says so, unless an
-    /// access has been the first to notice.
+    /// access has been the first to notice. The last session is over then, also if it lived.
     pub fn session_ended(&self, hypervisor: &dyn Hypervisor) {
-        self.failed(hypervisor, &self.session(), "attending", &ClientError::Gone);
+        let session = self.session();
+        session.backend.give_up();
+        self.failed(hypervisor, &session, "attending", &ClientError::Gone);
     }
 
     /// Makes an attempt, and others in the sessions that follow as long as nothing of it was sent and

@@ -68,6 +68,9 @@ impl std::iter::Sum for Outages {
     }
 }
 
+/// Longer than any VM runs, and short enough for the clock.
+const LONGEST_STALL: Duration = Duration::from_secs(1 << 32);
+
 /// What an access has waited so far.
 #[derive(Debug, Default)]
 pub(super) struct Patience {
@@ -100,6 +103,10 @@ impl<B> Sessions<B> {
     }
 
     pub(super) fn with_dead_backend(self, dead_backend: DeadBackend) -> Self {
+        let dead_backend = match dead_backend {
+            DeadBackend::Stall(limit) => DeadBackend::Stall(limit.min(LONGEST_STALL)),
+            policy => policy,
+        };
         Self { dead_backend, ..self }
     }
 
@@ -170,14 +177,17 @@ impl<B> Sessions<B> {
     pub(super) fn await_next(&self, session: &Session<B>, patience: &mut Patience) -> bool {
         let DeadBackend::Stall(limit) = self.dead_backend else { return false };
         let now = Instant::now();
-        let own = *patience.ends.get_or_insert_with(|| now.checked_add(limit).unwrap_or(now));
+        let own = *patience.ends.get_or_insert_with(|| now + limit);
         let mut presence = lock(&self.presence);
         loop {
-            let Some(since) = presence.gone else { return !self.is_current(session) };
-            let ends = since.checked_add(limit).map_or(own, |outage| outage.min(own));
+            // Sessions that end as soon as they begin give it no more time.
+            let ends = presence.gone.map_or(own, |since| own.min(since + limit));
             let left = ends.saturating_duration_since(Instant::now());
             if left.is_zero() || presence.stopped {
                 return false;
+            }
+            if presence.gone.is_none() {
+                return !self.is_current(session);
             }
             presence = wait(&self.changed, presence, left);
         }

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | all ones | - | nothing: the function is not there |
 //! | decode on | where it was placed | nothing |
+//! | decode on | all ones | nothing: the function has gone in between |
 //! | anything else | | decode off, the BAR where it was, decode on; counted |
 //!
 //! The others run `hammer` meanwhile, which expects registers to hold their reset values at any time.
@@ -61,7 +62,7 @@ fn recover(asm: &mut Assembly, config: i32, bar: i32, register: i32) -> Result<(
     asm.a.je(done)?;
     asm.a.test(eax, COMMAND_MEMORY)?;
     asm.a.je(program)?;
-    unless_placed(asm, (config, register), program)?;
+    unless_placed(asm, (config, register), program, done)?;
     asm.a.jmp(done)?;
 
     asm.bind(&mut program)?;
@@ -80,20 +81,25 @@ fn recover(asm: &mut Assembly, config: i32, bar: i32, register: i32) -> Result<(
     asm.bind(&mut done)
 }
 
-/// Goes to `elsewhere` unless the BAR is where it was placed.
+/// Goes to `elsewhere` unless the BAR is where it was placed, and to `gone` if nobody says where.
 fn unless_placed(
     asm: &mut Assembly,
     (config, register): (i32, i32),
     elsewhere: CodeLabel,
+    gone: CodeLabel,
 ) -> Result<(), IcedError> {
     let mut placed = asm.label();
     read_config(asm, config, register)?;
+    asm.a.cmp(eax, -1)?;
+    asm.a.je(gone)?;
     asm.a.and(eax, ADDRESS)?;
     asm.a.cmp(eax, esi)?;
     asm.a.jne(elsewhere)?;
     asm.a.test(rcx, rcx)?;
     asm.a.je(placed)?;
     read_config(asm, config, register + 4)?;
+    asm.a.cmp(eax, -1)?;
+    asm.a.je(gone)?;
     asm.a.cmp(eax, ecx)?;
     asm.a.jne(elsewhere)?;
     asm.bind(&mut placed)
