@@ -239,8 +239,7 @@ fn asked_for(mut script: Script) -> Vec<Answer> {
             (BUFFER, 0x10_2000, DEVICE_BUSY | 2)
         };
         transfer(&mut script, source, destination, 16, command | INTERRUPT_WHEN_DONE);
-        script.serve_until(usize::from(round) + 1);
-        wait_for_signal(&msi);
+        script.serve_until(&msi);
         until_done(&mut script);
         script.write_u32(0, at::INTERRUPT_ACKNOWLEDGE, DONE);
         let _ = msi.take();
@@ -382,6 +381,7 @@ fn until_done(script: &mut Script) {
     let noted = script.noted();
     let start = Instant::now();
     while script.read(0, at::DMA_COMMAND, 8)[0] & 1 != 0 {
+        script.serve_twin();
         assert!(start.elapsed() < Duration::from_secs(20), "the transfer is over");
     }
     script.forget_after(noted);
