@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use super::peer::{HEADER, Message};
 use super::random::bytes;
-use super::world::{Begun, KEEP, REPLY, SILENT, World, answer, chain};
+use super::world::{Begun, KEEP, LONG_REPLY, REPLY, SILENT, World, answer, chain};
 use super::{IDENTITY, SCRATCH_WORDS};
 use crate::state::{
     Activity, Commit, FdKey, Flush, Frame, Journal, Recovered, SectionId, StateError, StateFile,
@@ -217,7 +217,8 @@ impl Worker {
             sections.push((SectionId::Wiring, kept));
         }
         let sections: Vec<_> = sections.iter().map(|(id, bytes)| (*id, bytes.as_slice())).collect();
-        let keys = if operation == REPLY { keys.as_slice() } else { &[] };
+        let with_keys = operation == REPLY || operation == LONG_REPLY;
+        let keys = if with_keys { keys.as_slice() } else { &[] };
         let other = StreamId::ALL[1 - index];
         let reply = reply.iter().map(|reply| (stream, Frame { bytes: &reply.bytes, keys }));
         let command = command.iter().map(|it| (other, Frame { bytes: &it.bytes, keys: &[] }));

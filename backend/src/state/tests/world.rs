@@ -190,7 +190,7 @@ impl Expected {
                 let operation = Message::operation(&message.bytes);
                 let (reply, command) = answer(operation, *history);
                 if let Some(mut reply) = reply {
-                    if operation == REPLY {
+                    if operation == REPLY || operation == LONG_REPLY {
                         reply.inodes = message.inodes.clone();
                     }
                     expected.replies[index].push(reply);
