@@ -80,7 +80,10 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             return fatal(&format!("{text}: {failure}"));
         }
     }
-    match server.run(stop.as_fd()) {
+    let ended = server.run(stop.as_fd());
+    #[cfg(feature = "failpoints")]
+    barkeep_backend::state::log_crash_points();
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fatal(&format!("event loop: {failure}")),
     }

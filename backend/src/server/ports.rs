@@ -11,7 +11,7 @@ pub(super) enum Port {
     /// Its clients come over a socket of ours.
     Listening(port::Port),
     /// Its client comes from the supervisor, and outlives this process.
-    Recorded(recorded::Port),
+    Recorded(Box<recorded::Port>),
 }
 
 impl Port {

@@ -63,7 +63,7 @@ impl Server {
         let mut port = recorded::Port::new(index, name, function.into(), legacy, holder)?;
         port.add(&self.epoll)?;
         supervised.functions.push(number);
-        self.ports.push(Port::Recorded(port));
+        self.ports.push(Port::Recorded(Box::new(port)));
         Ok(())
     }
 

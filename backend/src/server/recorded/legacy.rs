@@ -10,7 +10,7 @@ use thiserror::Error;
 use tracing::{debug, warn};
 
 use super::port::HANDSHAKE_TIME;
-use super::recorder::{Attempt, MAX_ATTEMPTS, Recorder};
+use super::recorder::{Attempt, Recorder, deaths_borne};
 use super::saved_session::{SavedSession, Twin};
 use super::session::Session;
 use super::wiring::{ReplayError, Wiring};
@@ -215,7 +215,7 @@ fn load(state: &OwnedFd, name: &str, words: usize) -> Result<Record, Unusable> {
     let (journal, recovered) = Journal::recover(file, name, words)?;
     let Recovered { sections: [session, wiring, function, device], interrupted } = recovered;
     if let Some((Activity::Recovery, deaths)) = interrupted
-        && deaths >= 2 * MAX_ATTEMPTS
+        && deaths >= 2 * deaths_borne(Activity::Recovery)
     {
         return Err(Unusable::Deadly);
     }

@@ -202,7 +202,7 @@ fn nonsense_is_told_from_frames() {
 #[test]
 fn a_descriptor_that_there_is_no_room_for_is_told() {
     if std::env::var_os("NEXTEST").is_none() {
-        return crate::skip::skip(&"other tests in this process open files");
+        return crate::skip::skip("other tests in this process open files");
     }
     let (supervisor, worker) = begun(9);
     let mut holder = worker.holder(0);

@@ -172,7 +172,7 @@ fn the_next_worker_holds_what_the_last_one_stored_until_its_end() {
 fn a_worker_gets_more_than_the_link_has_room_for_at_once() {
     let (mut supervisor, stop, upgrade) = supervisor(&[None], "-", LONG);
     if supervisor.share < 4000 {
-        return crate::skip::skip(&"the limit of open files is low");
+        return crate::skip::skip("the limit of open files is low");
     }
     let holding = &mut supervisor.functions[0].holding;
     holding.fds = (0..4000).map(|key| (FdKey(key), Arc::clone(&holding.state))).collect();

@@ -101,7 +101,7 @@ fn a_wake_that_nobody_survives_resets_the_function_and_leaves_its_wiring() {
     let _ = talk.expect(write(BAR0, DEADLY_WAKES, &[1]));
     talk.lab.kick();
     let (answer, deaths) = talk.ask(read(CONFIG, COMMAND, 2));
-    assert_eq!(deaths, 3);
+    assert_eq!(deaths, 8);
     assert_eq!(answer.unwrap()[16..], [0, 0], "as after a reset");
     let _ = talk.expect(enable());
     assert_eq!(talk.byte(VALUE), 0);
