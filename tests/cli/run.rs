@@ -63,9 +63,16 @@ fn wait_for(process: Pid) {
     assert_eq!(ended, Ok(1), "{process:?} does not end");
 }
 
+/// The worker, if there is one function.
+fn worker(sidecar: &Sidecar) -> Pid {
+    let workers = sidecar.children();
+    assert_eq!(workers.len(), 1);
+    workers[0]
+}
+
 /// Kills a worker, and waits until there is another one.
 fn replace(sidecar: &Sidecar, signal: Signal) {
-    let [worker] = sidecar.children()[..] else { panic!("one worker") };
+    let worker = worker(sidecar);
     kill_process(worker, signal).expect("it is there");
     wait_until("another worker", || matches!(sidecar.children()[..], [next] if next != worker));
 }
@@ -161,7 +168,7 @@ fn a_stop_signal_ends_all_workers_and_is_a_success() {
 fn a_stopped_worker_does_not_keep_the_supervisor_from_its_end() {
     let (_directory, path) = socket();
     let sidecar = supervise(&[(&path, "edu")], &["--watchdog", "0"]);
-    let [worker] = sidecar.children()[..] else { panic!("one worker") };
+    let worker = worker(&sidecar);
     kill_process(worker, Signal::STOP).expect("it is there");
     sidecar.signal(Signal::TERM);
     assert_eq!(sidecar.wait(), Some(0));
@@ -183,7 +190,7 @@ fn a_client_keeps_its_device_when_the_supervisor_is_killed() {
     let (_directory, path) = socket();
     let sidecar = supervise(&[(&path, "edu")], &[]);
     let mut client = client(&path);
-    let [worker] = sidecar.children()[..] else { panic!("one worker") };
+    let worker = worker(&sidecar);
     // Killed and waited for.
     drop(sidecar);
     assert_alive(&mut client);

@@ -79,3 +79,22 @@ impl Function {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_held_than_there_is_room_for() {
+        let mut holding = Holding::fresh().unwrap();
+        let mut store = |key| {
+            let fd = holding.state.try_clone().unwrap();
+            holding.store(FdKey(key), fd, 2)
+        };
+        let stored = [1, 2, 3, 2, 4].map(&mut store);
+        assert_eq!(stored, [true, true, false, true, false]);
+        holding.fds.remove(&FdKey(1));
+        let fd = holding.state.try_clone().unwrap();
+        assert!(holding.store(FdKey(4), fd, 2));
+    }
+}

@@ -314,6 +314,8 @@ fn an_upgrade_ends_all_workers_and_keeps_all_clients() {
     let mut supervised = Supervised::start(&[None, None], "-", LONG);
     let mut clients = [supervised.client(0), supervised.client(1)];
     let before = clients.each_mut().map(|client| client.ask(ask::STORE));
+    // It has to wait for longer than this.
+    let _next = supervised.client(0);
     supervised.upgrade.write_all(b"xx").unwrap();
     let Supervised { directory, stop, upgrade, thread } = supervised;
     let (mut supervisor, end) = thread.join().unwrap();
