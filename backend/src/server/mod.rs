@@ -110,7 +110,7 @@ impl Server {
     ) -> io::Result<()> {
         let port = port::Port::new(self.ports.len(), socket, function.into());
         port.add(&self.epoll)?;
-        self.ports.push(Port::Listening(port));
+        self.ports.push(Port::Listening(Box::new(port)));
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use super::recorded;
 #[derive(Debug)]
 pub(super) enum Port {
     /// Its clients come over a socket of ours.
-    Listening(port::Port),
+    Listening(Box<port::Port>),
     /// Its client comes from the supervisor, and outlives this process.
     Recorded(Box<recorded::Port>),
 }
