@@ -74,7 +74,7 @@ pub(super) struct DeviceState {
     pub(super) resumed: u64,
     pub(super) dead: bool,
     /// It dies when it has done what is asked of it next, before it answers.
-    dies_answering: bool,
+    pub(super) dies_answering: bool,
     /// A request has failed for that.
     pub(super) noticed: bool,
     epoch: u64,

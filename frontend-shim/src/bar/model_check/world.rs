@@ -223,6 +223,10 @@ impl World {
         for device in &self.devices {
             let state = device.lock();
             let Some((bar, offset)) = state.find(address) else { continue };
+            if state.dies_answering {
+                due = Due::Either;
+                continue;
+            }
             let guest_agrees = bar != BAR2 || state.placed == state.address(BAR2);
             due = match (due, state.decodes()) {
                 // A server without extensions need not look at decode, nor does memory that is open.
