@@ -38,7 +38,7 @@ fn run(session: &Session, binary: &Path, points: &[u64], count: Option<&Path>) -
         environment.push(("BARKEEP_FAILPOINT_LOG".into(), path.display().to_string()));
     }
     let binary = Some(binary.to_owned());
-    let launch = Launch { binary, environment, arguments: Vec::new() };
+    let launch = Launch { binary, environment, ..Launch::default() };
     let mut run = Supervised::start_in(directory, &[&device], &launch);
     let answers = (session.run)(&run);
     assert_eq!(run.stop(), Some(0), "after deaths at {points:?}:\n{}", run.log());

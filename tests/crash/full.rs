@@ -9,7 +9,7 @@ use barkeep_tests::figure;
 use barkeep_tests::memory::sealed;
 use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::message::command;
-use barkeep_tests::peer::requests::dma_map;
+use barkeep_tests::peer::requests::{dma_map, dma_unmap};
 use barkeep_tests::skip;
 use barkeep_tests::supervised::{Launch, Supervised};
 use barkeep_tests::virtio::Load;
@@ -20,6 +20,7 @@ use rustix::process::{Resource, Rlimit, prlimit};
 use crate::blk;
 
 const SIZE: u64 = 16 << 20;
+const EMFILE: u32 = 24;
 const ROUNDS_UNTIL_FULL: u64 = 200;
 
 /// Gives this thread, and whatever it starts, a disk of its own with so many bytes.
@@ -86,38 +87,56 @@ fn a_full_disk_is_an_error_for_the_guest_of_a_worker_that_waits_for_it() {
     fill_up(",aio=sync");
 }
 
-/// Whoever may not have another descriptor says so, and goes on.
+/// What one function's client may not have is nobody else's loss, and outlives a death as it is.
 #[test]
-fn a_process_without_descriptors_refuses_memory_and_goes_on() {
-    for of_supervisor in [false, true] {
-        let run = Supervised::start(&["edu", "edu"]);
-        let mut peer = Peer::greeted(run.socket(0));
-        edu::enable(&mut peer);
+fn a_client_has_a_share_of_descriptors_and_what_it_has_is_kept() {
+    let launch = Launch { descriptors: Some(128), ..Launch::default() };
+    let directory = tempfile::tempdir().unwrap();
+    let run = Supervised::start_in(directory, &["edu", "edu"], &launch);
+    let mut peer = Peer::greeted(run.socket(0));
+    edu::enable(&mut peer);
+    let memory = sealed(0x1000);
+    let map = |peer: &mut Peer, index: u64| {
+        let body = dma_map(3, 0, index * 0x1_0000, 0x1000);
+        peer.call_with_fds(command::DMA_MAP, &body, &[memory.as_fd()])
+    };
+    let given = (1..100).take_while(|index| map(&mut peer, *index).error == 0).count() as u64;
+    figure(&format_args!("{given} windows with a limit of 128 descriptors"));
+    assert!((2..99).contains(&given), "{given} windows");
+    assert_eq!(map(&mut peer, given + 1).error, EMFILE);
+    edu::assert_served(run.socket(1));
+    for _ in 0..2 {
         peer.write_u32(0, at::LIVENESS, 9);
-        let pid = if of_supervisor { run.pid() } else { run.worker(0).pid };
-        let limit = Rlimit { current: Some(48), maximum: Some(4096) };
-        prlimit(Some(pid), Resource::Nofile, limit).unwrap();
-        let memory = sealed(0x1000);
-        let mut given = 0;
-        for index in 0..100 {
-            let body = dma_map(3, 0, index * 0x1_0000, 0x1000);
-            let reply = peer.call_with_fds(command::DMA_MAP, &body, &[memory.as_fd()]);
-            if reply.error != 0 {
-                break;
-            }
-            given += 1;
-        }
-        let whose = if of_supervisor { "the supervisor" } else { "the worker" };
-        figure(&format_args!("{given} descriptors were taken, with a limit of 48 for {whose}"));
-        assert!(of_supervisor || given < 100, "they were all taken");
-        assert_eq!(peer.read_u32(0, at::LIVENESS), !9, "{whose} has no room, and goes on");
-        edu::assert_served(run.socket(1));
-        let limit = Rlimit { current: Some(4096), maximum: Some(4096) };
-        prlimit(Some(pid), Resource::Nofile, limit).unwrap();
         run.worker(0).kill();
-        assert_eq!(peer.read_u32(0, at::LIVENESS), !9, "and has a successor");
-        if given > 0 {
-            edu::copy(&mut peer, 0, 0x800, 16);
-        }
+        assert_eq!(peer.read_u32(0, at::LIVENESS), !9);
+        edu::copy(&mut peer, 0x1_0000, given * 0x1_0000 + 0x800, 16);
     }
+    let reply = peer.call(command::DMA_UNMAP, &dma_unmap(0, 0x1_0000, 0x1000));
+    assert_eq!(reply.error, 0);
+    assert_eq!(map(&mut peer, 1).error, 0, "there is room for one again");
+    assert_eq!(map(&mut peer, given + 1).error, EMFILE);
+}
+
+#[test]
+fn a_worker_that_may_open_nothing_more_refuses_memory_and_goes_on() {
+    let run = Supervised::start(&["edu"]);
+    let mut peer = Peer::greeted(run.socket(0));
+    edu::enable(&mut peer);
+    let allow = |limit| {
+        let limit = Rlimit { current: Some(limit), maximum: Some(4096) };
+        prlimit(Some(run.worker(0).pid), Resource::Nofile, limit).unwrap();
+    };
+    let memory = sealed(0x1000);
+    let map = |peer: &mut Peer| {
+        let body = dma_map(3, 0, 0x1_0000, 0x1000);
+        peer.call_with_fds(command::DMA_MAP, &body, &[memory.as_fd()]).error
+    };
+    allow(0);
+    assert_ne!(map(&mut peer), 0);
+    peer.write_u32(0, at::LIVENESS, 9);
+    assert_eq!(peer.read_u32(0, at::LIVENESS), !9);
+    allow(4096);
+    assert_eq!(map(&mut peer), 0);
+    run.worker(0).kill();
+    edu::copy(&mut peer, 0x1_0000, 0x1_0800, 16);
 }

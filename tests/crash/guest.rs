@@ -36,9 +36,10 @@ fn toggle(hypervisor: HypervisorChoice) {
         std::thread::scope(|scope| {
             let vm = scope.spawn(|| Machine::new(&arguments).unwrap().run(&arguments).unwrap());
             while !vm.is_finished() {
+                // The life of one that is here: kills of all that appear would be the end of it.
+                let worker = run.worker(usize::from(random.below(2) == 1));
                 std::thread::sleep(Duration::from_micros(random.below(100_000)));
-                let function = usize::from(random.below(2) == 1);
-                run.worker(function).kill();
+                worker.kill();
                 kills += 1;
             }
             let report = vm.join().unwrap();

@@ -23,7 +23,7 @@ fn start() -> Option<Supervised> {
         return None;
     };
     let arguments = vec!["--watchdog".into(), "1".into()];
-    let launch = Launch { binary: Some(binary), arguments, environment: Vec::new() };
+    let launch = Launch { binary: Some(binary), arguments, ..Launch::default() };
     let directory = tempfile::tempdir().unwrap();
     Some(Supervised::start_in(directory, &["test-crash", "edu"], &launch))
 }

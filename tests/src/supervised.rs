@@ -25,6 +25,8 @@ pub struct Launch {
     pub arguments: Vec<String>,
     /// Further environment.
     pub environment: Vec<(String, String)>,
+    /// The limit of open files.
+    pub descriptors: Option<u32>,
 }
 
 /// A running `barkeep run`, each function on a socket of its own in a temporary directory.
@@ -241,7 +243,15 @@ impl Worker {
 }
 
 fn spawn(directory: &Path, sockets: &[PathBuf], devices: &[&str], launch: &Launch) -> Child {
-    let mut command = Command::new(launch.binary.clone().unwrap_or_else(binary::barkeep));
+    let binary = launch.binary.clone().unwrap_or_else(binary::barkeep);
+    let mut command = match launch.descriptors {
+        None => Command::new(binary),
+        Some(limit) => {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\"")]).arg(binary);
+            shell
+        }
+    };
     command.args(["--log", "info", "run"]).args(&launch.arguments);
     for (socket, device) in sockets.iter().zip(devices) {
         command.arg("--socket").arg(socket).args(["--device", device]);
