@@ -284,7 +284,7 @@ fn what_a_backend_did_before_it_died_is_not_done_again() {
 #[test]
 fn a_write_that_was_lost_with_its_answer_is_not_done_again() {
     let actors: &[&[_]] =
-        &[&[DieAnswering(0), StartAgain(0), Setup(0), GiveUp(0)], &[Write(TRAPPED)]];
+        &[&[DieAnswering(0), StartAgain(0), Setup(0)], &[Write(TRAPPED)], &[GiveUp(0)]];
     let dead_backend = POLICIES[1];
     for devices in [&[MEMFD], &[PLAIN]] {
         let scenario = Scenario { name: "lost answer", devices, actors, dead_backend, ..BASE };
