@@ -6,18 +6,16 @@ use super::super::virtio::disk::run;
 use crate::{Result, ensure};
 
 /// A task that waits this long for a request is reported by the kernel, in seconds.
-const PATIENCE: &str = "15";
+const PATIENCE: &str = "40";
 
-/// Beginnings of complaints, in lower case.
-const COMPLAINTS: [&str; 14] = [
+/// Parts of complaints, in lower case. Those about processors that stand still are not among them: a busy
+/// host does that to emulated ones.
+const COMPLAINTS: [&str; 11] = [
     "i/o error",
     "ext4-fs error",
     "ext4-fs warning",
     "aborting journal",
     "blocked for more than",
-    "lockup",
-    "rcu_preempt self-detected",
-    "detected stalls",
     "call trace",
     "bug:",
     "warning: cpu",
