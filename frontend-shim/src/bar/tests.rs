@@ -13,6 +13,8 @@ use barkeep_protocol::wire::{
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 
+mod resume;
+
 use super::*;
 use crate::client::{ClientError, Doorbell};
 use crate::fault::{
@@ -41,6 +43,20 @@ struct Peer {
     told: Arc<Mutex<Vec<Told>>>,
     /// It says that it decodes whatever is in its registers, and never lets itself be reset.
     insists: AtomicBool,
+    life: Mutex<Life>,
+}
+
+/// How much of its life a backend has before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Life {
+    #[default]
+    Long,
+    /// It does what is written to its BAR next, and dies.
+    OneWrite,
+    Over {
+        /// Writes to its BAR that it did.
+        writes: usize,
+    },
 }
 
 type Answer<T> = Result<T, ClientError>;
@@ -51,7 +67,7 @@ impl Backend for Arc<Peer> {
     }
 
     fn is_dead(&self) -> bool {
-        false
+        matches!(*self.life.lock().unwrap(), Life::Over { .. })
     }
 
     fn extensions(&self) -> BarkeepExtensions {
@@ -89,6 +105,15 @@ impl Backend for Arc<Peer> {
     }
 
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Answer<()> {
+        let life = &mut *self.life.lock().unwrap();
+        match life {
+            Life::Over { .. } => return Err(ClientError::Gone),
+            Life::OneWrite if region == 0 => {
+                *life = Life::Over { writes: 1 };
+                return Err(ClientError::Lost);
+            }
+            Life::OneWrite | Life::Long => {}
+        }
         if region == PciRegion::Config.index() {
             let at = usize::try_from(offset).unwrap();
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
@@ -204,7 +229,8 @@ impl Board {
         let (config, insists) = (Mutex::new([0; 0x40]), AtomicBool::new(false));
         let told = Arc::new(Mutex::new(Vec::new()));
         let slots = Arc::new(Slots { told: Arc::clone(&told), ..Slots::default() });
-        let peer = Arc::new(Peer { barkeep, config, file, doorbells, told, insists });
+        let life = Mutex::default();
+        let peer = Arc::new(Peer { barkeep, config, file, doorbells, told, insists, life });
         let mut frontend = Frontend::new(slots.clone() as _, vec![(0, 0x1000)], SlotId(0));
         frontend.attach_backend(Arc::clone(&peer), order).unwrap();
         frontend.config_write(0, BAR0, &0x8000_0000_u32.to_le_bytes());
