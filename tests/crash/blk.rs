@@ -8,7 +8,7 @@ use barkeep_tests::supervised::{Launch, Supervised};
 use barkeep_tests::virtio::requests::blk;
 use barkeep_tests::virtio::{Driver, Function, Interrupts, Kicks, Load, Memory, Setup, feature};
 
-use crate::kills::{number_of_kills, while_killed};
+use crate::kills::{Lives, number_of_kills, while_killed};
 use crate::random::Random;
 
 pub(crate) const SIZE: u64 = 8 << 20;
@@ -57,6 +57,10 @@ pub(crate) fn progress(driver: &mut Driver) -> impl Fn() -> Vec<u16> + Sync + us
 }
 
 fn survive(options: &str, setup: Setup, kills: u64) {
+    survive_after(Lives::Short, options, setup, kills);
+}
+
+fn survive_after(lives: Lives, options: &str, setup: Setup, kills: u64) {
     let mut random = Random::new();
     let (run, image) = disk(SIZE, options, &Launch::default());
     let mut driver = drive(&run, 0, setup);
@@ -65,7 +69,7 @@ fn survive(options: &str, setup: Setup, kills: u64) {
     let mut load = Load::new(SIZE, 512, depth).seeded(random.next());
     let progress = progress(&mut driver);
     let recovery =
-        while_killed(&run, 0, kills, &mut random, progress, || load.run(&mut driver, 20));
+        while_killed(&run, 0, (kills, lives), &mut random, progress, || load.run(&mut driver, 20));
     load.finish(&mut driver);
     assert_settled(&mut driver, &load);
     load.verify(&image);
@@ -81,7 +85,12 @@ fn survive(options: &str, setup: Setup, kills: u64) {
 
 #[test]
 fn every_acknowledged_write_survives_kills_at_random_instants() {
-    survive("", setup(), number_of_kills());
+    survive_after(Lives::Settled, "", setup(), number_of_kills());
+}
+
+#[test]
+fn every_acknowledged_write_survives_kills_one_after_the_other() {
+    survive("", setup(), number_of_kills() / 2);
 }
 
 #[test]

@@ -14,15 +14,22 @@ pub(crate) fn number_of_kills() -> u64 {
     given.map_or(100, |count| count.parse().expect("a number"))
 }
 
-/// A worker serves for less than this before it is killed.
-const LONGEST_LIFE: Duration = Duration::from_millis(20);
+/// How long a worker serves before it is killed: from its first success on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Lives {
+    /// For so long that its supervisor does not wait before it starts the next one.
+    Settled,
+    /// From nothing to 20 ms, short ones as frequently as long ones. Its supervisor waits longer and
+    /// longer.
+    Short,
+}
 
 /// Repeats `work` while another thread kills the worker of a function so many times. `progress` is
 /// something that changes by nothing but the work of a worker.
 pub(crate) fn while_killed<T: PartialEq>(
     run: &Supervised,
     function: usize,
-    kills: u64,
+    (kills, lives): (u64, Lives),
     random: &mut Random,
     progress: impl Fn() -> T + Sync,
     mut work: impl FnMut(),
@@ -32,7 +39,7 @@ pub(crate) fn while_killed<T: PartialEq>(
         let killer = scope.spawn(|| {
             let mut recovery = Recovery::new();
             while recovery.kills() < kills && !enough.load(Ordering::Relaxed) {
-                live_for(&mut random);
+                lives.pass(&mut random);
                 recovery.add(kill(run, function, &progress));
             }
             recovery
@@ -55,11 +62,14 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Short lives are as frequent as long ones.
-fn live_for(random: &mut Random) {
-    let longest = u64::try_from(LONGEST_LIFE.as_nanos()).expect("a short time");
-    let life = (longest >> random.below(16)).max(1);
-    std::thread::sleep(Duration::from_nanos(random.below(life)));
+impl Lives {
+    fn pass(self, random: &mut Random) {
+        let (least, longest) = match self {
+            Self::Settled => (25_000_000, 75_000_000),
+            Self::Short => (0, (20_000_000 >> random.below(16)) + 1),
+        };
+        std::thread::sleep(Duration::from_nanos(least + random.below(longest - least)));
+    }
 }
 
 /// Kills a worker; the time until there is progress that is not its own.

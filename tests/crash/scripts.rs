@@ -6,7 +6,7 @@ use barkeep_tests::figure;
 use barkeep_tests::supervised::{Launch, Supervised};
 
 use crate::blk;
-use crate::kills::{number_of_kills, while_killed};
+use crate::kills::{Lives, number_of_kills, while_killed};
 use crate::random::Random;
 use crate::script::assert_same;
 use crate::sessions::{self, Session};
@@ -27,7 +27,7 @@ fn survive(session: &Session, kills: u64) {
     let recovery = while_killed(
         &run,
         0,
-        kills,
+        (kills, Lives::Short),
         &mut random,
         || rounds.load(Ordering::Relaxed),
         || {
