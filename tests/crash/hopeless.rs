@@ -13,6 +13,8 @@ use barkeep_tests::{binary, skip};
 
 use crate::sessions::crash;
 
+/// A worker that has had the processor for so long is done with everything but a loop without end.
+const LONG_AT_IT: Duration = Duration::from_millis(200);
 /// Three workers are stopped by the watchdog meanwhile.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -101,6 +103,27 @@ fn a_write_that_never_ends_is_dropped_after_three_deaths() {
     let Some(run) = start() else { return };
     beside_another(&run, |peer| peer.write_u32(0, crash::LOOP, 1));
     assert_deaths(&run, 3);
+}
+
+/// An operator, or the kernel that is short of memory, may kill whoever serves a request: that says
+/// nothing about the request.
+#[test]
+fn kills_from_outside_are_not_held_against_a_request() {
+    let Some(run) = start() else { return };
+    let mut peer = client(&run, 0);
+    let id = peer.take_id();
+    let request = message(id, command::REGION_WRITE, COMMAND, &write(0, crash::LOOP, &[1; 4]));
+    peer.send(&request);
+    for _ in 0..5 {
+        let worker = run.worker(0);
+        run.until("a worker that is at it", || worker.has_worked(LONG_AT_IT).then_some(()));
+        worker.kill();
+    }
+    let worker = run.worker(0);
+    run.until("the next one", || worker.has_worked(LONG_AT_IT).then_some(()));
+    assert!(peer.hears_nothing(), "it was given up");
+    // The watchdog's kills are held against it.
+    let _ = peer.reply_to(id, command::REGION_WRITE).success();
 }
 
 #[test]

@@ -235,6 +235,14 @@ impl Worker {
         ends(&self.pidfd)
     }
 
+    /// Whether it has had the processor for so long.
+    #[must_use]
+    pub fn has_worked(&self, time: Duration) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid));
+        let spent = status.ok().and_then(|text| text.split(' ').next()?.parse().ok());
+        spent.is_some_and(|nanoseconds| Duration::from_nanos(nanoseconds) >= time)
+    }
+
     /// Whether it has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {
