@@ -4,7 +4,8 @@
 //! and [`edu`] drives QEMU's educational device through it. A test that encodes with the codec it
 //! tests proves nothing, so none of these uses `barkeep_protocol`. [`virtio`] drives virtio devices
 //! through the shim's client, for which that protocol is a means. [`binary`] finds what was built,
-//! [`service_manager`] stands for systemd, and [`skip`](skip()) says what this machine can't test.
+//! [`supervised`] runs it with workers that a test kills, [`service_manager`] stands for systemd,
+//! [`skip`](skip()) says what this machine can't test, and [`figure`] what a test has measured.
 
 pub mod backend;
 pub mod binary;
