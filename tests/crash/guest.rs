@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use barkeep_shim::client::DeadBackend;
 use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{
     Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program,
@@ -29,6 +30,8 @@ fn toggle(hypervisor: HypervisorChoice) {
         dma: Dma::Shared,
         loss: Loss::Protected,
         deadline: 20,
+        dead_backend: DeadBackend::UnsupportedRequest,
+        reconnect: false,
         json: false,
     };
     let (mut kills, wanted) = (0, number_of_kills() / 4);
