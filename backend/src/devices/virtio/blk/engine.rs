@@ -1,6 +1,8 @@
 //! Input and output in the kernel, one operation at a time for each request.
 
+use std::fs::File;
 use std::ops::Deref;
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -30,17 +32,23 @@ pub(super) trait Engine<G>: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Id(pub(super) usize);
 
+/// The image, opened once more: nothing but the fate of what was written is asked of it.
+pub(super) type Witness = Arc<File>;
+
 /// An operation on the image. Addresses and lengths are in bytes.
 #[derive(Debug)]
 pub(super) enum Operation<G> {
     /// Reads from the image.
     Read { at: u64, into: Span<G> },
-    /// Writes to the image; `durable` when it is to be on stable storage afterwards.
-    Write { at: u64, from: Span<G>, durable: bool },
+    /// Writes to the image.
+    Write { at: u64, from: Span<G> },
     /// Writes zeros.
     Zeros { at: u64, len: u64 },
-    /// Makes what was written before durable.
+    /// Makes what was written before durable. There is one at a time: see [`Syncs`](super::syncs::Syncs).
     Sync,
+    /// Fails if something could not be made durable since the witness was opened or asked. It moves
+    /// and waits for nothing, so nobody who dies meanwhile takes the answer along, as with a sync.
+    Ask(Witness),
     /// fallocate()
     Allocate { at: u64, len: u64, mode: FallocateFlags },
 }
@@ -50,11 +58,10 @@ impl<G> Operation<G> {
     pub(super) fn with_memory<H>(self, memory: H) -> Operation<H> {
         match self {
             Self::Read { at, into } => Operation::Read { at, into: into.with_memory(memory) },
-            Self::Write { at, from, durable } => {
-                Operation::Write { at, from: from.with_memory(memory), durable }
-            }
+            Self::Write { at, from } => Operation::Write { at, from: from.with_memory(memory) },
             Self::Zeros { at, len } => Operation::Zeros { at, len },
             Self::Sync => Operation::Sync,
+            Self::Ask(witness) => Operation::Ask(witness),
             Self::Allocate { at, len, mode } => Operation::Allocate { at, len, mode },
         }
     }

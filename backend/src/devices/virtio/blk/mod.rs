@@ -7,19 +7,18 @@ mod progress;
 mod request;
 mod requests;
 mod sync;
+mod syncs;
 mod uring;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::fs::fdatasync;
 use rustix::io::Errno;
 use vm_memory::Bytes;
 
@@ -27,9 +26,10 @@ use self::config::{Configuration, feature};
 use self::engine::{Completion, Engine, Id, Operation};
 use self::options::{Aio, Image, Options, SERIAL};
 use self::progress::{Next, Progress};
-use self::request::{Command, Disk, Request, Status};
+use self::request::{Disk, Request, Status};
 use self::requests::{Requests, State, Taken};
 use self::sync::SyncEngine;
+use self::syncs::{Ended, Step, Syncs};
 use self::uring::UringEngine;
 use super::rate_limit::{Admission, RateLimiter};
 use super::spec::DeviceType;
@@ -42,7 +42,7 @@ use crate::irq::EventFd;
 ///
 /// A request is read once, becomes operations of the engine, one after another, and is given back
 /// when the last one is done, in whatever order the kernel finishes them. A flush covers what was
-/// given back before it was taken (5.2.6.2), so it waits for nobody.
+/// given back before it was taken (5.2.6.2), so it waits for no write.
 pub struct Block<G> {
     image: Image,
     serial: [u8; SERIAL],
@@ -60,6 +60,8 @@ pub struct Block<G> {
     waiting: VecDeque<Id>,
     /// What was under way when the device was quiesced, and is not done.
     paused: VecDeque<Id>,
+    /// What is to be on stable storage before it goes on.
+    syncs: Syncs,
     /// What is to be given back.
     finished: VecDeque<Id>,
     /// Signalled when operations or requests are done.
@@ -68,12 +70,6 @@ pub struct Block<G> {
     failures: u64,
     /// Counts what changes in the state.
     revision: u64,
-    /// What was given back may never get to stable storage, as the kernel said.
-    has_lost: bool,
-    /// Where that is noted.
-    words: Option<Words>,
-    /// What a predecessor may have been told of it is to be asked before the next flush is done.
-    ask_witness: bool,
     /// Used again for each request.
     chain: Chain,
 }
@@ -142,13 +138,11 @@ impl<G: MemoryGuard> Block<G> {
             limiter,
             waiting: VecDeque::new(),
             paused: VecDeque::new(),
+            syncs: Syncs::default(),
             finished: VecDeque::new(),
             wake,
             failures: 0,
             revision: 0,
-            has_lost: false,
-            words: None,
-            ask_witness: false,
             chain: Chain::default(),
         })
     }
@@ -261,10 +255,6 @@ impl<G: MemoryGuard> Block<G> {
             self.follow(id, Next::Finish(Status::IoError));
             return;
         }
-        if matches!(command, Command::Flush) && self.has_lost {
-            self.follow(id, Next::Finish(Status::IoError));
-            return;
-        }
         let (progress, next) = Progress::start(command, memory, durable, &self.serial);
         taken.state = State::Running(progress);
         self.follow(id, next);
@@ -273,6 +263,7 @@ impl<G: MemoryGuard> Block<G> {
     /// Goes on with a request.
     fn follow(&mut self, id: Id, next: Next<G>) {
         let status = match next {
+            Next::Start(Operation::Sync) => return self.syncs.join(id),
             Next::Start(operation) => {
                 self.running += 1;
                 self.engine.start(id, operation);
@@ -301,51 +292,58 @@ impl<G: MemoryGuard> Block<G> {
     /// Takes in an operation that is done, if there is one, and lets `then` see to what comes next.
     /// Returns how many bytes were moved.
     fn complete(&mut self, then: fn(&mut Self, Id, Next<G>)) -> Option<u64> {
-        let Completion { id, operation, mut result } = self.engine.completed()?;
+        let Completion { id, operation, result } = self.engine.completed()?;
         self.running -= 1;
-        self.see_loss(&operation, &mut result);
+        if !matches!(operation, Operation::Sync | Operation::Ask(_)) {
+            self.advance(id, operation, result, then);
+            return Some(result.unwrap_or(0));
+        }
+        let Ended { group, result, loses } = self.syncs.end(&operation, result);
+        if loses {
+            let path = &self.image.path;
+            tracing::error!("virtio-blk {path}: written data was lost; no flush succeeds any more");
+        }
+        for id in group {
+            self.advance(id, Operation::Sync, result, then);
+        }
+        Some(0)
+    }
+
+    fn advance(
+        &mut self,
+        id: Id,
+        operation: Operation<G>,
+        result: Result<u64, Errno>,
+        then: fn(&mut Self, Id, Next<G>),
+    ) {
         if let Some(Taken { state: State::Running(progress), .. }) = self.requests.get_mut(id) {
             let next = progress.advance(operation, result);
             then(self, id, next);
         }
-        Some(result.unwrap_or(0))
     }
 
-    /// The kernel says once that it could not write what it had taken, forgets that, and calls the next
-    /// attempt a success. So no flush succeeds any more after that.
-    fn see_loss(&mut self, operation: &Operation<G>, result: &mut Result<u64, Errno>) {
-        if matches!(operation, Operation::Sync) && result.is_ok() && self.ask_witness {
-            self.ask_witness = false;
-            if let Some(witness) = &self.image.witness
-                && let Err(errno) = fdatasync(witness)
-            {
-                *result = Err(errno);
+    /// Sees to those who wait for stable storage.
+    fn sync(&mut self) {
+        match self.syncs.next() {
+            Some(Step::Start(id, operation)) => {
+                self.running += 1;
+                self.engine.start(id, operation);
             }
-        }
-        if matches!(operation, Operation::Sync) && result.is_ok() && self.has_lost {
-            // Another one was told, which covers the same.
-            *result = Err(Errno::IO);
-        }
-        let loses = match (operation, *result) {
-            (_, Ok(_) | Err(Errno::INTR | Errno::AGAIN | Errno::CANCELED)) => false,
-            (Operation::Sync, Err(_)) => true,
-            // Without space it has taken nothing.
-            (Operation::Write { durable: true, .. }, Err(errno)) => errno == Errno::IO,
-            _ => false,
-        };
-        if loses && !self.has_lost {
-            self.has_lost = true;
-            if let Some(words) = &self.words {
-                words.set(0, 1);
+            Some(Step::Fail(ids)) => {
+                for id in ids {
+                    self.follow(id, Next::Finish(Status::IoError));
+                }
             }
-            let path = &self.image.path;
-            tracing::error!("virtio-blk {path}: written data was lost; no flush succeeds any more");
+            None => {}
         }
     }
 
     /// Goes on with a request only if that needs no operation.
     fn pause(&mut self, id: Id, next: Next<G>) {
-        let Next::Start(operation) = next else { return self.follow(id, next) };
+        let operation = match next {
+            Next::Start(operation) if !matches!(operation, Operation::Sync) => operation,
+            next => return self.follow(id, next),
+        };
         let Some(Taken { state, .. }) = self.requests.get_mut(id) else { return };
         if let State::Running(progress) = state {
             *state = State::Paused(std::mem::take(progress), operation.with_memory(()));
@@ -361,6 +359,7 @@ impl<G: MemoryGuard> Block<G> {
             if moved > MAX_MOVED {
                 break;
             }
+            self.sync();
             self.engine.submit();
             let mut any = false;
             // One step of each, for what takes no time ends only when the request does.
@@ -487,17 +486,18 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
             while self.complete(Self::pause).is_some() {}
             self.engine.wait();
         }
-        if !(self.finished.is_empty() && self.paused.is_empty()) {
+        if !(self.finished.is_empty() && self.paused.is_empty()) || self.syncs.are_waiting() {
             self.wake.signal();
         }
     }
 
     fn queue_stopped(&mut self, queue: u16) {
         self.quiesce();
-        let Self { requests, waiting, paused, finished, .. } = self;
+        let Self { requests, waiting, paused, finished, syncs, .. } = self;
         for list in [waiting, paused, finished] {
             list.retain(|id| requests.name(*id).queue != queue);
         }
+        syncs.retain(|id| requests.name(*id).queue != queue);
         requests.forget(queue);
     }
 
@@ -506,6 +506,7 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         self.requests.clear();
         self.waiting.clear();
         self.paused.clear();
+        self.syncs.retain(|_| false);
         self.finished.clear();
         self.features = 0;
         self.revision += 1;
@@ -535,7 +536,7 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
     }
 
     fn kept(&self) -> Vec<BorrowedFd<'_>> {
-        self.image.witness.iter().map(File::as_fd).collect()
+        self.image.witness.iter().map(AsFd::as_fd).collect()
     }
 
     fn adopt(&mut self, mut kept: Vec<OwnedFd>) -> io::Result<()> {
@@ -545,12 +546,12 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
         let (Some(theirs), true) = (kept.pop(), kept.is_empty()) else {
             return Err(io::Error::other("not one witness"));
         };
-        *witness = File::from(theirs);
+        *witness = Arc::new(theirs.into());
         if !self.image.is_opened_by_witness()? {
             let path = &self.image.path;
             return Err(io::Error::other(format!("{path} is another file than it was")));
         }
-        self.ask_witness = true;
+        self.image.witness.iter().for_each(|witness| self.syncs.ask(witness));
         Ok(())
     }
 
@@ -559,8 +560,7 @@ impl<G: MemoryGuard> Core<G> for Block<G> {
     }
 
     fn set_words(&mut self, words: Words) {
-        self.has_lost = words.get(0) != 0;
-        self.words = Some(words);
+        self.syncs.set_words(words);
     }
 
     fn revision(&self) -> u64 {

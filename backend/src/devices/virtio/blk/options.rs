@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, SeekFrom, flock, ioctl_blkpbszget, seek};
 use rustix::io::Errno;
 
+use super::engine::Witness;
 use crate::config::{ConfigError, Parameters};
 use crate::devices::virtio::rate_limit::Limits;
 
@@ -50,10 +51,9 @@ pub(super) enum Aio {
 pub(super) struct Image {
     pub(super) file: Arc<File>,
     pub(super) path: String,
-    /// The same file, opened once more if it is written to: nothing but the fate of what was written is
-    /// asked of it, and only after the death of a process. The kernel tells each of those who opened a
+    /// For an image that is written to, asked after the death of a process only. The kernel tells each of those who opened a
     /// file once that something could not be written, and a process may die of or right after that.
-    pub(super) witness: Option<File>,
+    pub(super) witness: Option<Witness>,
     is_device: bool,
     /// The size of a logical block of the disk in bytes.
     pub(super) block_size: u32,
@@ -159,7 +159,7 @@ impl Image {
             Errno::WOULDBLOCK => invalid(&path, "in use: another process has locked it"),
             errno => invalid(&path, format!("can't be locked: {errno}")),
         })?;
-        let witness = if read_only { None } else { Some(File::open(&path)) };
+        let witness = if read_only { None } else { Some(File::open(&path).map(Arc::new)) };
         let witness = witness.transpose().map_err(|error| invalid(&path, error))?;
         let image = Self { file: Arc::new(file), path, witness, is_device, block_size };
         image.size().map_err(|reason| ConfigError::invalid("path", reason))?;

@@ -13,6 +13,8 @@ use crate::devices::virtio::MemoryGuard;
 pub(super) struct Progress {
     /// Bytes written to its buffers, from the first on.
     written: u64,
+    /// What is written is to be on stable storage before the end.
+    durable: bool,
     ranges: Option<Ranges>,
     retries: u32,
 }
@@ -25,7 +27,6 @@ struct Ranges {
     method: Method,
     /// In reverse order.
     left: Vec<Range>,
-    durable: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,14 +79,14 @@ impl Progress {
         durable: bool,
         serial: &[u8],
     ) -> (Self, Next<G>) {
-        let mut progress = Self::default();
+        let mut progress = Self { durable, ..Self::default() };
         let span = |pieces| Span::new(memory.clone(), pieces);
         let next = match command {
             Command::Read { at, into } => read(at, span(into)),
-            Command::Write { at, from } => write(at, span(from), durable),
+            Command::Write { at, from } => progress.write(at, span(from)),
             Command::Flush => Next::Start(Operation::Sync),
-            Command::Discard(ranges) => progress.clear(Purpose::Discard, ranges, durable),
-            Command::WriteZeroes(ranges) => progress.clear(Purpose::Zero, ranges, durable),
+            Command::Discard(ranges) => progress.clear(Purpose::Discard, ranges),
+            Command::WriteZeroes(ranges) => progress.clear(Purpose::Zero, ranges),
             Command::GetId { into } => match span(into).fill(serial) {
                 Ok(written) => {
                     progress.written = written;
@@ -121,13 +122,13 @@ impl Progress {
                 into.advance(moved);
                 read(at + moved, into)
             }
-            Operation::Write { at, mut from, durable } => {
+            Operation::Write { at, mut from } => {
                 let moved = moved.min(from.len());
                 if moved == 0 {
                     return Next::Fail(Failure::End { what: "writing", at });
                 }
                 from.advance(moved);
-                write(at + moved, from, durable)
+                self.write(at + moved, from)
             }
             Operation::Zeros { at, len } => {
                 let moved = moved.min(len);
@@ -137,7 +138,7 @@ impl Progress {
                     left => Next::Start(Operation::Zeros { at: at + moved, len: left }),
                 }
             }
-            Operation::Sync => Next::Finish(Status::Ok),
+            Operation::Sync | Operation::Ask(_) => Next::Finish(Status::Ok),
             Operation::Allocate { .. } => self.next_range(),
         }
     }
@@ -146,7 +147,7 @@ impl Progress {
         let (what, at) = match operation {
             Operation::Read { at, .. } => ("reading", *at),
             Operation::Write { at, .. } | Operation::Zeros { at, .. } => ("writing", *at),
-            Operation::Sync => ("flushing", 0),
+            Operation::Sync | Operation::Ask(_) => ("flushing", 0),
             Operation::Allocate { at, .. } => {
                 // A file system or block device may not know this way, or not for this range.
                 if matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) {
@@ -158,56 +159,65 @@ impl Progress {
         Next::Fail(Failure::Errno { what, at, errno })
     }
 
-    fn clear<G>(&mut self, purpose: Purpose, mut ranges: Vec<Range>, durable: bool) -> Next<G> {
+    fn write<G: MemoryGuard>(&self, at: u64, from: Span<G>) -> Next<G> {
+        if from.is_empty() {
+            return self.stored();
+        }
+        Next::Start(Operation::Write { at, from })
+    }
+
+    fn clear<G>(&mut self, purpose: Purpose, mut ranges: Vec<Range>) -> Next<G> {
         ranges.retain(|range| range.len > 0);
         ranges.reverse();
-        let mut ranges = Ranges { purpose, method: Method::Punch, left: ranges, durable };
-        let next = ranges.try_last();
+        let mut ranges = Ranges { purpose, method: Method::Punch, left: ranges };
+        let operation = ranges.try_last();
         self.ranges = Some(ranges);
-        next
+        operation.map_or_else(|| self.stored(), Next::Start)
     }
 
     fn next_range<G>(&mut self) -> Next<G> {
-        let Some(ranges) = &mut self.ranges else { return Next::Finish(Status::Ok) };
-        ranges.left.pop();
-        ranges.try_last()
+        let operation = self.ranges.as_mut().and_then(|ranges| {
+            ranges.left.pop();
+            ranges.try_last()
+        });
+        operation.map_or_else(|| self.stored(), Next::Start)
     }
 
     fn next_method<G>(&mut self) -> Next<G> {
-        let Some(ranges) = &mut self.ranges else { return Next::Finish(Status::Ok) };
-        match (ranges.purpose, ranges.method) {
+        let Some(ranges) = &mut self.ranges else { return self.stored() };
+        let operation = match (ranges.purpose, ranges.method) {
             // A discard is a hint: what is not given back stays.
-            (Purpose::Discard, _) | (_, Method::Write) => self.next_range(),
+            (Purpose::Discard, _) | (_, Method::Write) => return self.next_range(),
             (Purpose::Zero, Method::Punch) => ranges.by(Method::Zero),
             (Purpose::Zero, Method::Zero) => ranges.by(Method::Write),
-        }
+        };
+        operation.map_or_else(|| self.stored(), Next::Start)
+    }
+
+    /// The kernel has everything that is written.
+    fn stored<G>(&self) -> Next<G> {
+        if self.durable { Next::Start(Operation::Sync) } else { Next::Finish(Status::Ok) }
     }
 }
 
 impl Ranges {
-    /// Tries the best way for the next range; without one, it is done.
-    fn try_last<G>(&mut self) -> Next<G> {
+    /// Tries the best way for the next range, if there is one.
+    fn try_last<G>(&mut self) -> Option<Operation<G>> {
         let unmap = self.left.last().is_some_and(|range| range.unmap);
         let punch = unmap || self.purpose == Purpose::Discard;
         self.by(if punch { Method::Punch } else { Method::Zero })
     }
 
-    fn by<G>(&mut self, method: Method) -> Next<G> {
-        let Some(&Range { at, len, .. }) = self.left.last() else {
-            return if self.durable {
-                Next::Start(Operation::Sync)
-            } else {
-                Next::Finish(Status::Ok)
-            };
-        };
+    fn by<G>(&mut self, method: Method) -> Option<Operation<G>> {
+        let &Range { at, len, .. } = self.left.last()?;
         self.method = method;
         let mode = match method {
             Method::Punch => FallocateFlags::PUNCH_HOLE,
             Method::Zero => FallocateFlags::ZERO_RANGE,
-            Method::Write => return Next::Start(Operation::Zeros { at, len }),
+            Method::Write => return Some(Operation::Zeros { at, len }),
         };
         let mode = mode | FallocateFlags::KEEP_SIZE;
-        Next::Start(Operation::Allocate { at, len, mode })
+        Some(Operation::Allocate { at, len, mode })
     }
 }
 
@@ -216,11 +226,4 @@ fn read<G: MemoryGuard>(at: u64, into: Span<G>) -> Next<G> {
         return Next::Finish(Status::Ok);
     }
     Next::Start(Operation::Read { at, into })
-}
-
-fn write<G: MemoryGuard>(at: u64, from: Span<G>, durable: bool) -> Next<G> {
-    if from.is_empty() {
-        return Next::Finish(Status::Ok);
-    }
-    Next::Start(Operation::Write { at, from, durable })
 }

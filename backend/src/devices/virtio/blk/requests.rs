@@ -26,7 +26,7 @@ pub(super) struct Taken {
 pub(super) enum State {
     /// It waits for a limit. It holds no guest memory.
     Waiting(Command),
-    /// The engine has an operation of it.
+    /// The engine has an operation of it, or it waits for a sync.
     Running(Progress),
     /// The next operation of it waits until memory can be reached again.
     Paused(Progress, Operation<()>),

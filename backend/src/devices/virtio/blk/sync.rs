@@ -45,19 +45,14 @@ impl<G: MemoryGuard> Engine<G> for SyncEngine<G> {
 fn perform<G: MemoryGuard>(file: &File, operation: &Operation<G>) -> Result<u64, Errno> {
     match operation {
         Operation::Read { at, into } => transfer(file, *at, into, Permissions::Write),
-        Operation::Write { at, from, durable } => {
-            let written = transfer(file, *at, from, Permissions::Read)?;
-            if *durable {
-                fdatasync(file)?;
-            }
-            Ok(written)
-        }
+        Operation::Write { at, from } => transfer(file, *at, from, Permissions::Read),
         Operation::Zeros { at, len } => {
             let len = usize::try_from(*len).unwrap_or(usize::MAX).min(ZEROS.len());
             let written = file.write_at(&ZEROS[..len], *at);
             written.map(|written| written as u64).map_err(|error| errno(&error))
         }
         Operation::Sync => fdatasync(file).map(|()| 0),
+        Operation::Ask(witness) => fdatasync(witness).map(|()| 0),
         Operation::Allocate { at, len, mode } => fallocate(file, *mode, *at, *len).map(|()| 0),
     }
 }

@@ -46,6 +46,8 @@ struct Vector {
 
 /// `UIO_MAXIOV`: the most vectors of one operation. The rest of a longer one is done afterwards.
 const MAX_VECTORS: usize = 1024;
+/// Where no image has data that one could have to wait for.
+const BEHIND_ALL: u64 = 1 << 62;
 /// The most zeros of one operation: 1 MiB.
 const MAX_ZEROS: usize = 16;
 /// `IORING_MAX_ENTRIES`
@@ -69,6 +71,7 @@ impl<G: MemoryGuard> UringEngine<G> {
             opcode::Readv::CODE,
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
+            opcode::SyncFileRange::CODE,
             opcode::Fallocate::CODE,
         ];
         if !needed.iter().all(|code| probe.is_supported(*code)) {
@@ -89,11 +92,10 @@ impl<G: MemoryGuard> UringEngine<G> {
                 let (first, count) = raw(&vectors);
                 opcode::Readv::new(file, first, count).offset(*at).build()
             }
-            Operation::Write { at, from, durable } => {
+            Operation::Write { at, from } => {
                 vectors = vectors_of(from, Permissions::Read)?;
                 let (first, count) = raw(&vectors);
-                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
-                opcode::Writev::new(file, first, count).offset(*at).rw_flags(flags).build()
+                opcode::Writev::new(file, first, count).offset(*at).build()
             }
             Operation::Zeros { at, len } => {
                 vectors = zeros(*len);
@@ -101,6 +103,11 @@ impl<G: MemoryGuard> UringEngine<G> {
                 opcode::Writev::new(file, first, count).offset(*at).build()
             }
             Operation::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            Operation::Ask(witness) => {
+                let witness = types::Fd(witness.as_raw_fd());
+                let wait = libc::SYNC_FILE_RANGE_WAIT_BEFORE;
+                opcode::SyncFileRange::new(witness, 1).offset(BEHIND_ALL).flags(wait).build()
+            }
             Operation::Allocate { at, len, mode } => {
                 let mode = mode.bits().cast_signed();
                 opcode::Fallocate::new(file, *len).offset(*at).mode(mode).build()

@@ -34,7 +34,7 @@ fn steps(disk: &mut Fixture, script: &Script) -> Vec<String> {
 }
 
 const VOLATILE: [&str; 2] = ["write 0+512", "zero 4096+512"];
-const DURABLE: [&str; 3] = ["write 0+512 durable", "zero 4096+512", "sync"];
+const DURABLE: [&str; 4] = ["write 0+512", "sync", "zero 4096+512", "sync"];
 
 #[test]
 fn a_write_is_durable_unless_the_driver_knows_of_a_cache() {

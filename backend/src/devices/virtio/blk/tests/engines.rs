@@ -165,6 +165,62 @@ fn a_flush_is_done_when_the_kernel_says_so_and_waits_for_no_write_under_way() {
     assert_eq!(disk.outcome(0, &failing), FAILED);
 }
 
+/// Those who come while one is under way share the next one, which begins behind what they are about.
+#[test]
+fn there_is_one_fdatasync_at_a_time() {
+    let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");
+    let first = disk.send(0, FLUSH, 0, &[]);
+    disk.kick(0);
+    let write = disk.send(1, OUT, 0, &[Part::Readable(&[1; 512])]);
+    disk.kick(1);
+    script.end(1, Ok(512));
+    disk.kick(1);
+    assert_eq!(disk.outcome(1, &write), DONE);
+    let second = [disk.send(0, FLUSH, 0, &[]), disk.send(1, FLUSH, 0, &[])];
+    disk.kick(0);
+    disk.kick(1);
+    assert_eq!(script.started(), ["sync"]);
+    script.end(0, Ok(0));
+    disk.kick(0);
+    assert_eq!(disk.outcome(0, &first), DONE);
+    assert_eq!(disk.driver.used(0), None, "that one began before the write was done");
+    assert_eq!(disk.driver.used(1), None);
+    assert_eq!(script.started(), ["sync"]);
+    script.end(0, Ok(0));
+    disk.kick(0);
+    assert_eq!(disk.outcome(0, &second[0]), DONE);
+    assert_eq!(disk.outcome(1, &second[1]), DONE);
+    assert_eq!(script.started(), [""; 0]);
+}
+
+#[test]
+fn durable_writes_share_a_sync() {
+    let (mut disk, script) = Fixture::scripted(MIB, ",cache=writethrough");
+    let mut sent = Vec::new();
+    for sector in 0..4 {
+        sent.push(disk.send(0, OUT, sector, &[Part::Readable(&[1; 512])]));
+    }
+    disk.kick(0);
+    script.end(1, Ok(512));
+    script.end(0, Ok(512));
+    disk.kick(0);
+    assert_eq!(script.started(), ["write 1024+512", "write 1536+512", "sync"]);
+    script.end(0, Ok(512));
+    disk.kick(0);
+    // A write that the kernel took after the beginning of a sync needs another one.
+    script.end(1, Ok(0));
+    disk.kick(0);
+    for index in [1, 0] {
+        assert_eq!(disk.outcome(0, &sent[index]), DONE);
+    }
+    assert_eq!(disk.driver.used(0), None);
+    assert_eq!(script.started(), ["write 1536+512", "sync"]);
+    script.end(1, Ok(0));
+    disk.kick(0);
+    assert_eq!(disk.outcome(0, &sent[2]), DONE);
+    assert_eq!(script.started(), ["write 1536+512"]);
+}
+
 #[test]
 fn requests_are_given_back_in_the_order_in_which_they_end() {
     let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");

@@ -1,5 +1,7 @@
 //! Stops, resets, changes of size and moves, with requests under way.
 
+use rustix::io::Errno;
+
 use super::*;
 
 /// Requests that fill a queue: as many as it has descriptors, each a write of a sector of its own.
@@ -159,8 +161,8 @@ fn quiesce_without_work_wakes_nobody() {
 #[test]
 fn a_queue_that_is_stopped_is_forgotten_and_others_go_on() {
     let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");
-    let first = disk.send(0, FLUSH, 0, &[]);
-    let second = disk.send(1, FLUSH, 0, &[]);
+    let first = disk.send(0, OUT, 0, &[Part::Readable(&[1; 512])]);
+    let second = disk.send(1, OUT, 1, &[Part::Readable(&[1; 512])]);
     disk.kick(0);
     disk.kick(1);
     disk.block.quiesce();
@@ -172,7 +174,106 @@ fn a_queue_that_is_stopped_is_forgotten_and_others_go_on() {
     // Its descriptors are free again.
     disk.driver.make_available(0, first.head);
     disk.kick(0);
+    assert_eq!(script.started(), ["write 0+512"]);
+}
+
+/// A disk with a flush in each of its two queues, of which the second one waits for the first.
+fn waiting_flush() -> (Fixture, Script, [Sent; 2]) {
+    let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");
+    let sent = [disk.send(0, FLUSH, 0, &[]), disk.send(1, FLUSH, 0, &[])];
+    disk.kick(0);
+    disk.kick(1);
     assert_eq!(script.started(), ["sync"]);
+    (disk, script, sent)
+}
+
+#[test]
+fn quiesce_waits_for_the_flush_under_way_and_leaves_those_that_wait_for_later() {
+    let (mut disk, script, sent) = waiting_flush();
+    disk.block.quiesce();
+    assert_eq!(script.started(), [""; 0]);
+    assert_eq!(disk.block.in_flight().len(), 2);
+    assert_eq!(disk.outcome(0, &sent[0]), DONE);
+    assert_eq!(disk.driver.used(1), None);
+    assert_eq!(script.started(), ["sync"]);
+    // Another one that nobody else would wake it for.
+    let third = disk.send(0, FLUSH, 0, &[]);
+    disk.kick(0);
+    disk.block.quiesce();
+    assert_eq!(disk.outcome(1, &sent[1]), DONE);
+    disk.block.quiesce();
+    assert_eq!(disk.outcome(0, &third), DONE);
+}
+
+#[test]
+fn a_quiesced_device_is_woken_for_flushes_that_wait() {
+    let (mut disk, script, sent) = waiting_flush();
+    script.end(0, Err(Errno::AGAIN));
+    disk.block.quiesce();
+    assert!(disk.is_woken());
+    disk.wake();
+    assert_eq!(script.started(), ["sync"]);
+    script.end(0, Ok(0));
+    disk.kick(0);
+    assert_eq!(disk.outcome(0, &sent[0]), DONE);
+    assert_eq!(disk.outcome(1, &sent[1]), DONE);
+}
+
+#[test]
+fn flushes_that_wait_are_forgotten_with_their_queue() {
+    for reset in [false, true] {
+        let (mut disk, script, sent) = waiting_flush();
+        if reset {
+            disk.block.reset();
+        } else {
+            disk.block.queue_stopped(1);
+        }
+        let left = if reset { vec![] } else { vec![InFlight { queue: 0, head: sent[0].head }] };
+        assert_eq!(disk.block.in_flight(), left, "{reset}");
+        disk.block.woken(0, &mut disk.driver).unwrap();
+        assert_eq!(script.started(), [""; 0], "{reset}");
+        assert_eq!(disk.driver.used(1), None);
+        assert_eq!(disk.status(&sent[1]), 0xff);
+        // The next one in the same place is a new one.
+        disk.block.start(disk.driver.features | disk.block.features());
+        disk.driver.make_available(1, sent[1].head);
+        disk.kick(1);
+        assert_eq!(script.started(), ["sync"], "{reset}");
+    }
+}
+
+#[test]
+fn flushes_of_a_predecessor_share_theirs_and_begin_behind_its_writes() {
+    let (mut first, script) = Fixture::scripted(MIB, ",cache=writethrough");
+    let write = first.send(0, OUT, 0, &[Part::Readable(&[1; 512])]);
+    first.kick(0);
+    script.end(0, Ok(512));
+    first.kick(0);
+    let flushes = [first.send(0, FLUSH, 0, &[]), first.send(0, FLUSH, 0, &[])];
+    first.kick(0);
+    assert_eq!(script.started(), ["sync"]);
+    let in_flight = first.block.in_flight();
+    let heads: Vec<_> = in_flight.iter().map(|request| request.head).collect();
+    assert_eq!(heads, [write.head, flushes[0].head, flushes[1].head]);
+
+    let (second, script) = Fixture::scripted(MIB, ",cache=writethrough");
+    let mut second = Fixture { driver: first.driver, ..second };
+    for request in in_flight {
+        second.block.resubmit(request, &mut second.driver).unwrap();
+    }
+    // Its write is done anew, and durable after that only.
+    assert_eq!(script.started(), ["write 0+512", "sync"]);
+    script.end(0, Ok(512));
+    second.kick(0);
+    script.end(0, Ok(0));
+    second.kick(0);
+    assert_eq!(second.outcome(0, &flushes[0]), DONE);
+    assert_eq!(second.driver.used(0), None);
+    assert_eq!(script.started(), ["sync"]);
+    script.end(0, Ok(0));
+    second.kick(0);
+    assert_eq!(second.outcome(0, &flushes[1]), DONE);
+    assert_eq!(second.outcome(0, &write), DONE);
 }
 
 #[test]

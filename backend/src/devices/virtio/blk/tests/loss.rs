@@ -1,6 +1,5 @@
 //! Writes that the kernel took and could not write: it says so once.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
@@ -47,33 +46,44 @@ fn no_flush_succeeds_after_one_that_failed_not_even_in_another_process() {
     assert_eq!(other.request(FLUSH, 0, &[]), FAILED);
 }
 
+/// The kernel tells it once: another one at the same time could be told of a success.
 #[test]
-fn a_flush_under_way_while_another_one_fails_fails_too() {
-    let (mut disk, script) = Fixture::scripted(MIB, "");
-    let (first, second) = (disk.send(0, FLUSH, 0, &[]), disk.send(0, FLUSH, 0, &[]));
+fn a_flush_that_fails_fails_for_all_who_wait_and_for_those_who_wait_for_the_next_one() {
+    let (mut disk, script) = Fixture::scripted(MIB, ",queues=2");
+    let first = [disk.send(0, FLUSH, 0, &[]), disk.send(0, FLUSH, 0, &[])];
     disk.kick(0);
+    let second = disk.send(1, FLUSH, 0, &[]);
+    disk.kick(1);
+    assert_eq!(script.started(), ["sync"]);
     script.end(0, Err(Errno::IO));
-    script.end(0, Ok(0));
     disk.kick(0);
-    assert_eq!(disk.outcome(0, &first), FAILED);
-    assert_eq!(disk.outcome(0, &second), FAILED);
+    assert_eq!(script.started(), [""; 0]);
+    for sent in first {
+        assert_eq!(disk.outcome(0, &sent), FAILED);
+    }
+    assert_eq!(disk.outcome(1, &second), FAILED);
 }
 
 #[test]
 fn only_what_was_taken_can_be_lost() {
+    let refused: [&[Result<u64, Errno>]; 2] = [&[Err(Errno::NOSPC)], &[Err(Errno::IO)]];
+    let lost: [&[_]; 2] = [&[Ok(512), Err(Errno::NOSPC)], &[Ok(512), Err(Errno::IO)]];
     let rows = [
-        (Errno::NOSPC, true, DONE),
-        (Errno::IO, true, FAILED),
-        (Errno::NOSPC, false, DONE),
-        (Errno::IO, false, DONE),
+        ("writeback", refused[0], DONE),
+        ("writeback", refused[1], DONE),
+        ("writethrough", refused[0], DONE),
+        ("writethrough", refused[1], DONE),
+        ("writethrough", lost[0], FAILED),
+        ("writethrough", lost[1], FAILED),
     ];
-    for (errno, durable, expected) in rows {
-        let cache = if durable { "writethrough" } else { "writeback" };
+    for (cache, ends, expected) in rows {
         let (mut disk, script) = Fixture::scripted(MIB, &format!(",cache={cache}"));
         let write = disk.send(0, OUT, 0, &[Part::Readable(&[1; 512])]);
         disk.kick(0);
-        script.end(0, Err(errno));
-        disk.kick(0);
+        for end in ends {
+            script.end(0, *end);
+            disk.kick(0);
+        }
         assert_eq!(disk.outcome(0, &write), FAILED);
         let sent = disk.send(0, FLUSH, 0, &[]);
         disk.kick(0);
@@ -81,27 +91,76 @@ fn only_what_was_taken_can_be_lost() {
             script.end(0, Ok(0));
             disk.kick(0);
         }
-        assert_eq!(disk.outcome(0, &sent), expected, "{errno} {durable}");
+        assert_eq!(disk.outcome(0, &sent), expected, "{cache} {ends:?}");
     }
 }
 
 #[test]
-fn the_first_flush_of_a_successor_asks_what_its_predecessor_was_told() {
-    let first = Fixture::new(MIB, "");
-    let witness = kept(&first);
-    let Fixture { block, image, .. } = first;
-    drop(block);
-    let mut second = Fixture::over(image, "");
-    second.block.adopt(witness).unwrap();
-    assert_eq!(second.request(FLUSH, 0, &[]), DONE);
+fn after_a_loss_no_write_is_durable() {
+    let (mut disk, script) = Fixture::scripted(MIB, ",cache=writethrough");
+    let parts = [Part::Readable(&[1; 512])];
+    let (first, second) = (disk.send(0, OUT, 0, &parts), disk.send(0, OUT, 1, &parts));
+    disk.kick(0);
+    script.end(0, Ok(512));
+    disk.kick(0);
+    assert_eq!(script.started(), ["write 512+512", "sync"]);
+    // It reaches the kernel while that finds out, so it may be what the kernel tells of.
+    script.end(0, Ok(512));
+    disk.kick(0);
+    script.end(0, Err(Errno::IO));
+    disk.kick(0);
+    assert_eq!(disk.outcome(0, &first), FAILED);
+    assert_eq!(disk.outcome(0, &second), FAILED);
+    assert_eq!(script.started(), [""; 0]);
+}
 
-    // One that knows of a loss: a pipe can't be flushed at all.
-    let (pipe, _other) = rustix::pipe::pipe().unwrap();
-    second.block.image.witness = Some(File::from(pipe));
-    assert_eq!(second.request(FLUSH, 0, &[]), DONE, "it is asked once");
-    second.block.ask_witness = true;
-    assert_eq!(second.request(FLUSH, 0, &[]), FAILED);
-    assert_eq!(second.request(FLUSH, 0, &[]), FAILED);
+#[test]
+fn before_its_first_flush_a_successor_asks_what_its_predecessor_was_told() {
+    let (first, (mut disk, script)) = (Fixture::new(MIB, ""), Fixture::scripted(MIB, ""));
+    let scratch = Scratch::private(1).unwrap();
+    disk.block.set_words(Words::new(scratch.clone()));
+    drop(first);
+    let witness = kept(&disk);
+    disk.block.adopt(witness).unwrap();
+    let sent = [disk.send(0, FLUSH, 0, &[]), disk.send(0, FLUSH, 0, &[])];
+    disk.kick(0);
+    for (index, (step, end)) in
+        [("ask", Err(Errno::INTR)), ("ask", Ok(0)), ("sync", Ok(0))].into_iter().enumerate()
+    {
+        assert_eq!(script.started(), [step], "{index}");
+        assert_eq!(disk.driver.used(0), None, "{index}");
+        script.end(0, end);
+        disk.kick(0);
+    }
+    for sent in sent {
+        assert_eq!(disk.outcome(0, &sent), DONE);
+    }
+    assert_eq!(flush(&mut disk, &script, Ok(0)), DONE, "it is asked once");
+
+    let witness = kept(&disk);
+    disk.block.adopt(witness).unwrap();
+    assert_eq!(flush(&mut disk, &script, Err(Errno::IO)), FAILED);
+    assert_eq!(scratch.get(0), 1);
+    assert_eq!(disk.request(FLUSH, 0, &[]), FAILED);
+}
+
+#[test]
+fn a_witness_is_asked_by_every_engine() {
+    for engine in ENGINES {
+        let first = Fixture::new(MIB, "");
+        let witness = kept(&first);
+        let Fixture { block, image, .. } = first;
+        drop(block);
+        let mut second = Fixture::over(image, &format!(",aio={engine}"));
+        second.block.adopt(witness).unwrap();
+        second.write(3, &[3; 512]);
+        assert_eq!(second.request(FLUSH, 0, &[]), DONE, "{engine}");
+
+        // One that knows of a loss: a pipe can't be flushed at all.
+        let (pipe, _other) = rustix::pipe::pipe().unwrap();
+        second.block.syncs.ask(&Arc::new(pipe.into()));
+        assert_eq!(second.request(FLUSH, 0, &[]), FAILED, "{engine}");
+    }
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn read(table: &DmaTable, address: u64, len: usize) -> Operation<DmaGuard> {
 
 fn write(table: &DmaTable, address: u64, len: usize) -> Operation<DmaGuard> {
     let from = Span::new(table.handle().memory(), vec![(GuestAddress(address), len)]);
-    Operation::Write { at: 0, from, durable: false }
+    Operation::Write { at: 0, from }
 }
 
 #[test]
@@ -119,17 +119,17 @@ fn what_is_too_much_for_one_operation_is_done_in_parts() {
         driver.memory.write_slice(&data, GuestAddress(MIB)).unwrap();
         let piece = |index: usize| (GuestAddress(MIB + index as u64 * 512), 512);
         let span = Span::new(Arc::clone(&driver.memory), (0..PIECES).map(piece).collect());
-        let mut operation = Operation::Write { at: 0, from: span, durable: true };
+        let mut operation = Operation::Write { at: 0, from: span };
         loop {
             let Completion { operation: done, result, .. } = perform(&mut *engine, operation);
-            let Operation::Write { at, mut from, durable } = done else { unreachable!() };
+            let Operation::Write { at, mut from } = done else { unreachable!() };
             let moved = result.unwrap();
             assert!(moved > 0, "{name}");
             from.advance(moved);
             if from.is_empty() {
                 break;
             }
-            operation = Operation::Write { at: at + moved, from, durable };
+            operation = Operation::Write { at: at + moved, from };
         }
         let mut stored = vec![0; PIECES * 512];
         image.as_file().read_exact_at(&mut stored, 0).unwrap();
@@ -147,7 +147,7 @@ fn one_operation_takes_no_longer_than_others_can_wait() {
         let span = || Span::new(Arc::clone(&driver.memory), pieces.clone());
         let reading = Operation::Read { at: 0, into: span() };
         assert_eq!(perform(&mut *engine, reading).result, Ok(MIB), "{name}");
-        let writing = Operation::Write { at: 0, from: span(), durable: false };
+        let writing = Operation::Write { at: 0, from: span() };
         assert_eq!(perform(&mut *engine, writing).result, Ok(MIB), "{name}");
     }
 }

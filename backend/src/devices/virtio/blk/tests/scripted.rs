@@ -52,12 +52,10 @@ impl Script {
 fn short(operation: &Operation<Memory>) -> String {
     match operation {
         Operation::Read { at, into } => format!("read {at}+{}", into.len()),
-        Operation::Write { at, from, durable } => {
-            let durable = if *durable { " durable" } else { "" };
-            format!("write {at}+{}{durable}", from.len())
-        }
+        Operation::Write { at, from } => format!("write {at}+{}", from.len()),
         Operation::Zeros { at, len } => format!("zeros {at}+{len}"),
         Operation::Sync => "sync".into(),
+        Operation::Ask(_) => "ask".into(),
         Operation::Allocate { at, len, mode } => {
             use rustix::fs::FallocateFlags;
             assert!(mode.contains(FallocateFlags::KEEP_SIZE));
@@ -72,7 +70,7 @@ fn success(operation: &Operation<Memory>) -> u64 {
     match operation {
         Operation::Read { into: span, .. } | Operation::Write { from: span, .. } => span.len(),
         Operation::Zeros { len, .. } => *len,
-        Operation::Sync | Operation::Allocate { .. } => 0,
+        Operation::Sync | Operation::Ask(_) | Operation::Allocate { .. } => 0,
     }
 }
 
