@@ -153,6 +153,15 @@ impl Outbox {
         self.frames.front().map(|frame| frame.keys.as_slice())
     }
 
+    pub(super) fn next_bytes<'b>(&self, memory: &Memory, room: &'b mut [u8]) -> &'b [u8] {
+        let Some(frame) = self.frames.front().filter(|frame| frame.start == self.sent) else {
+            return &[];
+        };
+        let length = room.len().min(to_usize(frame.end - frame.start));
+        memory.read(self.place(frame.start), &mut room[..length]);
+        &room[..length]
+    }
+
     /// Whether nothing of the next frame is on its way.
     pub(super) fn next_is_whole(&self) -> bool {
         self.frames.front().is_some_and(|frame| frame.start == self.sent)

@@ -97,6 +97,13 @@ impl Stream<'_> {
         self.outbox.next_keys()
     }
 
+    /// The first bytes of the next frame, as many as there is room for and as there are: none if it is
+    /// on its way in part.
+    #[must_use]
+    pub fn pending_bytes<'b>(&self, room: &'b mut [u8]) -> &'b [u8] {
+        self.outbox.next_bytes(self.memory, room)
+    }
+
     /// Sends the next frame, or what is left of it, with its descriptors. Never waits.
     ///
     /// # Errors

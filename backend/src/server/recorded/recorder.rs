@@ -28,6 +28,9 @@ const RECOVERY_DEATHS: u32 = 16;
 const MAX_WAITING: usize = 8;
 /// Bytes that are looked at first: more than a small request.
 const FIRST_LOOK: usize = 4096;
+/// How often a socket is looked at for one message before others have their turn: a peer may send it byte
+/// by byte, just as fast as we look.
+const LOOKS: usize = 16;
 /// Stands for descriptors of which there were more than a message may have.
 const TOO_MANY: FdKey = FdKey(u64::MAX);
 
@@ -42,8 +45,6 @@ pub(super) struct Recorder {
     wiring: Wiring,
     wiring_changed: bool,
     session: Option<SavedSession>,
-    /// The last frame with descriptors.
-    attached: Option<(StreamId, Header)>,
     /// Frames of each stream that were committed since all was sent.
     waiting: [usize; StreamId::ALL.len()],
     /// What the holder may forget once the state does not refer to it any more.
@@ -53,6 +54,7 @@ pub(super) struct Recorder {
 /// What came out of a socket.
 #[derive(Debug)]
 pub(super) enum Arrived {
+    /// No whole message. If there is more in the socket, an event will tell.
     Nothing,
     /// A whole message is in the inbox.
     Message {
@@ -94,7 +96,6 @@ impl Recorder {
             wiring: Wiring::default(),
             wiring_changed: false,
             session: None,
-            attached: None,
             waiting: [0; StreamId::ALL.len()],
             unused: Vec::new(),
         }
@@ -143,7 +144,7 @@ impl Recorder {
         socket: BorrowedFd<'_>,
     ) -> Result<Arrived, SessionEnd> {
         let mut more = false;
-        loop {
+        for _ in 0..LOOKS {
             let received = self.journal.stream(id).received();
             let missing = missing(&received)?;
             if missing == Some(0) {
@@ -186,10 +187,16 @@ impl Recorder {
                 Err(errno) => return Err(TransportError::Socket(errno).into()),
             }
         }
+        Ok(Arrived::Nothing)
     }
 
     /// Has descriptors held before the bytes that they come with are taken, whichever these are.
     fn hold_arrived(&mut self, id: StreamId, fds: Vec<OwnedFd>, missing: bool) {
+        if missing || fds.len() > MAX_MESSAGE_FDS {
+            // Their message will be refused: nobody has to hold them until then.
+            let _ = self.journal.stream(id).hold(&[TOO_MANY]);
+            return;
+        }
         let mut keys = Vec::new();
         for fd in fds {
             match self.keep(fd.as_fd()) {
@@ -200,9 +207,6 @@ impl Recorder {
                 // Under no key is there a descriptor: the message will be refused.
                 Err(_) => keys.push(self.journal.new_key()),
             }
-        }
-        if missing {
-            keys.push(TOO_MANY);
         }
         if self.journal.stream(id).hold(&keys).is_err() {
             for key in keys {
@@ -278,12 +282,6 @@ impl Recorder {
             Some((id, bytes, fds)) if !bytes.is_empty() => Some((id, bytes, self.keep_all(fds)?)),
             _ => None,
         };
-        if let Some((id, bytes, keys)) = &send
-            && !keys.is_empty()
-        {
-            let header = bytes.first_chunk().and_then(|bytes| Header::parse(bytes).ok());
-            self.attached = header.map(|header| (*id, header));
-        }
         let Changes { function, device } = match session {
             Some(_) => function.record(&mut self.image),
             None => Changes::default(),
@@ -383,9 +381,13 @@ impl Recorder {
     /// The kernel does not take the descriptors of the next frame: too many of this user are on their
     /// way. Waiting could be for ever, so its request has failed.
     fn refuse_next(&mut self, id: StreamId) -> Result<(), TransportError> {
-        let too_many = TransportError::Socket(Errno::TOOMANYREFS);
-        let refused = self.attached.take().filter(|(stream, _)| *stream == id);
-        let (_, Header { id: message, command, .. }) = refused.ok_or(too_many)?;
+        let mut bytes = [0; HEADER_SIZE];
+        let bytes = self.journal.stream(id).pending_bytes(&mut bytes);
+        let refused = bytes.first_chunk().and_then(|bytes| Header::parse(bytes).ok());
+        let Some(Header { id: message, command, kind: MessageKind::Reply { .. }, .. }) = refused
+        else {
+            return Err(TransportError::Socket(Errno::TOOMANYREFS));
+        };
         let kind = MessageKind::Reply { error: Some(Errno::TOOMANYREFS) };
         let refusal = Header { id: message, command, body_size: 0, kind }.to_bytes();
         self.journal.replace_next(id, Frame { bytes: &refusal, keys: &[] });

@@ -5,6 +5,7 @@ use std::time::Instant;
 use barkeep_protocol::transport::{self, Frame, Sender, TransportError};
 use barkeep_protocol::wire::limits::HEADER_SIZE;
 use barkeep_protocol::wire::{Errno, MessageKind};
+use rustix::net::sockopt::set_socket_oobinline;
 use rustix::net::{Shutdown, shutdown};
 
 use super::quarantine;
@@ -361,6 +362,9 @@ impl Session {
 
 impl Line {
     fn new(id: StreamId, socket: OwnedFd) -> Self {
+        // An urgent byte (MSG_OOB) would stop every look at what comes, and make the socket readable all
+        // the while. It is one like the others. No unix socket refuses that.
+        let _ = set_socket_oobinline(&socket, true);
         Self { id, socket, watched: None }
     }
 

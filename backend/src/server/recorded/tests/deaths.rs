@@ -1,9 +1,15 @@
 //! What is left when a server dies, or can't go on.
 
-use std::io::Write;
+use std::io::{IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
-use barkeep_protocol::wire::{Errno, IrqAction, IrqData};
+use barkeep_protocol::transport::{Received, Receiver};
+use barkeep_protocol::wire::{Errno, InfoQuery, IrqAction, IrqData, MessageId, MessageKind};
+use rustix::cmsg_space;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::fragile::{self, DEADLY, DEADLY_WAKES, PIN, QUIESCED, VALUE, WAKES};
 use super::*;
@@ -57,6 +63,13 @@ impl Talk {
         assert!(self.lab.has_ended());
         assert_eq!(self.lab.held(), self.lab.kept());
     }
+}
+
+fn send_with(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    assert!(rights.push(SendAncillaryMessage::ScmRights(fds)));
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut rights, SendFlags::empty()).unwrap();
 }
 
 #[test]
@@ -224,6 +237,19 @@ fn a_message_may_come_byte_by_byte_from_one_server_to_the_next() {
 }
 
 #[test]
+fn urgent_bytes_are_like_others() {
+    let mut talk = Talk::begin(test_crash);
+    for byte in write(BAR0, 0x20, &[7; 8]).message(77).chunks(1) {
+        rustix::net::send(talk.client.socket(), byte, SendFlags::OOB).unwrap();
+        talk.lab.round();
+        talk.lab.round();
+    }
+    talk.client.expects(77);
+    talk.lab.run_until(|| talk.client.step());
+    assert_eq!(talk.expect(read(BAR0, 0x20, 8))[16..], [7; 8]);
+}
+
+#[test]
 fn a_masked_pin_stays_masked() {
     let irq = counter();
     let mut talk = Talk::begin(fragile::savable);
@@ -240,6 +266,77 @@ fn a_masked_pin_stays_masked() {
     talk.restart();
     talk.lab.round();
     assert_eq!(signals(&irq), 0);
+}
+
+/// As when too many descriptors are on their way, of which a test with privileges sees nothing.
+#[test]
+fn answers_whose_descriptors_cant_be_sent_are_errors_of_the_same_number() {
+    let mut talk = Talk::begin(ivshmem);
+    talk.lab.send_little_at_once();
+    let describe =
+        Step::new(Command::GetRegionInfo, InfoQuery { index: 2, argsz: 32 }.to_region_bytes());
+    let ids = 100..130;
+    for id in ids.clone() {
+        talk.client.socket().write_all(&describe.message(id)).unwrap();
+    }
+    talk.lab.round();
+    talk.lab.lose_held();
+    talk.restart();
+    let (socket, mut receiver, mut failed) = (talk.client.socket(), Receiver::default(), 0);
+    for id in ids {
+        let header = loop {
+            match receiver.receive(&socket).unwrap() {
+                Received::Message(message) => break message.into_frame().header,
+                Received::Pending => talk.lab.round(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(header.id, MessageId(id));
+        match header.kind {
+            MessageKind::Reply { error: None } => {}
+            MessageKind::Reply { error } => {
+                assert_eq!(error, Some(Errno::TOOMANYREFS));
+                failed += 1;
+            }
+            MessageKind::Command { .. } => panic!("{header:?}"),
+        }
+    }
+    assert!((2..30).contains(&failed), "{failed}");
+}
+
+#[test]
+fn more_descriptors_than_a_message_may_have_are_held_by_nobody() {
+    let file = memory();
+    let mut talk = Talk::begin(fragile::savable);
+    let before = talk.lab.stored();
+    for count in [17, 32, 33, 253] {
+        send_with(
+            &talk.client.socket(),
+            &map(MEMORY, None).message(77),
+            &vec![file.as_fd(); count],
+        );
+        talk.client.expects(77);
+        talk.lab.run_until(|| talk.client.step());
+        assert_eq!(talk.client.last(), Err(Errno::INVAL), "{count}");
+    }
+    assert_eq!(talk.lab.stored(), before);
+    let _ = talk.expect(map(MEMORY, Some(&file)));
+}
+
+/// Each part is looked at by itself, since it comes with a descriptor.
+#[test]
+fn a_message_in_many_parts_is_not_all_that_is_served() {
+    let file = memory();
+    let mut talk = Talk::begin(test_crash);
+    let parts = write(BAR0, 0x20, &[7; 8]).message(77);
+    for part in parts.chunks(1) {
+        send_with(&talk.client.socket(), part, &[file.as_fd()]);
+    }
+    talk.lab.round();
+    assert!((1..parts.len()).contains(&talk.lab.unread()));
+    talk.client.expects(77);
+    talk.lab.run_until(|| talk.client.step());
+    assert_eq!(talk.client.last(), Err(Errno::INVAL), "too many descriptors");
 }
 
 #[test]

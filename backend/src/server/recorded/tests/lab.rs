@@ -8,6 +8,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::sockopt::set_socket_send_buffer_size;
 
 use crate::server::ServedFunction;
 use crate::server::event_loop::{Epoll, Source, Token, Wait};
@@ -23,6 +24,8 @@ type Shelf = Arc<Mutex<Held>>;
 struct Held {
     fds: BTreeMap<FdKey, OwnedFd>,
     full: bool,
+    /// How often something was to be held.
+    stored: usize,
 }
 
 pub(super) struct Lab {
@@ -39,6 +42,7 @@ struct ShelfHolder(Shelf);
 impl Holder for ShelfHolder {
     fn store(&mut self, key: FdKey, fd: BorrowedFd<'_>) -> io::Result<()> {
         let mut held = self.0.lock().unwrap();
+        held.stored += 1;
         if held.full {
             return Err(rustix::io::Errno::MFILE.into());
         }
@@ -181,6 +185,20 @@ impl Lab {
     pub(super) fn lose_held(&self) {
         let kept = self.kept();
         self.shelf.lock().unwrap().fds.retain(|key, _| kept.contains(key));
+    }
+
+    /// The kernel takes few bytes that the client does not read.
+    pub(super) fn send_little_at_once(&self) {
+        set_socket_send_buffer_size(&self.client, 1).unwrap();
+    }
+
+    /// Bytes that the client has sent and nobody has taken.
+    pub(super) fn unread(&self) -> usize {
+        usize::try_from(rustix::io::ioctl_fionread(&self.client).unwrap()).unwrap()
+    }
+
+    pub(super) fn stored(&self) -> usize {
+        self.shelf.lock().unwrap().stored
     }
 
     pub(super) fn hold_no_more(&self) {

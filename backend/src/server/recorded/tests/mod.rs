@@ -16,8 +16,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use self::client::{Client, Step};
 use self::lab::Lab;
-use crate::config::Parameters;
-use crate::devices::{Edu, TestCrash};
+use crate::config::{DeviceSpec, Parameters};
+use crate::devices::{Edu, Registry, TestCrash};
 use crate::server::{HostedFunction, ServedFunction};
 use crate::state::plan::{killed_at, passed};
 
@@ -35,6 +35,12 @@ fn edu() -> ServedFunction {
 
 fn test_crash() -> ServedFunction {
     HostedFunction::new("test-crash", Box::new(TestCrash::default())).unwrap().into()
+}
+
+fn ivshmem() -> ServedFunction {
+    let described: DeviceSpec = "ivshmem,size=4K".parse().unwrap();
+    let (device, _) = Registry::default().create(described).unwrap();
+    HostedFunction::new("ivshmem", device).unwrap().into()
 }
 
 fn read(region: u32, offset: u64, count: u32) -> Step {
