@@ -15,6 +15,10 @@ pub struct StateFile {
     file: OwnedFd,
 }
 
+/// No state is longer, in bytes. Its file may be, if a broken process has made it so, which must not
+/// cost the next one more memory than there is.
+const MAX_LENGTH: usize = 256 << 20;
+
 /// Why a state can't be gone on from: the function is then as at power-on, and its session over.
 #[derive(Debug, Error)]
 pub enum StateError {
@@ -78,7 +82,7 @@ impl StateFile {
             ftruncate(&self.file, length as u64).map_err(io::Error::from)?;
         }
         self.seal()?;
-        let memory = Memory::map(&self.file)?;
+        let memory = Memory::map(&self.file, length)?;
         // Nobody takes what half of it is for a state.
         super::layout::Layout::erase(&memory);
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -88,11 +92,13 @@ impl StateFile {
 
     /// Maps it as it is.
     pub(super) fn map(&self) -> Result<Memory, StateError> {
-        if self.length()? < super::memory::WORD as u64 {
+        self.seal()?;
+        let length = self.length()?;
+        if length < super::memory::WORD as u64 {
             return Err(StateError::NoState);
         }
-        self.seal()?;
-        Ok(Memory::map(&self.file)?)
+        let length = usize::try_from(length).map_or(MAX_LENGTH, |length| length.min(MAX_LENGTH));
+        Ok(Memory::map(&self.file, length)?)
     }
 
     /// It never gets shorter than somebody has mapped it. It may get longer: a later version may need

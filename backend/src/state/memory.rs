@@ -9,7 +9,6 @@ use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
-use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap, munmap};
 
@@ -36,9 +35,9 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Maps a file of a fixed length: one that is sealed against shrinking, or that nobody else has.
-    pub(super) fn map(file: impl AsFd) -> io::Result<Self> {
-        let size = usize::try_from(fstat(&file)?.st_size).map_err(|_| Errno::OVERFLOW)?;
+    /// Maps the first bytes of a file that has so many and does not lose them: one that is sealed
+    /// against shrinking, or that nobody else has.
+    pub(super) fn map(file: impl AsFd, size: usize) -> io::Result<Self> {
         let words = NonZeroUsize::new(size / WORD).ok_or(Errno::INVAL)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses the place, so nothing that is mapped already is replaced.

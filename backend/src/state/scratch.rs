@@ -21,8 +21,9 @@ impl Scratch {
     /// When the kernel has no more memory or descriptors.
     pub fn private(words: usize) -> io::Result<Self> {
         let file = memfd_create("barkeep-scratch", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, (words.max(1) * size_of::<u64>()) as u64)?;
-        Ok(Self { memory: Arc::new(Memory::map(file)?), first: 0, words })
+        let size = words.max(1) * size_of::<u64>();
+        ftruncate(&file, size as u64)?;
+        Ok(Self { memory: Arc::new(Memory::map(file, size)?), first: 0, words })
     }
 
     pub(super) fn of(memory: Arc<Memory>, first: usize, words: usize) -> Self {

@@ -84,6 +84,29 @@ proptest! {
     }
 }
 
+/// It would be read as a whole, before anything could be checked.
+#[test]
+fn a_part_that_is_longer_than_all_memory_is_refused() {
+    let memfd = full();
+    ftruncate(&memfd, 1 << 42).unwrap();
+    let mut header = vec![0; 4096];
+    pread(&memfd, &mut header, 0).unwrap();
+    let words: Vec<u64> =
+        header.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+    let areas = usize::try_from(words[2]).unwrap();
+    for area in 0..areas {
+        let mut words = words.clone();
+        words[8 + 4 * area + 1..][..2].copy_from_slice(&[1 << 41, 1 << 40]);
+        let bytes = |words: &[u64]| -> Vec<u8> {
+            words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+        };
+        let checked = [&words[1..3], &words[8..8 + 4 * areas]].concat();
+        words[3] = crc32fast::hash(&bytes(&checked)).into();
+        pwrite(&memfd, &bytes(&words), 0).unwrap();
+        assert!(matches!(recover(&memfd), Err(StateError::Damaged(_))), "{area}");
+    }
+}
+
 /// A change of any one word that decides is seen, or changes nothing that matters.
 #[test]
 fn a_section_or_what_decides_does_not_change_unnoticed() {
