@@ -39,7 +39,8 @@ impl Supervisor {
         };
         let process = &mut self.slots[function.slot].process;
         // A worker that does not even read is not told about ever more clients.
-        let is_full = process.as_ref().is_some_and(|process| process.link.has_unsent());
+        let is_full = process.as_ref().is_some_and(|process| process.link.has_unsent())
+            || function.disposal.pending() >= self.share;
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let accepted =
             if is_full { Ok(None) } else { accept_with(socket.listener(), flags).map(Some) };

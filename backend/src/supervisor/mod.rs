@@ -15,6 +15,7 @@
 //! again replaces them, but whatever the workers have open (a disk image) is theirs until they end.
 
 mod clients;
+mod disposal;
 mod holding;
 mod limits;
 pub mod link;

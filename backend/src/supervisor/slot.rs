@@ -3,7 +3,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use tracing::info;
+use tracing::{error, info};
 
 use super::process::Process;
 use crate::log_limit::RateLimit;
@@ -48,6 +48,17 @@ impl Slot {
     /// Whether a worker is ready.
     pub(super) fn is_ready(&self) -> bool {
         self.process.as_ref().is_some_and(Process::is_ready)
+    }
+
+    /// A descriptor of a client's could not be held.
+    pub(super) fn note_loss(&mut self) {
+        if let Some(suppressed) = self.log.admit() {
+            let name = &self.name;
+            error!(
+                suppressed,
+                "no room for a descriptor of {name}: its client is lost if its worker ends"
+            );
+        }
     }
 
     /// The worker serves from now on.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use tracing::{error, warn};
 
+use super::holding::Stored;
 use super::link::{FromWorker, LinkError, ToWorker};
 use super::poll::Token;
 use super::process::{Process, Watched};
@@ -108,6 +109,9 @@ impl Supervisor {
         | FromWorker::Forget(function, _) = &told
             && !slot.functions.contains(function)
         {
+            if let Some(function) = slot.functions.first() {
+                self.functions[usize::from(*function)].disposal.take(told);
+            }
             return Ok(false);
         }
         match told {
@@ -116,27 +120,30 @@ impl Supervisor {
             FromWorker::Drained => {}
             FromWorker::SessionEnded(function) => {
                 let function = usize::from(function);
-                self.functions[function].holding.client = None;
+                self.functions[function].forget_client();
+                self.manager.forget(&self.functions[function].name, What::Client);
                 if self.phase == Phase::Serving {
                     self.look_for_clients(function)?;
                 }
             }
             FromWorker::Store(function, key, fd) => {
-                let holding = &mut self.functions[usize::from(function)].holding;
-                return Ok(holding.store(key, fd, self.share));
-            }
-            FromWorker::Forget(function, key) => {
-                self.functions[usize::from(function)].holding.fds.remove(&key);
-            }
-            FromWorker::Lost(..) => {
-                if let Some(suppressed) = slot.log.admit() {
-                    let name = &slot.name;
-                    error!(
-                        suppressed,
-                        "no room for a descriptor of {name}: its client is lost if its worker ends"
-                    );
+                let function = &mut self.functions[usize::from(function)];
+                match function.store(key, fd, self.share) {
+                    Stored::Held => {
+                        let fd = function.holding.fds[&key].as_fd();
+                        self.manager.store(&function.name, What::Fd(key), fd);
+                    }
+                    Stored::Lost => slot.note_loss(),
+                    Stored::TooMany => return Ok(false),
                 }
             }
+            FromWorker::Forget(function, key) => {
+                let function = &mut self.functions[usize::from(function)];
+                if function.forget(key) {
+                    self.manager.forget(&function.name, What::Fd(key));
+                }
+            }
+            FromWorker::Lost(..) => slot.note_loss(),
         }
         Ok(true)
     }
@@ -195,6 +202,14 @@ impl Supervisor {
         let Some(process) = slot.process.take() else { return Ok(()) };
         let (id, ending) = (process.id(), Ending(status));
         let delay = slot.backoff.delay(process.served_for());
+        self.epoll.remove(process.pidfd())?;
+        if process.watched != Watched::Nothing {
+            self.epoll.remove(process.link.as_fd())?;
+        }
+        // What it has said and nobody has read is closed with its link.
+        if let Some(function) = slot.functions.first() {
+            self.functions[usize::from(*function)].disposal.take(process);
+        }
         match self.phase {
             Phase::Ending(..) | Phase::Failed(_) => return Ok(()),
             Phase::Starting if !slot.has_served => {

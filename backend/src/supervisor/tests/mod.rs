@@ -255,6 +255,19 @@ fn a_worker_that_stores_for_a_function_of_others_is_replaced() {
     assert!(supervisor.holdings().all(|holding| holding.fds.is_empty()));
 }
 
+/// Its client chose them.
+#[test]
+fn descriptors_that_cant_be_closed_stop_nobody_else() {
+    let supervised = Supervised::start(&[None, None], "-", LONG);
+    let mut clients = [supervised.client(0), supervised.client(1)];
+    clients[0].ask(ask::LINGER);
+    for client in clients.iter_mut().rev() {
+        client.send(ask::DIE);
+        assert_eq!(client.ask(ask::STATUS).incarnation, 1);
+    }
+    supervised.stop();
+}
+
 #[test]
 fn a_worker_without_a_link_is_replaced() {
     let supervised = Supervised::start(&[None], "-", SHORT);

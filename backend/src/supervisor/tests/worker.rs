@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{Signal, getpid, kill_process};
 
 use super::super::link::{Held, Order, Report, WorkerLink};
@@ -36,6 +38,8 @@ pub(super) mod ask {
     pub(in super::super) const LEAVE: u8 = b'l';
     /// The same and then DIE.
     pub(in super::super) const LEAVE_AND_DIE: u8 = b'L';
+    /// Store a socket whose last descriptor can't be closed, and forget it; answered.
+    pub(in super::super) const LINGER: u8 = b'c';
     /// Store something for a function that is not its own, and do nothing any more.
     pub(in super::super) const INTRUDE: u8 = b'i';
     /// Close the link, and do nothing any more.
@@ -69,6 +73,19 @@ fn end_by(signal: Signal) -> ! {
 fn rest() -> ! {
     std::thread::park_timeout(std::time::Duration::from_secs(120));
     std::process::exit(3)
+}
+
+/// The end of a connection with more to send than its other end takes, which waits for that when it is
+/// closed.
+fn lingering() -> TcpStream {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    // It is there until the worker ends.
+    std::mem::forget(listener.accept().unwrap());
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65536]).is_ok() {}
+    set_socket_linger(&socket, Some(std::time::Duration::from_secs(1000))).unwrap();
+    socket
 }
 
 struct Worker {
@@ -140,6 +157,11 @@ impl Worker {
             ask::STORE_AND_DIE => {
                 store(function, &[1, 2, 3]);
                 end_by(Signal::KILL);
+            }
+            ask::LINGER => {
+                let mut holder = self.link().holder(function);
+                holder.store(FdKey(9), lingering().as_fd()).unwrap();
+                holder.forget(FdKey(9));
             }
             ask::DIE => end_by(Signal::KILL),
             ask::FREEZE => end_by(Signal::STOP),
