@@ -56,8 +56,7 @@ fuzz_target!(|edits: &[u8]| {
         };
         pwrite(&memfd, &new.to_ne_bytes(), at).expect("inside the file");
     }
-    if let Ok((journal, recovered)) = recover(&memfd) {
-        assert!(recovered.interrupted.is_none_or(|(_, deaths)| deaths > 0));
+    if let Ok((journal, _)) = recover(&memfd) {
         go_on(&memfd, journal);
     }
 });
