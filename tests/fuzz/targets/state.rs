@@ -19,8 +19,11 @@ const IDENTITY: &str = "fuzz0";
 const SCRATCH_WORDS: usize = 8;
 const PAGE: usize = 4096;
 
+/// Where it begins, and its bytes.
+type Page = (u64, Vec<u8>);
+
 /// A state with something of everything in it: its length, and the pages that are not zeros.
-static BASE: LazyLock<(u64, Vec<(u64, Vec<u8>)>)> = LazyLock::new(|| {
+static BASE: LazyLock<(u64, Vec<Page>)> = LazyLock::new(|| {
     let memfd = full();
     let length = fstat(&memfd).expect("a file").st_size.cast_unsigned();
     let page = |at| {
