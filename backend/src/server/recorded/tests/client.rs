@@ -1,12 +1,16 @@
 //! A client that sends one request after the other and serves DMA messages meanwhile.
 
 use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use barkeep_protocol::transport::{Flush, Frame, Received, Receiver, Sender};
 use barkeep_protocol::wire::{Command, Errno, Header, MessageId, MessageKind, ServerRequest};
+use rustix::cmsg_space;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::lab::Status;
 
@@ -208,4 +212,18 @@ impl Line {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Sends bytes with descriptors, however many.
+pub(super) fn send_with(
+    socket: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(rights.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut rights, SendFlags::NOSIGNAL)
 }

@@ -1,16 +1,13 @@
 //! What is left when a server dies, or can't go on.
 
-use std::io::{IoSlice, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::sync::atomic::Ordering;
 
 use barkeep_protocol::transport::{Received, Receiver};
 use barkeep_protocol::wire::{Errno, InfoQuery, IrqAction, IrqData, MessageId, MessageKind};
-use rustix::cmsg_space;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::SendFlags;
 
+use super::client::send_with;
 use super::fragile::{self, DEADLY, DEADLY_WAKES, PIN, QUIESCED, VALUE, WAKES};
 use super::*;
 
@@ -63,13 +60,6 @@ impl Talk {
         assert!(self.lab.has_ended());
         assert_eq!(self.lab.held(), self.lab.kept());
     }
-}
-
-fn send_with(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
-    let mut rights = SendAncillaryBuffer::new(&mut space);
-    assert!(rights.push(SendAncillaryMessage::ScmRights(fds)));
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut rights, SendFlags::empty()).unwrap();
 }
 
 #[test]
@@ -314,7 +304,8 @@ fn more_descriptors_than_a_message_may_have_are_held_by_nobody() {
             &talk.client.socket(),
             &map(MEMORY, None).message(77),
             &vec![file.as_fd(); count],
-        );
+        )
+        .unwrap();
         talk.client.expects(77);
         talk.lab.run_until(|| talk.client.step());
         assert_eq!(talk.client.last(), Err(Errno::INVAL), "{count}");
@@ -330,7 +321,7 @@ fn a_message_in_many_parts_is_not_all_that_is_served() {
     let mut talk = Talk::begin(test_crash);
     let parts = write(BAR0, 0x20, &[7; 8]).message(77);
     for part in parts.chunks(1) {
-        send_with(&talk.client.socket(), part, &[file.as_fd()]);
+        send_with(&talk.client.socket(), part, &[file.as_fd()]).unwrap();
     }
     talk.lab.round();
     assert!((1..parts.len()).contains(&talk.lab.unread()));

@@ -3,6 +3,7 @@
 mod client;
 mod deaths;
 mod fragile;
+mod hostile;
 mod lab;
 
 use std::os::fd::{AsFd, OwnedFd};
