@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use barkeep_backend::server::SocketPath;
-use barkeep_backend::state::FdKey;
+use barkeep_backend::state::{FdKey, PreviousEnd};
 use barkeep_backend::supervisor::link::{FromWorker, LinkError, SupervisorLink, ToWorker};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -45,7 +45,8 @@ impl Holding {
             let state = memfd_create("state", flags).expect("a memory file");
             link.tell(ToWorker::State(number(index), Arc::new(state)));
         }
-        link.tell(ToWorker::Begin { limit: LIMIT });
+        let previous_end = PreviousEnd::Orderly;
+        link.tell(ToWorker::Begin { limit: LIMIT, previous_end });
         link.flush().expect("room in a new socket");
         let function = |socket| Function { socket, client: None, held: BTreeMap::new() };
         let functions = sockets.into_iter().map(function).collect();

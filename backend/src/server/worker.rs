@@ -55,10 +55,10 @@ impl Server {
         held: Held,
         function: impl Into<ServedFunction>,
     ) -> io::Result<()> {
-        let Held { function: number, state, client, fds } = held;
+        let Held { function: number, state, client, fds, previous_end } = held;
         let supervised = self.supervised.as_mut().expect("a supervisor comes first");
         let holder = Box::new(supervised.link.holder(number));
-        let legacy = Legacy { state, client, fds };
+        let legacy = Legacy { state, client, fds, previous_end };
         let index = self.ports.len();
         let mut port = recorded::Port::new(index, name, function.into(), legacy, holder)?;
         port.add(&self.epoll)?;

@@ -1,4 +1,4 @@
-//! What a process is doing, and how often others have died of it.
+//! What a process is doing, and what it has cost so far.
 
 use super::StateError;
 use super::StreamId;
@@ -22,12 +22,49 @@ pub enum Activity {
     Recovery,
 }
 
-/// The activity under way and, for each that may be, how many deaths in a row it was.
+/// How a predecessor ended, as far as whoever started it knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PreviousEnd {
+    /// As it should, or there was none, or nobody knows.
+    #[default]
+    Orderly,
+    /// Of what it did: it crashed, gave up or did not answer any more.
+    ByItself,
+    /// Somebody has killed it, or the kernel for want of memory, whatever it did.
+    FromOutside,
+}
+
+/// What something has cost: the deaths in a row of those who did it. One that had its reason outside
+/// weighs little beside one of its own, but who dies at every try does not get any number of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Toll(u8);
+
+impl Toll {
+    /// Deaths from outside that weigh as much as one of its own.
+    const FROM_OUTSIDE: u8 = 16;
+
+    /// Whether it is as much as so many deaths of its own: 15 at most, more are not counted.
+    #[must_use]
+    pub fn reaches(self, deaths: u32) -> bool {
+        u32::from(self.0) >= deaths * u32::from(Self::FROM_OUTSIDE)
+    }
+
+    /// With one more death.
+    pub(super) fn and(self, end: PreviousEnd) -> Self {
+        Self(self.0.saturating_add(match end {
+            PreviousEnd::ByItself => Self::FROM_OUTSIDE,
+            // Who ends in order ends nothing half-way: this one's supervisor was not there to see it.
+            PreviousEnd::FromOutside | PreviousEnd::Orderly => 1,
+        }))
+    }
+}
+
+/// The activity under way and, for each that may be, its [`Toll`].
 ///
 /// | word | what |
 /// |---|---|
 /// | 0 | the last activity to begin: 16 bits of index, 7 of kind, [`DONE`], 40 bits of serial number. It is under way unless it is marked as done, or the committed record has its number |
-/// | 1.. | deaths: 8 bits of count, 16 to tell one message or wake from another, and the serial number of the last activity that was counted |
+/// | 1.. | deaths: 8 bits of toll, 16 to tell one message or wake from another, and the serial number of the last activity that was counted |
 #[derive(Debug)]
 pub(super) struct Activities {
     first: usize,
@@ -51,13 +88,14 @@ impl Activities {
         Self { first, current: 0 }
     }
 
-    /// Of a file that may hold anything. If somebody has died of something, it is counted, once, and
-    /// returned with the number of deaths so far.
+    /// Of a file that may hold anything. If the last one, who ended like this, died of something, it is
+    /// counted, once, and returned with the toll so far.
     pub(super) fn load(
         memory: &Memory,
         first: usize,
         record: &Record,
-    ) -> Result<(Self, Option<(Activity, u32)>), StateError> {
+        end: PreviousEnd,
+    ) -> Result<(Self, Option<(Activity, Toll)>), StateError> {
         let activities = Self { first, current: memory.get(first) };
         let Some(activity) = activities.current(record.finished)? else {
             activities.forgive(memory, record);
@@ -66,21 +104,21 @@ impl Activities {
         let word = activities.deaths_word(activity);
         let mut deaths = Deaths::of(memory.get(word), activity.mark(record));
         if deaths.serial != activities.serial() {
-            deaths.count = deaths.count.saturating_add(1);
+            deaths.toll = deaths.toll.and(end);
             deaths.serial = activities.serial();
             memory.set(word, deaths.word());
         }
-        Ok((activities, Some((activity, deaths.count.into()))))
+        Ok((activities, Some((activity, deaths.toll))))
     }
 
-    /// Something is about to be done for the returned time.
-    pub(super) fn begin(&mut self, memory: &Memory, record: &Record, activity: Activity) -> u32 {
+    /// Something is about to be done that has cost this.
+    pub(super) fn begin(&mut self, memory: &Memory, record: &Record, activity: Activity) -> Toll {
         let serial = (self.serial() + 1) & SERIAL_MASK;
         let (kind, index) = activity.code();
         self.current = u64::from(index) | kind << 16 | serial << SERIAL_SHIFT;
         memory.set(self.first, self.current);
         let deaths = memory.get(self.deaths_word(activity));
-        u32::from(Deaths::of(deaths, activity.mark(record)).count) + 1
+        Deaths::of(deaths, activity.mark(record)).toll
     }
 
     /// What is under way is done, with nothing that came of it.
@@ -96,7 +134,7 @@ impl Activities {
         let Ok(Some(activity)) = self.activity() else { return };
         let word = self.deaths_word(activity);
         let deaths = memory.get(word);
-        let of_another = Deaths::of(deaths, activity.mark(record)).count == 0;
+        let of_another = Deaths::of(deaths, activity.mark(record)).toll == Toll::default();
         if deaths != 0 && (!of_another || matches!(activity, Activity::Message(_))) {
             memory.set(word, 0);
         }
@@ -164,7 +202,7 @@ impl Activity {
 
 #[derive(Debug)]
 struct Deaths {
-    count: u8,
+    toll: Toll,
     mark: u16,
     serial: u64,
 }
@@ -172,12 +210,12 @@ struct Deaths {
 impl Deaths {
     /// What a word says of whatever has this mark.
     fn of(word: u64, mark: u16) -> Self {
-        let [count, low, high, ..] = word.to_le_bytes();
+        let [toll, low, high, ..] = word.to_le_bytes();
         let same = mark == u16::from_le_bytes([low, high]);
-        Self { count: if same { count } else { 0 }, mark, serial: word >> SERIAL_SHIFT }
+        Self { toll: Toll(if same { toll } else { 0 }), mark, serial: word >> SERIAL_SHIFT }
     }
 
     fn word(&self) -> u64 {
-        u64::from(self.count) | u64::from(self.mark) << 8 | self.serial << SERIAL_SHIFT
+        u64::from(self.toll.0) | u64::from(self.mark) << 8 | self.serial << SERIAL_SHIFT
     }
 }

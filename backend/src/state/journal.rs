@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::activity::{self, Activities, Activity};
+use super::activity::{self, Activities, Activity, PreviousEnd, Toll};
 use super::layout::{CONTROL_WORDS, Layout};
 use super::memory::Memory;
 use super::outbox::{Frame, Outbox};
@@ -38,9 +38,9 @@ pub struct Commit<'a> {
 pub struct Recovered {
     /// What was saved, in the order of [`SectionId::ALL`]: nothing if it never was.
     pub sections: [Result<Option<Vec<u8>>, SectionError>; SectionId::ALL.len()],
-    /// What the other one died of, and how many have died of it in a row, this one included. Nothing if
-    /// it did nothing at the time.
-    pub interrupted: Option<(Activity, u32)>,
+    /// What the other one died of, and what that has cost, this one included. Nothing if it did nothing at
+    /// the time.
+    pub interrupted: Option<(Activity, Toll)>,
 }
 
 /// Keys below it are never made here: the caller may give them a meaning.
@@ -85,7 +85,7 @@ impl Journal {
         Ok(Self { memory: Arc::new(memory), layout, scratch_words, record, activities, streams })
     }
 
-    /// Goes on in the place of a process that is dead.
+    /// Goes on in the place of a process that is dead, and ended like this.
     ///
     /// # Errors
     /// [`StateError`], when only [`fresh`](Self::fresh) helps.
@@ -93,6 +93,7 @@ impl Journal {
         file: StateFile,
         identity: &str,
         scratch_words: usize,
+        end: PreviousEnd,
     ) -> Result<(Self, Recovered), StateError> {
         let memory = file.map()?;
         let layout = Layout::load(&memory, identity, scratch_words)?;
@@ -114,7 +115,8 @@ impl Journal {
         let streams = [client?, twin?];
         let sections =
             SectionId::ALL.map(|section| Sections(record.sections).read(&memory, &layout, section));
-        let (activities, interrupted) = Activities::load(&memory, control + ACTIVITIES, &record)?;
+        let (activities, interrupted) =
+            Activities::load(&memory, control + ACTIVITIES, &record, end)?;
         let memory = Arc::new(memory);
         let journal = Self { memory, layout, scratch_words, record, activities, streams };
         Ok((journal, Recovered { sections, interrupted }))
@@ -135,9 +137,9 @@ impl Journal {
         FdKey(key)
     }
 
-    /// Something is about to be done, and this process may die of it. Returns for which time in a row:
-    /// 1 unless others have died of the same, of the same message if it is one.
-    pub fn begin(&mut self, activity: Activity) -> u32 {
+    /// Something is about to be done, and this process may die of it. Returns what the same has cost
+    /// others, the same message if it is one.
+    pub fn begin(&mut self, activity: Activity) -> Toll {
         self.activities.begin(&self.memory, &self.record, activity)
     }
 

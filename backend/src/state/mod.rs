@@ -29,7 +29,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use activity::Activity;
+pub use activity::{Activity, PreviousEnd, Toll};
 #[cfg(feature = "failpoints")]
 pub use crash::process::log_crash_points;
 pub use file::{StateError, StateFile};

@@ -1,6 +1,6 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::link::{SupervisorLink, ToWorker};
+use crate::state::PreviousEnd;
 
 /// Tells a worker how many have begun before it in its place.
 pub(super) const INCARNATION: &str = "BARKEEP_INCARNATION";
@@ -94,6 +95,17 @@ impl Process {
     /// How it ended, if it has. There is no zombie then.
     pub(super) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.child.try_wait()
+    }
+
+    /// Who did it, for its successor.
+    pub(super) fn previous_end(&self, status: ExitStatus) -> PreviousEnd {
+        let killed_by_us = matches!(self.pulse, Pulse::Killed);
+        let killed = [Signal::KILL, Signal::TERM].map(|signal| Some(signal.as_raw()));
+        match status.code() {
+            Some(0) => PreviousEnd::Orderly,
+            None if killed.contains(&status.signal()) && !killed_by_us => PreviousEnd::FromOutside,
+            Some(_) | None => PreviousEnd::ByItself,
+        }
     }
 
     pub(super) fn is_ready(&self) -> bool {

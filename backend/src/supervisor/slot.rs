@@ -7,6 +7,7 @@ use tracing::{error, info};
 
 use super::process::Process;
 use crate::log_limit::RateLimit;
+use crate::state::PreviousEnd;
 
 /// A place that one worker after the other takes, to serve the same functions.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(super) struct Slot {
     /// When the next worker starts.
     pub(super) restart_at: Option<Instant>,
     pub(super) backoff: Backoff,
+    /// How the last worker ended.
+    pub(super) previous_end: PreviousEnd,
     /// How many workers have begun.
     pub(super) incarnation: u32,
     /// When the last one ended, until the next is ready.
@@ -37,6 +40,7 @@ impl Slot {
             process: None,
             restart_at: None,
             backoff: Backoff::default(),
+            previous_end: PreviousEnd::Orderly,
             incarnation: 0,
             down_since: None,
             has_served: false,

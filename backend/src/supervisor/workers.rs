@@ -34,7 +34,8 @@ impl Supervisor {
         for function in &slot.functions {
             self.functions[usize::from(*function)].holding.tell(*function, &mut process.link);
         }
-        process.link.tell(ToWorker::Begin { limit: self.share });
+        let previous_end = slot.previous_end;
+        process.link.tell(ToWorker::Begin { limit: self.share, previous_end });
         self.epoll.add(process.pidfd(), Token::Ended(index), EventFlags::IN)?;
         self.epoll.add(process.link.as_fd(), Token::Link(index), EventFlags::IN)?;
         process.watched = Watched::Read;
@@ -201,6 +202,7 @@ impl Supervisor {
         let slot = &mut self.slots[slot];
         let Some(process) = slot.process.take() else { return Ok(()) };
         let (id, ending) = (process.id(), Ending(status));
+        slot.previous_end = process.previous_end(status);
         let delay = slot.backoff.delay(process.served_for());
         self.epoll.remove(process.pidfd())?;
         if process.watched != Watched::Nothing {

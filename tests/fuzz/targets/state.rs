@@ -8,8 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
 use barkeep_backend::state::{
-    Activity, Commit, FdKey, Frame, Journal, MAX_FRAME, Recovered, SectionId, StateError,
-    StateFile, StreamId,
+    Activity, Commit, FdKey, Frame, Journal, MAX_FRAME, PreviousEnd, Recovered, SectionId,
+    StateError, StateFile, StreamId,
 };
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
@@ -131,7 +131,8 @@ fn full() -> OwnedFd {
 }
 
 fn recover(memfd: &OwnedFd) -> Result<(Journal, Recovered), StateError> {
-    Journal::recover(StateFile::open(memfd.try_clone()?)?, IDENTITY, SCRATCH_WORDS)
+    let file = StateFile::open(memfd.try_clone()?)?;
+    Journal::recover(file, IDENTITY, SCRATCH_WORDS, PreviousEnd::ByItself)
 }
 
 fn memfd() -> OwnedFd {

@@ -10,7 +10,7 @@ use thiserror::Error;
 use tracing::{debug, warn};
 
 use super::port::HANDSHAKE_TIME;
-use super::recorder::{Attempt, Recorder, deaths_borne};
+use super::recorder::{Attempt, DEATHS_BORNE, Recorder};
 use super::saved_session::{SavedSession, Twin};
 use super::session::Session;
 use super::wiring::{ReplayError, Wiring};
@@ -18,7 +18,8 @@ use crate::server::event_loop::Source;
 use crate::server::function::Recorded;
 use crate::server::served::ServedFunction;
 use crate::state::{
-    Activity, FdKey, Holder, Journal, Recovered, SectionError, SectionId, StateError, StateFile,
+    Activity, FdKey, Holder, Journal, PreviousEnd, Recovered, SectionError, SectionId, StateError,
+    StateFile,
 };
 
 /// The first key of the descriptors that a function keeps. Those of sessions are higher, and a
@@ -34,6 +35,8 @@ pub(in crate::server) struct Legacy {
     pub(in crate::server) client: Option<OwnedFd>,
     /// What was held under keys.
     pub(in crate::server) fds: BTreeMap<FdKey, OwnedFd>,
+    /// How the predecessor ended.
+    pub(in crate::server) previous_end: PreviousEnd,
 }
 
 /// What came of it.
@@ -84,7 +87,7 @@ impl Legacy {
         let words = function.0.scratch_words();
         let mut lost = false;
         let mut record = None;
-        match load(&self.state, name, words) {
+        match load(&self.state, name, words, self.previous_end) {
             Ok(loaded) if self.client.is_some() => record = Some(loaded),
             Ok(_) | Err(Unusable::State(StateError::NoState)) => {}
             Err(unusable) => {
@@ -210,12 +213,13 @@ impl Legacy {
     }
 }
 
-fn load(state: &OwnedFd, name: &str, words: usize) -> Result<Record, Unusable> {
+fn load(state: &OwnedFd, name: &str, words: usize, end: PreviousEnd) -> Result<Record, Unusable> {
     let file = StateFile::open(state.try_clone().map_err(StateError::Io)?)?;
-    let (journal, recovered) = Journal::recover(file, name, words)?;
+    let (journal, recovered) = Journal::recover(file, name, words, end)?;
     let Recovered { sections: [session, wiring, function, device], interrupted } = recovered;
-    if let Some((Activity::Recovery, deaths)) = interrupted
-        && deaths >= 2 * deaths_borne(Activity::Recovery)
+    // Not even without what it was.
+    if let Some((Activity::Recovery, toll)) = interrupted
+        && toll.reaches(2 * DEATHS_BORNE)
     {
         return Err(Unusable::Deadly);
     }

@@ -17,13 +17,9 @@ use crate::state::{
     Activity, Commit, FdKey, Flush, Frame, Holder, Journal, MAX_FRAME, SectionId, StreamId,
 };
 
-/// How often a message may end the process that executes it.
-const MESSAGE_DEATHS: u32 = 3;
-/// The same for what the function does by itself, whose end resets it: processes that are killed in quick
-/// succession, for reasons that are not ours, must not be taken for that.
-const OWN_DEATHS: u32 = 8;
-/// The same for going on in a predecessor's place, where most of them are killed then.
-const RECOVERY_DEATHS: u32 = 16;
+/// How many processes may end by themselves of something before it is given up. Of those that somebody
+/// has killed there may be many more ([`Toll`](crate::state::Toll)).
+pub(super) const DEATHS_BORNE: u32 = 3;
 /// Frames that may wait for a peer that does not read; beyond, it is not read from either.
 const MAX_WAITING: usize = 8;
 /// Bytes that are looked at first: more than a small request.
@@ -235,12 +231,11 @@ impl Recorder {
 
     /// Something is about to be done that may be this process's end.
     pub(super) fn begin(&mut self, activity: Activity) -> Attempt {
-        let deaths = self.journal.begin(activity) - 1;
-        if deaths < deaths_borne(activity) {
+        if !self.journal.begin(activity).reaches(DEATHS_BORNE) {
             return Attempt::Do;
         }
         let function = &self.name;
-        warn!(function, "{activity:?} has ended {deaths} processes: it is given up");
+        warn!(function, "{activity:?} has ended too many processes: it is given up");
         Attempt::GiveUp
     }
 
@@ -412,15 +407,6 @@ impl Recorder {
         self.wiring_changed = false;
         self.session = None;
         self.waiting = [0; StreamId::ALL.len()];
-    }
-}
-
-/// How many processes may end of it before it is given up.
-pub(super) fn deaths_borne(activity: Activity) -> u32 {
-    match activity {
-        Activity::Message(_) => MESSAGE_DEATHS,
-        Activity::Recovery => RECOVERY_DEATHS,
-        Activity::Wake(_) | Activity::Work | Activity::Unmask | Activity::Reload => OWN_DEATHS,
     }
 }
 

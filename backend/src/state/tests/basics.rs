@@ -8,11 +8,11 @@ use rustix::fs::{fstat, ftruncate};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::{IDENTITY, SCRATCH_WORDS, fresh, memfd, recover};
+use super::{IDENTITY, SCRATCH_WORDS, fresh, memfd, recover, recover_after, toll};
 use crate::state::plan::{Killed, killed_at, passed};
 use crate::state::{
-    Activity, Commit, FdKey, Flush, Frame, Journal, MAX_FRAME, MAX_MESSAGE_KEYS, SectionError,
-    SectionId, StateError, StateFile, StreamId, TooManyKeys,
+    Activity, Commit, FdKey, Flush, Frame, Journal, MAX_FRAME, MAX_MESSAGE_KEYS, PreviousEnd,
+    SectionError, SectionId, StateError, StateFile, StreamId, Toll, TooManyKeys,
 };
 
 #[test]
@@ -26,14 +26,14 @@ fn a_message_is_taken_done_and_answered_across_three_processes() {
     let peeked = client.peek(&socket, 100).unwrap();
     assert_eq!((peeked.bytes.as_slice(), peeked.fds.len()), (&b"request and more"[..], 0));
     assert_eq!(client.take(&socket, 7), Ok(7));
-    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), 1);
+    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), toll(0));
     drop(journal);
 
     let (mut journal, recovered) = recover(&memfd).unwrap();
-    assert_eq!(recovered.interrupted, Some((Activity::Message(StreamId::Client), 1)));
+    assert_eq!(recovered.interrupted, Some((Activity::Message(StreamId::Client), toll(1))));
     assert_eq!(recovered.sections, [const { Ok(None) }; 4]);
     assert_eq!(journal.stream(StreamId::Client).received(), b"request");
-    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), 2);
+    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), toll(1));
     journal.commit(Commit {
         sections: &[(SectionId::Function, b"registers")],
         taken: Some(StreamId::Client),
@@ -172,22 +172,58 @@ fn deaths_in_a_row_are_counted_for_each_activity() {
         let (mut journal, _) = recover(&memfd).unwrap();
         journal.begin(activity)
     };
-    assert_eq!([die(Activity::Work), die(Activity::Work)], [1, 2]);
-    assert_eq!([die(Activity::Wake(3)), die(Activity::Wake(4)), die(Activity::Wake(3))], [1, 1, 2]);
-    assert_eq!([die(Activity::Work), die(Activity::Recovery)], [3, 1]);
+    assert_eq!([die(Activity::Work), die(Activity::Work)], [0, 1].map(toll));
+    let wakes = [3, 4, 3].map(|index| die(Activity::Wake(index)));
+    assert_eq!(wakes, [0, 0, 1].map(toll));
+    assert_eq!([die(Activity::Work), die(Activity::Recovery)], [2, 0].map(toll));
     let (mut journal, recovered) = recover(&memfd).unwrap();
-    assert_eq!(recovered.interrupted, Some((Activity::Recovery, 1)));
-    assert_eq!(journal.begin(Activity::Recovery), 2);
+    assert_eq!(recovered.interrupted, Some((Activity::Recovery, toll(1))));
+    assert_eq!(journal.begin(Activity::Recovery), toll(1));
     journal.commit(Commit::default());
     drop(journal);
 
     // It died of nothing, and of what it had done nobody has died in a row any more.
     let (mut journal, recovered) = recover(&memfd).unwrap();
     assert_eq!(recovered.interrupted, None);
-    assert_eq!(journal.begin(Activity::Work), 4);
+    assert_eq!(journal.begin(Activity::Work), toll(3));
     journal.commit(Commit { sections: &[(SectionId::Device, b"")], ..Commit::default() });
-    assert_eq!(journal.begin(Activity::Work), 1);
-    assert_eq!(journal.begin(Activity::Wake(3)), 3);
+    assert_eq!(journal.begin(Activity::Work), toll(0));
+    assert_eq!(journal.begin(Activity::Wake(3)), toll(2));
+}
+
+#[test]
+fn a_death_from_outside_weighs_a_sixteenth_of_one_of_its_own() {
+    let memfd = memfd();
+    drop(fresh(&memfd));
+    let mut previous_end = PreviousEnd::Orderly;
+    let mut dies = |end| {
+        let (mut journal, _) = recover_after(&memfd, previous_end).unwrap();
+        previous_end = end;
+        journal.begin(Activity::Work)
+    };
+    for deaths in 0..48 {
+        assert!(!dies(PreviousEnd::FromOutside).reaches(3), "{deaths}");
+    }
+    for deaths in 3..20 {
+        let toll = dies(PreviousEnd::ByItself);
+        assert!(toll.reaches(deaths.min(15)), "{deaths}");
+        assert!(!toll.reaches(deaths + 1), "{deaths}");
+    }
+}
+
+#[test]
+fn who_dies_before_anything_is_begun_adds_nothing() {
+    let memfd = memfd();
+    fresh(&memfd).begin(Activity::Wake(0));
+    let mut point = 1;
+    let look = || drop(recover_after(&memfd, PreviousEnd::FromOutside).unwrap());
+    while killed_at(point, look) == Err(Killed) {
+        point += 1;
+    }
+    assert!(point > 1);
+    let (_, recovered) = recover(&memfd).unwrap();
+    let once = Toll::default().and(PreviousEnd::FromOutside);
+    assert_eq!(recovered.interrupted, Some((Activity::Wake(0), once)));
 }
 
 #[test]
@@ -209,17 +245,18 @@ fn a_section_that_is_too_long_is_lost_alone_until_it_fits() {
 
 #[test]
 fn a_state_is_that_of_one_function() {
+    const END: PreviousEnd = PreviousEnd::Orderly;
     let memfd = memfd();
     drop(fresh(&memfd));
     let open = || StateFile::open(memfd.try_clone().unwrap()).unwrap();
-    let error = Journal::recover(open(), "edu1: edu", SCRATCH_WORDS).unwrap_err();
+    let error = Journal::recover(open(), "edu1: edu", SCRATCH_WORDS, END).unwrap_err();
     assert_eq!(error.to_string(), format!("the state is that of \"{IDENTITY}\""));
     assert!(StateFile::create(memfd.try_clone().unwrap()).is_err());
 
     // More room, in the same file, and never less.
     let journal = Journal::fresh(open(), "edu1: edu", 100_000).unwrap();
     assert_eq!(journal.scratch().get(99_999), 0);
-    assert!(Journal::recover(open(), "edu1: edu", 100_000).is_ok());
+    assert!(Journal::recover(open(), "edu1: edu", 100_000, END).is_ok());
     let length = fstat(&memfd).unwrap().st_size.cast_unsigned();
     assert_eq!(ftruncate(&memfd, length - 1), Err(Errno::PERM));
 }

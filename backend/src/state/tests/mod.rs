@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{Journal, Recovered, StateError, StateFile};
+use super::{Journal, PreviousEnd, Recovered, StateError, StateFile, Toll};
 
 const IDENTITY: &str = "edu0: edu,width=28";
 const SCRATCH_WORDS: usize = 10;
@@ -27,5 +27,14 @@ fn fresh(memfd: &OwnedFd) -> Journal {
 }
 
 fn recover(memfd: &OwnedFd) -> Result<(Journal, Recovered), StateError> {
-    Journal::recover(StateFile::open(memfd.try_clone()?)?, IDENTITY, SCRATCH_WORDS)
+    recover_after(memfd, PreviousEnd::ByItself)
+}
+
+fn recover_after(memfd: &OwnedFd, end: PreviousEnd) -> Result<(Journal, Recovered), StateError> {
+    Journal::recover(StateFile::open(memfd.try_clone()?)?, IDENTITY, SCRATCH_WORDS, end)
+}
+
+/// Of so many deaths of its own.
+fn toll(deaths: u32) -> Toll {
+    (0..deaths).fold(Toll::default(), |toll, _| toll.and(PreviousEnd::ByItself))
 }

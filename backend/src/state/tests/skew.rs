@@ -8,10 +8,10 @@ use std::os::unix::net::UnixStream;
 use rustix::fs::{fstat, ftruncate};
 use rustix::io::{pread, pwrite};
 
-use super::{IDENTITY, SCRATCH_WORDS, fresh, memfd, recover};
+use super::{IDENTITY, SCRATCH_WORDS, fresh, memfd, recover, toll};
 use crate::state::{
-    Activity, Commit, FdKey, Flush, Frame, Journal, SectionError, SectionId, StateError, StateFile,
-    StreamId,
+    Activity, Commit, FdKey, Flush, Frame, Journal, PreviousEnd, SectionError, SectionId,
+    StateError, StateFile, StreamId,
 };
 
 const GOLDEN: &[u8] = include_bytes!("layout-1.bin");
@@ -32,7 +32,7 @@ pub(super) fn full() -> OwnedFd {
     journal.scratch().set(3, 0x0123_4567_89ab_cdef);
     assert_eq!(journal.new_key(), FdKey(1 << 33));
     assert_eq!(journal.stream(StreamId::Client).take(&socket, 9), Ok(9));
-    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), 1);
+    assert_eq!(journal.begin(Activity::Message(StreamId::Client)), toll(0));
     journal.commit(Commit {
         sections: &[(SectionId::Session, b"s"), (SectionId::Function, b"of before")],
         taken: Some(StreamId::Client),
@@ -55,13 +55,13 @@ pub(super) fn full() -> OwnedFd {
     journal.begin(Activity::Work);
     drop(journal);
     let (mut journal, _) = recover(&memfd).unwrap();
-    assert_eq!(journal.begin(Activity::Work), 2);
+    assert_eq!(journal.begin(Activity::Work), toll(1));
     memfd
 }
 
 fn assert_full(memfd: &OwnedFd) {
     let (mut journal, recovered) = recover(memfd).unwrap();
-    assert_eq!(recovered.interrupted, Some((Activity::Work, 2)));
+    assert_eq!(recovered.interrupted, Some((Activity::Work, toll(2))));
     let sections: [Option<Vec<u8>>; 4] =
         [Some(b"s".to_vec()), None, Some(b"registers".to_vec()), Some(vec![0xa5; 3000])];
     assert_eq!(recovered.sections, sections.map(Ok));
@@ -75,7 +75,7 @@ fn assert_full(memfd: &OwnedFd) {
     let (_peer, socket) = UnixStream::pair().unwrap();
     assert_eq!(twin.send(&socket, &[socket.as_fd(), socket.as_fd()]), Ok(Flush::Sent));
     assert_eq!(twin.pending(), Some(&[][..]));
-    assert_eq!(journal.begin(Activity::Work), 3);
+    assert_eq!(journal.begin(Activity::Work), toll(2));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn an_area_with_too_little_room_is_refused() {
     next.store();
     assert!(recover(&memfd).is_ok());
     let file = StateFile::open(memfd.try_clone().unwrap()).unwrap();
-    let more = Journal::recover(file, IDENTITY, 100 * SCRATCH_WORDS);
+    let more = Journal::recover(file, IDENTITY, 100 * SCRATCH_WORDS, PreviousEnd::Orderly);
     assert!(matches!(more, Err(StateError::TooSmall)));
 }
 

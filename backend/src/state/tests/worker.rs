@@ -10,7 +10,7 @@ use super::world::{Begun, KEEP, LONG_REPLY, REPLY, SILENT, World, answer, chain}
 use super::{IDENTITY, SCRATCH_WORDS};
 use crate::state::{
     Activity, Commit, FdKey, Flush, Frame, Journal, Recovered, SectionId, StateError, StateFile,
-    StreamId,
+    StreamId, Toll,
 };
 
 /// What a worker knows, and loses when it dies.
@@ -37,12 +37,13 @@ struct Gone;
 
 impl Worker {
     pub(super) fn start(world: &mut World) -> Self {
+        let end = world.bury();
         let memfd = || world.memfd.try_clone().unwrap();
         let (journal, recovered) = match StateFile::create(memfd()) {
             Ok(file) => (Journal::fresh(file, IDENTITY, SCRATCH_WORDS).unwrap(), None),
             Err(_) => {
                 let file = StateFile::open(memfd()).unwrap();
-                match Journal::recover(file, IDENTITY, SCRATCH_WORDS) {
+                match Journal::recover(file, IDENTITY, SCRATCH_WORDS, end) {
                     Ok((journal, recovered)) => (journal, Some(recovered)),
                     Err(StateError::NoState) => {
                         let file = StateFile::open(memfd()).unwrap();
@@ -248,8 +249,8 @@ impl Worker {
             }
             other => (format!("{other:?}"), 0),
         };
-        let attempts = self.journal.begin(activity);
-        assert_eq!(attempts, 1 + world.deaths.get(&doing).copied().unwrap_or(0), "{doing:?}");
+        let toll = self.journal.begin(activity);
+        assert_eq!(toll, world.deaths.get(&doing).copied().unwrap_or_default(), "{doing:?}");
         world.begun = Some(Begun { activity, doing, committing: false });
         world.interrupted = None;
     }
@@ -264,7 +265,7 @@ impl Worker {
 }
 
 /// What the journal says of the dead is true.
-fn check_interrupted(world: &mut World, interrupted: Option<(Activity, u32)>) {
+fn check_interrupted(world: &mut World, interrupted: Option<(Activity, Toll)>) {
     match world.begun.take() {
         None => assert_eq!(interrupted, world.interrupted),
         Some(begun) if begun.committing && interrupted.is_none() => {
@@ -272,7 +273,7 @@ fn check_interrupted(world: &mut World, interrupted: Option<(Activity, u32)>) {
         }
         Some(begun) => {
             let deaths = world.deaths.entry(begun.doing).or_default();
-            *deaths += 1;
+            *deaths = deaths.and(world.end);
             assert_eq!(interrupted, Some((begun.activity, *deaths)));
         }
     }

@@ -10,7 +10,7 @@ use rustix::fs::fstat;
 use super::memfd;
 use super::peer::{Message, Peer};
 use super::random::{Random, mix};
-use crate::state::{Activity, FdKey, StreamId};
+use crate::state::{Activity, FdKey, PreviousEnd, StreamId, Toll};
 
 /// What one client sends on both of its connections, with numbers of descriptors.
 #[derive(Clone, Debug)]
@@ -32,9 +32,11 @@ pub(super) struct World {
     later: VecDeque<Session>,
     random: Random,
     pub(super) ended_sessions: u64,
-    pub(super) deaths: BTreeMap<Doing, u32>,
+    pub(super) deaths: BTreeMap<Doing, Toll>,
     pub(super) begun: Option<Begun>,
-    pub(super) interrupted: Option<(Activity, u32)>,
+    pub(super) interrupted: Option<(Activity, Toll)>,
+    /// How the last worker ended: now in this way, now in that.
+    pub(super) end: PreviousEnd,
 }
 
 /// An activity: one message is not another.
@@ -74,7 +76,17 @@ impl World {
             deaths: BTreeMap::new(),
             begun: None,
             interrupted: None,
+            end: PreviousEnd::Orderly,
         }
+    }
+
+    /// Another worker has ended.
+    pub(super) fn bury(&mut self) -> PreviousEnd {
+        self.end = match self.end {
+            PreviousEnd::FromOutside => PreviousEnd::ByItself,
+            PreviousEnd::ByItself | PreviousEnd::Orderly => PreviousEnd::FromOutside,
+        };
+        self.end
     }
 
     pub(super) fn store(&mut self, key: FdKey, fd: OwnedFd) {

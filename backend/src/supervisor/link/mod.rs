@@ -19,7 +19,7 @@ pub use worker_end::{FunctionHolder, Held, Order, Report, WorkerLink};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::state::FdKey;
+use crate::state::{FdKey, PreviousEnd};
 
 /// Why a link can't go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -53,7 +53,8 @@ enum Kind {
     Client,
     /// The descriptor with this key goes with it.
     Fd,
-    /// That was all that is held. How many descriptors may be held for each function.
+    /// That was all that is held. How many descriptors may be held for each function; and, in the place
+    /// of a function, how the last worker ended.
     Begin,
     Ping,
     Drain,
@@ -94,6 +95,10 @@ impl Frame {
         FdKey(self.number)
     }
 }
+
+/// As a frame has it.
+const ENDS: [PreviousEnd; 3] =
+    [PreviousEnd::Orderly, PreviousEnd::ByItself, PreviousEnd::FromOutside];
 
 impl Kind {
     const ALL: [Self; 13] = [

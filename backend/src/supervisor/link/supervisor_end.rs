@@ -5,8 +5,8 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::channel::{Channel, Message, Patience};
-use super::{Frame, Kind, LinkError};
-use crate::state::FdKey;
+use super::{ENDS, Frame, Kind, LinkError};
+use crate::state::{FdKey, PreviousEnd};
 
 /// The supervisor's end. It never waits for the worker, which may be stopped or worse.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub enum ToWorker {
     Begin {
         /// At most so many.
         limit: usize,
+        /// How the last worker ended.
+        previous_end: PreviousEnd,
     },
     /// Answer with the same number.
     Ping(u32),
@@ -73,7 +75,10 @@ impl SupervisorLink {
             ToWorker::State(function, fd) => (Kind::State, function, 0, Some(fd)),
             ToWorker::Client(function, fd) => (Kind::Client, function, 0, Some(fd)),
             ToWorker::Fd(function, key, fd) => (Kind::Fd, function, key.0, Some(fd)),
-            ToWorker::Begin { limit } => (Kind::Begin, 0, limit as u64, None),
+            ToWorker::Begin { limit, previous_end } => {
+                let end = (0..).zip(ENDS).find(|(_, end)| *end == previous_end);
+                (Kind::Begin, end.map_or(0, |(code, _)| code), limit as u64, None)
+            }
             ToWorker::Ping(number) => (Kind::Ping, 0, number.into(), None),
             ToWorker::Drain => (Kind::Drain, 0, 0, None),
             ToWorker::Stop => (Kind::Stop, 0, 0, None),

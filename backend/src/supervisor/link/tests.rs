@@ -33,7 +33,7 @@ fn links() -> (SupervisorLink, WorkerLink) {
 fn begun(limit: usize) -> (SupervisorLink, WorkerLink) {
     let (mut supervisor, worker) = links();
     supervisor.tell(ToWorker::State(0, Arc::new(file("state"))));
-    supervisor.tell(ToWorker::Begin { limit });
+    supervisor.tell(ToWorker::Begin { limit, previous_end: PreviousEnd::Orderly });
     supervisor.flush().unwrap();
     worker.begin().unwrap();
     (supervisor, worker)
@@ -51,14 +51,16 @@ fn a_worker_begins_with_everything_that_is_held() {
     send(&mut supervisor, ToWorker::Fd(7, FdKey(1 << 32), Arc::new(file("first"))));
     send(&mut supervisor, ToWorker::Fd(7, FdKey(u64::MAX), Arc::new(file("last"))));
     send(&mut supervisor, ToWorker::State(9, Arc::new(file("state 9"))));
-    send(&mut supervisor, ToWorker::Begin { limit: 2 });
+    let previous_end = PreviousEnd::FromOutside;
+    send(&mut supervisor, ToWorker::Begin { limit: 2, previous_end });
     send(&mut supervisor, ToWorker::Ping(5));
     let mut held = worker.begin().unwrap();
     assert_eq!(held.len(), 2);
-    let Held { function, state, client, fds } = held.pop().unwrap();
+    let Held { function, state, client, fds, previous_end } = held.pop().unwrap();
     assert_eq!((function, client.is_none(), fds.len()), (9, true, 0));
+    assert_eq!(previous_end, PreviousEnd::FromOutside);
     assert_eq!(text_of(state), "state 9");
-    let Held { function, state, client, fds } = held.pop().unwrap();
+    let Held { function, state, client, fds, .. } = held.pop().unwrap();
     assert_eq!((function, text_of(state).as_str()), (7, "state 7"));
     assert_eq!(text_of(client.unwrap()), "client 7");
     let fds: Vec<_> = fds.into_iter().map(|(key, fd)| (key, text_of(fd))).collect();
@@ -215,6 +217,17 @@ fn a_descriptor_that_there_is_no_room_for_is_told() {
     assert!(matches!(told, Ok(Some(FromWorker::Lost(0, FdKey(1))))), "{told:?}");
     holder.store(FdKey(2), file("").as_fd()).unwrap();
     assert!(matches!(supervisor.next(), Ok(Some(FromWorker::Store(0, FdKey(2), _)))));
+}
+
+#[test]
+fn a_worker_learns_how_the_last_one_ended() {
+    for end in ENDS {
+        let (mut supervisor, worker) = links();
+        supervisor.tell(ToWorker::State(0, Arc::new(file(""))));
+        supervisor.tell(ToWorker::Begin { limit: 1, previous_end: end });
+        supervisor.flush().unwrap();
+        assert_eq!(worker.begin().unwrap()[0].previous_end, end);
+    }
 }
 
 #[test]

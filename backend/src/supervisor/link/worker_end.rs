@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use rustix::stdio::dup2_stdin;
 
 use super::channel::{Channel, Message, Patience};
-use super::{Frame, Kind, LinkError};
-use crate::state::{FdKey, Holder};
+use super::{ENDS, Frame, Kind, LinkError};
+use crate::state::{FdKey, Holder, PreviousEnd};
 
 /// The worker's end.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub struct Held {
     pub client: Option<OwnedFd>,
     /// What was stored by the workers before this one.
     pub fds: BTreeMap<FdKey, OwnedFd>,
+    /// How the worker before this one ended.
+    pub previous_end: PreviousEnd,
 }
 
 /// What the supervisor wants.
@@ -102,19 +104,22 @@ impl WorkerLink {
     /// # Errors
     /// [`LinkError::Closed`] when the supervisor has ended, or doesn't need this worker.
     pub fn begin(&self) -> Result<Vec<Held>, LinkError> {
-        let mut functions = BTreeMap::new();
+        let mut functions: BTreeMap<u16, Held> = BTreeMap::new();
         loop {
             let message = self.channel.receive(Patience::Wait)?.ok_or(LinkError::Garbled)?;
             let Message { frame, fd, .. } = message;
             let Frame { kind, function, number } = frame;
             if kind == Kind::Begin {
-                let functions: Vec<Held> = functions.into_values().collect();
+                let previous_end = *ENDS.get(usize::from(function)).ok_or(LinkError::Garbled)?;
+                let with_end = |held| Held { previous_end, ..held };
+                let functions: Vec<Held> = functions.into_values().map(with_end).collect();
                 self.remember(&functions, usize::try_from(number).unwrap_or(usize::MAX));
                 return Ok(functions);
             }
             let fd = fd.ok_or(LinkError::Garbled)?;
             if kind == Kind::State {
-                let held = Held { function, state: fd, client: None, fds: BTreeMap::new() };
+                let (fds, previous_end) = (BTreeMap::new(), PreviousEnd::default());
+                let held = Held { function, state: fd, client: None, fds, previous_end };
                 functions.insert(function, held);
                 continue;
             }

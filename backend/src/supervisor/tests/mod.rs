@@ -115,6 +115,7 @@ struct Status {
     process: i32,
     incarnation: usize,
     state: usize,
+    previous_end: String,
     keys: String,
 }
 
@@ -129,10 +130,11 @@ impl Client {
         self.send(byte);
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
-        let mut parts = line.trim_end().splitn(4, ' ');
+        let mut parts = line.trim_end().splitn(5, ' ');
         let mut next = || parts.next().unwrap().to_owned();
         let (process, incarnation) = (next().parse().unwrap(), next().parse().unwrap());
-        Status { process, incarnation, state: next().parse().unwrap(), keys: next() }
+        let (state, previous_end, keys) = (next().parse().unwrap(), next(), next());
+        Status { process, incarnation, state, previous_end, keys }
     }
 
     fn expect_closed(&mut self) {
@@ -241,7 +243,26 @@ fn a_worker_that_does_not_answer_is_replaced() {
     let supervised = Supervised::start(&[None], "-", SHORT);
     let mut client = supervised.client(0);
     client.send(ask::FREEZE);
-    assert_eq!(client.ask(ask::STATUS).incarnation, 1);
+    let next = client.ask(ask::STATUS);
+    assert_eq!((next.incarnation, &*next.previous_end), (1, "ByItself"));
+    supervised.stop();
+}
+
+#[test]
+fn a_worker_is_told_who_has_ended_the_last_one() {
+    let supervised = Supervised::start(&[None], "-", LONG);
+    let mut client = supervised.client(0);
+    assert_eq!(client.ask(ask::STATUS).previous_end, "Orderly");
+    for (death, previous_end) in [
+        (ask::DIE, "FromOutside"),
+        (ask::ABORT, "ByItself"),
+        (ask::TERMINATE, "FromOutside"),
+        (ask::FAIL, "ByItself"),
+        (ask::FINISH, "Orderly"),
+    ] {
+        client.send(death);
+        assert_eq!(client.ask(ask::STATUS).previous_end, previous_end);
+    }
     supervised.stop();
 }
 
@@ -343,6 +364,7 @@ fn an_upgrade_ends_all_workers_and_keeps_all_clients() {
         let after = client.ask(ask::STATUS);
         assert_ne!(after.process, before.process);
         assert_eq!((after.incarnation, &*after.keys), (1, "[1, 3]"));
+        assert_eq!(after.previous_end, "Orderly");
     }
     Supervised { directory, stop, upgrade, thread }.stop();
 }

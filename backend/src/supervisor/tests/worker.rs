@@ -32,6 +32,13 @@ pub(super) mod ask {
     pub(in super::super) const STORE_AND_DIE: u8 = b'D';
     /// End by SIGKILL.
     pub(in super::super) const DIE: u8 = b'd';
+    /// End by SIGTERM, for which it is not prepared.
+    pub(in super::super) const TERMINATE: u8 = b'T';
+    /// End by SIGABRT.
+    pub(in super::super) const ABORT: u8 = b'a';
+    /// End with status 1, or 0.
+    pub(in super::super) const FAIL: u8 = b'1';
+    pub(in super::super) const FINISH: u8 = b'0';
     /// Stop by SIGSTOP.
     pub(in super::super) const FREEZE: u8 = b'f';
     /// Report the end of the session.
@@ -138,7 +145,10 @@ impl Worker {
     }
 
     fn serve(&mut self, index: usize) {
-        let Held { function, state, client: Some(client), fds } = &self.held[index] else { return };
+        let Held { function, state, client: Some(client), fds, previous_end } = &self.held[index]
+        else {
+            return;
+        };
         let (function, mut byte) = (*function, [0]);
         match rustix::io::read(client, &mut byte) {
             Ok(1) => {}
@@ -164,6 +174,10 @@ impl Worker {
                 holder.forget(FdKey(9));
             }
             ask::DIE => end_by(Signal::KILL),
+            ask::TERMINATE => end_by(Signal::TERM),
+            ask::ABORT => end_by(Signal::ABORT),
+            ask::FAIL => std::process::exit(1),
+            ask::FINISH => std::process::exit(0),
             ask::FREEZE => end_by(Signal::STOP),
             ask::LEAVE => return self.end_session(index),
             ask::LEAVE_AND_DIE => {
@@ -182,7 +196,8 @@ impl Worker {
         }
         let keys: Vec<_> = fds.keys().map(|key| key.0).collect();
         let size = rustix::fs::fstat(state).unwrap().st_size;
-        let line = format!("{} {} {size} {keys:?}\n", std::process::id(), self.incarnation);
+        let (process, incarnation) = (std::process::id(), self.incarnation);
+        let line = format!("{process} {incarnation} {size} {previous_end:?} {keys:?}\n");
         assert_eq!(rustix::io::write(client, line.as_bytes()), Ok(line.len()));
     }
 

@@ -10,6 +10,8 @@ use rustix::net::SendFlags;
 use super::client::send_with;
 use super::fragile::{self, DEADLY, DEADLY_WAKES, PIN, QUIESCED, VALUE, WAKES};
 use super::*;
+use crate::state::PreviousEnd;
+use crate::state::plan::Killed;
 
 /// A test's server and client, one request at a time.
 struct Talk {
@@ -33,7 +35,7 @@ impl Talk {
         let mut deaths = 0;
         while self.lab.dies_within(|| self.client.step()) {
             deaths += 1;
-            assert!(deaths < 20, "it dies for ever");
+            assert!(deaths < 60, "it dies for ever");
             self.restart();
         }
         (self.client.last(), deaths)
@@ -104,7 +106,7 @@ fn a_wake_that_nobody_survives_resets_the_function_and_leaves_its_wiring() {
     let _ = talk.expect(write(BAR0, DEADLY_WAKES, &[1]));
     talk.lab.kick();
     let (answer, deaths) = talk.ask(read(CONFIG, COMMAND, 2));
-    assert_eq!(deaths, 8);
+    assert_eq!(deaths, 3);
     assert_eq!(answer.unwrap()[16..], [0, 0], "as after a reset");
     let _ = talk.expect(enable());
     assert_eq!(talk.byte(VALUE), 0);
@@ -112,6 +114,56 @@ fn a_wake_that_nobody_survives_resets_the_function_and_leaves_its_wiring() {
     assert_eq!(signals(&irq), 1);
     let (answer, _) = talk.ask(map(MEMORY, None));
     assert_eq!(answer, Err(Errno::EXIST), "the window is still there");
+}
+
+#[test]
+fn what_is_killed_from_outside_is_tried_again_for_long() {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    talk.lab.blame(PreviousEnd::FromOutside);
+    assert_eq!(talk.ask(write(BAR0, DEADLY, &[1])).1, 48);
+    assert_eq!(talk.byte(VALUE), 5);
+    let _ = talk.expect(write(BAR0, DEADLY_WAKES, &[1]));
+    talk.lab.kick();
+    assert_eq!(talk.ask(read(CONFIG, COMMAND, 2)).1, 48);
+    let _ = talk.expect(enable());
+    assert_eq!(talk.byte(VALUE), 0);
+}
+
+/// Kills this many successors while they recover, and returns whether the function is as it was, or
+/// nothing if the session is over.
+fn recovered_after(kills: usize, end: PreviousEnd) -> Option<bool> {
+    let mut talk = Talk::begin(fragile::savable);
+    let _ = talk.expect(write(BAR0, VALUE, &[5]));
+    talk.lab.blame(end);
+    talk.lab.bury();
+    killed_at(u64::MAX, || talk.lab.start()).unwrap();
+    let recovering = passed() / 2;
+    for _ in 0..kills {
+        talk.lab.bury();
+        assert_eq!(killed_at(recovering, || talk.lab.start()), Err(Killed));
+    }
+    talk.restart();
+    if !talk.lab.port().is_busy() {
+        talk.expect_end();
+        return None;
+    }
+    let _ = talk.expect(enable());
+    Some(talk.byte(VALUE) == 5)
+}
+
+#[test]
+fn a_recovery_that_nobody_survives_is_given_up() {
+    let recovered = |kills| recovered_after(kills, PreviousEnd::ByItself);
+    assert_eq!([2, 3, 5].map(recovered), [Some(true), Some(false), Some(false)]);
+    assert_eq!(recovered(6), None);
+}
+
+#[test]
+fn a_recovery_that_is_killed_from_outside_is_tried_again_for_long() {
+    let recovered = |kills| recovered_after(kills, PreviousEnd::FromOutside);
+    assert_eq!([47, 48, 95].map(recovered), [Some(true), Some(false), Some(false)]);
+    assert_eq!(recovered(96), None);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use rustix::net::sockopt::set_socket_send_buffer_size;
 use crate::server::ServedFunction;
 use crate::server::event_loop::{Epoll, Source, Token, Wait};
 use crate::server::recorded::{Legacy, Port};
-use crate::state::{FdKey, Holder};
+use crate::state::{FdKey, Holder, PreviousEnd};
 
 /// Rounds without a step of the client's, after which it is waited for in vain.
 const PATIENCE: usize = 1000;
@@ -35,6 +35,7 @@ pub(super) struct Lab {
     client: OwnedFd,
     shelf: Shelf,
     worker: Option<(Port, Epoll)>,
+    end: PreviousEnd,
 }
 
 struct ShelfHolder(Shelf);
@@ -70,8 +71,8 @@ impl Lab {
         let (ours, theirs) = connection();
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let state = memfd_create("state", flags).unwrap();
-        let shelf = Shelf::default();
-        (Self { function, name: "test", state, client: ours, shelf, worker: None }, theirs)
+        let (shelf, end) = (Shelf::default(), PreviousEnd::ByItself);
+        (Self { function, name: "test", state, client: ours, shelf, worker: None, end }, theirs)
     }
 
     /// Starts a server with all that is held.
@@ -83,7 +84,7 @@ impl Lab {
         let fds = held(&self.shelf);
         let state = self.state.try_clone().unwrap();
         let client = Some(self.client.try_clone().unwrap());
-        let legacy = Legacy { state, client, fds };
+        let legacy = Legacy { state, client, fds, previous_end: self.end };
         let holder = Box::new(ShelfHolder(self.shelf.clone()));
         let mut port = Port::new(0, self.name, (self.function)(), legacy, holder).unwrap();
         let epoll = Epoll::new().unwrap();
@@ -172,6 +173,11 @@ impl Lab {
         let shelf = self.shelf.lock().unwrap();
         let (_, kick) = shelf.fds.first_key_value().unwrap();
         rustix::io::write(kick, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    /// How servers are said to have ended from now on.
+    pub(super) fn blame(&mut self, end: PreviousEnd) {
+        self.end = end;
     }
 
     pub(super) fn serve_instead(&mut self, function: fn() -> ServedFunction) {
