@@ -377,6 +377,18 @@ fn edu_tells_of_each_access_that_may_have_changed_its_state() {
         assert!(after.1 != before.1, "{offset:#x}");
         assert!(after.0 != before.0, "{offset:#x}");
     }
+    // The end of a transfer is a change of its own.
+    bench.share_memory(0x4000);
+    for (register, value) in [(0x80, 0x4000), (0x88, BUFFER), (0x90, 4)] {
+        bench.write(BarIndex::BAR0, register, value, 8);
+    }
+    let (device, mut context) = bench.split();
+    device.bar_write(BarIndex::BAR0, 0x98, &[1, 0, 0, 0], &mut context);
+    let before = state(&mut bench);
+    bench.work();
+    let after = state(&mut bench);
+    assert!(after.1 != before.1, "the transfer is over");
+    assert!(after.0 != before.0);
     let before = state(&mut bench);
     bench.device.reset();
     assert_ne!(state(&mut bench).0, before.0);
@@ -394,7 +406,10 @@ fn ivshmem_tells_of_its_registers_and_not_of_doorbells_or_memory() {
     bench.read(BarIndex::BAR0, 4, 4);
     assert_eq!(revision(&mut bench), before);
     bench.write(BarIndex::BAR0, 0, 1, 4);
-    assert_ne!(revision(&mut bench), before);
+    let written = revision(&mut bench);
+    assert_ne!(written, before);
+    bench.device.reset();
+    assert_ne!(revision(&mut bench), written);
 }
 
 fn kept(bench: &Bench) -> Vec<OwnedFd> {

@@ -98,6 +98,25 @@ fn the_mode_moves_with_the_device() {
 }
 
 #[test]
+fn each_change_of_the_mode_is_told() {
+    let (mut disk, _script) = Fixture::scripted(MIB, "");
+    let told = |disk: &mut Fixture, change: fn(&mut Fixture)| {
+        let before = (disk.block.save(), disk.block.revision());
+        change(disk);
+        let after = (disk.block.save(), disk.block.revision());
+        assert_ne!(after.0, before.0);
+        assert_ne!(after.1, before.1);
+    };
+    told(&mut disk, |disk| disk.block.config_write(32, &[0]));
+    told(&mut disk, |disk| disk.block.reset());
+    told(&mut disk, |disk| disk.block.start(0));
+    told(&mut disk, |disk| disk.block.restore(&[1]).unwrap());
+    let before = disk.block.revision();
+    disk.request(OUT, 0, &[Part::Readable(&[])]);
+    assert_eq!(disk.block.revision(), before);
+}
+
+#[test]
 fn durable_writes_work_on_a_real_image() {
     for engine in ENGINES {
         let mut disk = Fixture::new(MIB, &format!(",aio={engine},cache=writethrough"));

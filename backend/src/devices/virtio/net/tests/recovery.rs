@@ -50,7 +50,9 @@ fn a_command_that_was_acknowledged_holds_though_nobody_has_saved_it() {
     assert_eq!(save(&other), save(&rig));
 
     // With a reset it is forgotten.
+    let revision = Core::<Memory>::revision(&rig.net);
     Core::<Memory>::reset(&mut rig.net);
+    assert_ne!(Core::<Memory>::revision(&rig.net), revision);
     let other = successor(&scratch, &before);
     assert_eq!(save(&other), before);
 }

@@ -213,6 +213,25 @@ fn the_driver_is_told_of_the_configuration_if_it_is_another_one() {
 }
 
 #[test]
+fn a_driver_that_begins_anew_is_told_of_no_change() {
+    for reset in [false, true] {
+        let mut from = mortal(0);
+        let mut to = from.successor();
+        to.enable_msix(true);
+        to.is_mortal(&[]);
+        to.core.state().capacity = 5;
+        let mut to = from.moved_to(to);
+        if reset {
+            to.set(at::DEVICE_STATUS, 1, 0);
+            to.drive(0);
+        }
+        to.messages();
+        to.resume();
+        assert_eq!(to.messages()[2], u64::from(!reset), "{reset}");
+    }
+}
+
+#[test]
 fn requests_change_nothing_that_is_saved() {
     let mut bench = mortal(FEATURES);
     let revision = |bench: &mut Bench| bench.device.saved().unwrap().revision().unwrap();
