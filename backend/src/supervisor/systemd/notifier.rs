@@ -56,6 +56,16 @@ impl Notifier {
 
     /// Sends a message, now or as soon as there is room.
     pub(super) fn send(&mut self, message: Message<BorrowedFd<'_>>) {
+        if let Message::Remove { name } = &message
+            && let Some(last) = self.waiting.iter().rposition(|waits| waits.is_about(name))
+        {
+            // What it was never told to hold it need not be told to forget. What it was is forgotten
+            // already, or was before.
+            if matches!(self.waiting[last], Message::Store { .. }) {
+                self.waiting.remove(last);
+            }
+            return;
+        }
         self.waiting.retain(|waits| !message.supersedes(waits));
         if self.flush() && self.try_send(&message) {
             return;
@@ -106,16 +116,16 @@ impl Notifier {
 impl<D: AsFd> Message<D> {
     /// Whether an older message need not be sent when this one is.
     fn supersedes(&self, older: &Message) -> bool {
-        match (self, older) {
-            (Self::Say(new), Message::Say(old)) => {
-                let variable = |text: &str| text.split('=').next().map(str::to_owned);
-                variable(new) == variable(old)
-            }
-            (
-                Self::Remove { name },
-                Message::Store { name: old, .. } | Message::Remove { name: old },
-            ) => name == old,
-            _ => false,
+        let (Self::Say(new), Message::Say(old)) = (self, older) else { return false };
+        let variable = |text: &str| text.split('=').next().map(str::to_owned);
+        variable(new) == variable(old)
+    }
+
+    /// Whether it is about what is held under this name.
+    fn is_about(&self, held: &str) -> bool {
+        match self {
+            Self::Say(_) => false,
+            Self::Store { name, .. } | Self::Remove { name } => name == held,
         }
     }
 

@@ -142,9 +142,13 @@ fn what_comes_and_goes_while_the_manager_does_not_read_leaves_nothing_waiting() 
     let (fd, _other) = UnixStream::pair().unwrap();
     fill(&mut client);
     let before = client.notifier.as_ref().unwrap().waiting();
-    for _ in 0..100 {
+    // That was stored earlier.
+    client.forget("disk", What::Client);
+    for key in 0..100 {
         client.store("disk", What::Client, fd.as_fd());
         client.forget("disk", What::Client);
+        client.store("disk", What::Fd(FdKey(key)), fd.as_fd());
+        client.forget("disk", What::Fd(FdKey(key)));
         client.alive();
     }
     let after = client.notifier.as_ref().unwrap().waiting();
