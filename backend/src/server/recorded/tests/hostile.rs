@@ -3,7 +3,7 @@
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use proptest::collection::vec;
 use proptest::prelude::{Strategy, any, prop_oneof, proptest};
@@ -13,25 +13,38 @@ use rustix::net::SendFlags;
 
 use super::client::send_with;
 use super::*;
+use crate::state::{Commit, Journal, SectionId, StateFile};
 
 #[derive(Clone, Debug)]
 enum Act {
     /// A request as it should be, so many of its bytes, with so many descriptors.
-    Ask { request: usize, length: usize, fds: usize },
-    Say { bytes: Vec<u8>, fds: usize },
+    Ask {
+        request: usize,
+        length: usize,
+        fds: usize,
+    },
+    Say {
+        bytes: Vec<u8>,
+        fds: usize,
+    },
     Urge(u8),
     /// Takes what was said to it.
     Listen,
     Leave(Shutdown),
     /// The server gets its turn, and dies at this crash point.
-    Serve { dies_at: u64 },
+    Serve {
+        dies_at: u64,
+    },
 }
 
 fn acts() -> impl Strategy<Value = Act> {
     let length = prop_oneof![4 => 0x10000..0x10001_usize, 1 => 0..60_usize];
     let fds = || prop_oneof![6 => 0..2_usize, 1 => 2..40_usize];
-    let ask = (any::<usize>(), length, fds())
-        .prop_map(|(request, length, fds)| Act::Ask { request, length, fds });
+    let ask = (any::<usize>(), length, fds()).prop_map(|(request, length, fds)| Act::Ask {
+        request,
+        length,
+        fds,
+    });
     let ends = prop_oneof![
         (0..1).prop_map(|_| Shutdown::Read),
         (0..1).prop_map(|_| Shutdown::Write),
@@ -104,9 +117,12 @@ impl Siege {
             }
             Act::Say { bytes, fds } => self.say(bytes, *fds),
             Act::Urge(byte) => {
-                let _ = rustix::net::send(&self.client, &[*byte], SendFlags::OOB | SendFlags::NOSIGNAL);
+                let _ =
+                    rustix::net::send(&self.client, &[*byte], SendFlags::OOB | SendFlags::NOSIGNAL);
             }
-            Act::Listen => while matches!(rustix::io::read(&self.client, &mut [0; 4096]), Ok(1..)) {},
+            Act::Listen => {
+                while matches!(rustix::io::read(&self.client, &mut [0; 4096]), Ok(1..)) {}
+            }
             Act::Leave(how) => drop(self.client.shutdown(*how)),
             Act::Serve { dies_at } => self.serve(*dies_at),
         }
@@ -139,6 +155,34 @@ impl Siege {
         }
     }
 
+    /// Writes something else into a part of what is recorded.
+    fn falsify(&mut self, section: SectionId, edits: &[(usize, u8)], length: usize) {
+        self.lab.bury();
+        let file = StateFile::open(self.lab.state()).unwrap();
+        let (mut journal, recovered) = Journal::recover(file, "test", 0).unwrap();
+        let mut bytes = recovered.sections[section as usize].clone().unwrap().unwrap_or_default();
+        bytes.truncate(length);
+        let length = bytes.len();
+        for (at, value) in edits {
+            if let Some(byte) = at.checked_rem(length).map(|at| &mut bytes[at]) {
+                *byte = *value;
+            }
+        }
+        journal.commit(Commit { sections: &[(section, &bytes)], ..Commit::default() });
+    }
+
+    /// Some may die of what they find, but not all.
+    fn recover(&mut self) {
+        let lab = &mut self.lab;
+        let mut start = || {
+            lab.start();
+            (0..20).for_each(|_| lab.round());
+        };
+        let lives = (0..40).any(|_| catch_unwind(AssertUnwindSafe(&mut start)).is_ok());
+        assert!(lives);
+        self.welcome();
+    }
+
     fn end(mut self) {
         let _ = self.client.shutdown(Shutdown::Both);
         for _ in 0..100 {
@@ -151,6 +195,23 @@ impl Siege {
 
 proptest! {
     #![proptest_config(Config::with_cases(200))]
+
+    #[test]
+    fn no_recorded_state_ends_all_servers(
+        section in 0..4_usize,
+        edits in vec((any::<usize>(), prop_oneof![any::<u8>(), 0..8_u8]), 0..6),
+        length in prop_oneof![4 => 0x1_0000..0x1_0001_usize, 1 => 0..200_usize],
+    ) {
+        let mut siege = Siege::begin();
+        for request in 1..requests().len() - 9 {
+            siege.act(&Act::Ask { request, length: usize::MAX, fds: usize::from((3..=8).contains(&request)) });
+            siege.serve(u64::MAX);
+            siege.act(&Act::Listen);
+        }
+        siege.falsify(SectionId::ALL[section], &edits, length);
+        siege.recover();
+        siege.end();
+    }
 
     #[test]
     fn no_client_costs_more_than_its_session(acts in vec(acts(), 1..60)) {

@@ -198,6 +198,10 @@ impl Lab {
         set_socket_send_buffer_size(&self.client, 1).unwrap();
     }
 
+    pub(super) fn state(&self) -> OwnedFd {
+        self.state.try_clone().unwrap()
+    }
+
     /// Bytes that the client has sent and nobody has taken.
     pub(super) fn unread(&self) -> usize {
         usize::try_from(rustix::io::ioctl_fionread(&self.client).unwrap()).unwrap()
