@@ -215,7 +215,7 @@ impl Layout {
             Kind::Control => self.control,
             Kind::Inbox(stream) => self.inboxes[stream as usize],
             Kind::Outbox(stream) => self.outboxes[stream as usize],
-            Kind::Section(section) => self.sections[section as usize],
+            Kind::Section(section) => self.sections[section.index()],
             Kind::Scratch => self.scratch,
         }
     }
@@ -226,7 +226,7 @@ impl Layout {
             Kind::Control => &mut self.control,
             Kind::Inbox(stream) => &mut self.inboxes[stream as usize],
             Kind::Outbox(stream) => &mut self.outboxes[stream as usize],
-            Kind::Section(section) => &mut self.sections[section as usize],
+            Kind::Section(section) => &mut self.sections[section.index()],
             Kind::Scratch => &mut self.scratch,
         }
     }
@@ -249,7 +249,7 @@ impl Kind {
             Self::Control => (2, 0),
             Self::Inbox(stream) => (3, stream as u64),
             Self::Outbox(stream) => (4, stream as u64),
-            Self::Section(section) => (5, section as u64),
+            Self::Section(section) => (5, section.index() as u64),
             Self::Scratch => (6, 0),
         };
         kind | index << 32

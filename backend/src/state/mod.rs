@@ -84,25 +84,73 @@ impl StreamId {
 pub enum SectionId {
     /// What was negotiated with the peer, and what is under way with it.
     Session,
-    /// What the peer has set up: memory, interrupts.
+    /// What the peer has set up, but for its memory: interrupts.
     Wiring,
     /// The function's registers.
     Function,
     /// What lies behind them.
     Device,
+    /// A part of the memory that the peer has shared.
+    Windows(Part),
+}
+
+/// One of the parts of what is too much to be saved as a whole whenever a little of it changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Part(u8);
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Self; 16] = {
+        let mut all = [Self(0); 16];
+        let mut index = 0;
+        while index < 16 {
+            all[index as usize] = Self(index);
+            index += 1;
+        }
+        all
+    };
+
+    /// Its place among them.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
 }
 
 impl SectionId {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Session, Self::Wiring, Self::Function, Self::Device];
+    pub const ALL: [Self; 4 + Part::ALL.len()] = {
+        let mut all = [Self::Session; 4 + Part::ALL.len()];
+        (all[1], all[2], all[3]) = (Self::Wiring, Self::Function, Self::Device);
+        let mut part = 0;
+        while part < Part::ALL.len() {
+            all[4 + part] = Self::Windows(Part::ALL[part]);
+            part += 1;
+        }
+        all
+    };
+
+    /// Its place among them.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        match self {
+            Self::Session => 0,
+            Self::Wiring => 1,
+            Self::Function => 2,
+            Self::Device => 3,
+            Self::Windows(part) => 4 + part.index(),
+        }
+    }
 
     /// How long it may be, in bytes.
     #[must_use]
     pub const fn room(self) -> usize {
         match self {
             Self::Session => 64 << 10,
-            // As many windows as a peer may have, of 48 bytes and some, and its interrupts.
-            Self::Wiring => 4 << 20,
+            // A message and some.
+            Self::Wiring => 2 << 20,
+            // Of as many windows as a peer may have, its share, of 46 bytes each at most.
+            Self::Windows(_) => 4096 * 48,
             Self::Function => 128 << 10,
             Self::Device => 1 << 20,
         }

@@ -59,7 +59,7 @@ impl Sections {
             return;
         }
         let mut words = [0; HEADER_WORDS];
-        words[0] = id as u64 | VERSION << 16 | OLDEST_READER << 32;
+        words[0] = id.index() as u64 | VERSION << 16 | OLDEST_READER << 32;
         words[1] = bytes.len() as u64;
         words[2] = crc(words[0], words[1], bytes);
         memory.write(slot.start + HEADER, bytes);
@@ -83,7 +83,7 @@ impl Sections {
     }
 
     fn get(&self, id: SectionId) -> State {
-        match self.0 >> (2 * id as u64) & 3 {
+        match self.0 >> (2 * id.index()) & 3 {
             0 => State::Absent,
             1 => State::First,
             2 => State::Second,
@@ -92,14 +92,14 @@ impl Sections {
     }
 
     fn set(&mut self, id: SectionId, state: State) {
-        let shift = 2 * id as u64;
+        let shift = 2 * id.index();
         self.0 = self.0 & !(3 << shift) | (state as u64) << shift;
     }
 }
 
 fn read_slot(memory: &Memory, slot: Area, id: SectionId) -> Result<Vec<u8>, SectionError> {
     let [kind, length, expected] = std::array::from_fn(|word| memory.get(slot.first_word() + word));
-    if kind & 0xffff != id as u64 {
+    if kind & 0xffff != id.index() as u64 {
         return Err(SectionError::Damaged);
     }
     let length_here = usize::try_from(length).ok().filter(|length| *length <= slot.length - HEADER);

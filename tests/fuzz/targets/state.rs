@@ -59,7 +59,8 @@ fuzz_target!(|edits: &[u8]| {
         };
         pwrite(&memfd, &new.to_ne_bytes(), at).expect("inside the file");
     }
-    if let Ok((journal, _)) = recover(&memfd) {
+    if let Ok((journal, recovered)) = recover(&memfd) {
+        std::hint::black_box(recovered);
         go_on(&memfd, journal);
     }
 });
@@ -79,7 +80,7 @@ fn go_on(memfd: &OwnedFd, mut journal: Journal) {
         let after = journal.stream(stream).received();
         assert!(after.starts_with(&before) && after.len() == before.len() + taken);
         assert!(after.len() <= MAX_FRAME);
-        assert!(journal.begin(Activity::Message(stream)) > 0);
+        journal.begin(Activity::Message(stream));
         let send = [(stream, Frame { bytes: b"reply", keys: &[] })];
         let send = if journal.stream(stream).room() >= 5 { &send[..] } else { &[] };
         let sections = [(SectionId::Device, b"content".as_slice())];
@@ -90,7 +91,7 @@ fn go_on(memfd: &OwnedFd, mut journal: Journal) {
     scratch.set(SCRATCH_WORDS - 1, 1);
     let (again, recovered) = recover(memfd).expect("what was committed is whole");
     assert_eq!(recovered.interrupted, None);
-    assert_eq!(recovered.sections[SectionId::Device as usize], Ok(Some(b"content".to_vec())));
+    assert_eq!(recovered.sections[SectionId::Device.index()], Ok(Some(b"content".to_vec())));
     assert_eq!(again.keys(), journal.keys());
     journal.clear_session();
     let (cleared, _) = recover(memfd).expect("what was committed is whole");

@@ -13,13 +13,14 @@ use super::port::HANDSHAKE_TIME;
 use super::recorder::{Attempt, DEATHS_BORNE, Recorder};
 use super::saved_session::{SavedSession, Twin};
 use super::session::Session;
+use super::windows::{Window, Windows};
 use super::wiring::{ReplayError, Wiring};
 use crate::server::event_loop::Source;
 use crate::server::function::Recorded;
 use crate::server::served::ServedFunction;
 use crate::state::{
-    Activity, FdKey, Holder, Journal, PreviousEnd, Recovered, SectionError, SectionId, StateError,
-    StateFile,
+    Activity, FdKey, Holder, Journal, Part, PreviousEnd, Recovered, SectionError, SectionId,
+    StateError, StateFile,
 };
 
 /// The first key of the descriptors that a function keeps. Those of sessions are higher, and a
@@ -115,8 +116,13 @@ impl Legacy {
         let mut recorder = Recorder::new(name.to_owned(), journal, holder);
         self.adopt_kept(function, &mut recorder)?;
         for key in recorder.journal().keys() {
-            if let Some(fd) = self.fds.remove(&key) {
+            if let Some(fd) = take(&mut self.fds, key, usize::from(wiring.refers_to(key))) {
                 recorder.inherit(key, fd);
+            }
+        }
+        for key in wiring.windows().keys() {
+            if let Some(fd) = self.fds.get(&key) {
+                recorder.know(key, fd.as_fd());
             }
         }
         recorder.recall(wiring, session.clone());
@@ -173,7 +179,10 @@ impl Legacy {
             erase_scratch(recorder);
         }
         let fds = &mut self.fds;
-        recorder.wiring().replay(served, |key| fds.remove(&key))?;
+        let wiring = recorder.wiring();
+        wiring
+            .replay(served, |key| take(fds, key, wiring.windows().uses(key).saturating_sub(1)))?;
+        wiring.keys().for_each(|key| drop(fds.remove(&key)));
         served.go_on();
         let twin = match saved.twin() {
             Twin::Open(key) => Some(self.fds.remove(&FdKey(key)).ok_or(Unusable::NoTwin)?),
@@ -216,7 +225,8 @@ impl Legacy {
 fn load(state: &OwnedFd, name: &str, words: usize, end: PreviousEnd) -> Result<Record, Unusable> {
     let file = StateFile::open(state.try_clone().map_err(StateError::Io)?)?;
     let (journal, recovered) = Journal::recover(file, name, words, end)?;
-    let Recovered { sections: [session, wiring, function, device], interrupted } = recovered;
+    let Recovered { sections, interrupted } = recovered;
+    let [session, wiring, function, device, windows @ ..] = sections;
     // Not even without what it was.
     if let Some((Activity::Recovery, toll)) = interrupted
         && toll.reaches(2 * DEATHS_BORNE)
@@ -224,7 +234,12 @@ fn load(state: &OwnedFd, name: &str, words: usize, end: PreviousEnd) -> Result<R
         return Err(Unusable::Deadly);
     }
     let session = parse(SectionId::Session, session)?;
-    let wiring = parse(SectionId::Wiring, wiring)?;
+    let wiring: Wiring = parse(SectionId::Wiring, wiring)?;
+    let mut parts: [BTreeMap<u64, Window>; Part::ALL.len()] = Default::default();
+    for (part, bytes) in Part::ALL.into_iter().zip(windows) {
+        parts[part.index()] = parse(SectionId::Windows(part), bytes)?;
+    }
+    let wiring = wiring.with(Windows::recorded(parts));
     let function = function
         .map_err(|error| Unusable::Section(SectionId::Function, error))
         .and_then(|function| {
@@ -233,6 +248,11 @@ fn load(state: &OwnedFd, name: &str, words: usize, end: PreviousEnd) -> Result<R
         });
     let interrupted = interrupted.map(|(activity, _)| activity);
     Ok(Record { journal, session, wiring, function, interrupted })
+}
+
+/// A descriptor, which others want as well.
+fn take(fds: &mut BTreeMap<FdKey, OwnedFd>, key: FdKey, others: usize) -> Option<OwnedFd> {
+    if others == 0 { fds.remove(&key) } else { fds.get(&key)?.try_clone().ok() }
 }
 
 fn parse<T: DeserializeOwned + Default>(

@@ -5,6 +5,7 @@
 //! taken into memory that outlives the process before it is looked at, and what came of it is committed
 //! with the answer at once.
 
+mod files;
 mod legacy;
 mod port;
 mod quarantine;
@@ -13,6 +14,7 @@ mod saved_session;
 mod session;
 #[cfg(test)]
 mod tests;
+mod windows;
 mod wiring;
 
 pub(super) use legacy::Legacy;

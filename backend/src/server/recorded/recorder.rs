@@ -7,6 +7,7 @@ use barkeep_protocol::wire::limits::{HEADER_SIZE, MAX_MESSAGE_FDS, MAX_MESSAGE_S
 use barkeep_protocol::wire::{Errno, Header, MessageKind, WireError};
 use tracing::warn;
 
+use super::files::{FileId, Files};
 use super::saved_session::SavedSession;
 use super::wiring::Wiring;
 use crate::server::function::{Changes, Image};
@@ -39,7 +40,7 @@ pub(super) struct Recorder {
     fds: BTreeMap<FdKey, OwnedFd>,
     image: Image,
     wiring: Wiring,
-    wiring_changed: bool,
+    files: Files,
     session: Option<SavedSession>,
     /// Frames of each stream that were committed since all was sent.
     waiting: [usize; StreamId::ALL.len()],
@@ -90,7 +91,7 @@ impl Recorder {
             fds: BTreeMap::new(),
             image: Image::default(),
             wiring: Wiring::default(),
-            wiring_changed: false,
+            files: Files::default(),
             session: None,
             waiting: [0; StreamId::ALL.len()],
             unused: Vec::new(),
@@ -195,7 +196,7 @@ impl Recorder {
         }
         let mut keys = Vec::new();
         for fd in fds {
-            match self.keep(fd.as_fd()) {
+            match self.keep_arrived(fd.as_fd()) {
                 Ok(key) => {
                     keys.push(key);
                     self.fds.insert(key, fd);
@@ -207,9 +208,40 @@ impl Recorder {
         if self.journal.stream(id).hold(&keys).is_err() {
             for key in keys {
                 self.fds.remove(&key);
-                self.holder.forget(key);
+                self.forget_unless_used(key);
             }
             let _ = self.journal.stream(id).hold(&[TOO_MANY]);
+        }
+    }
+
+    /// Has what a client has sent held: once, if it is a file that a window has already.
+    fn keep_arrived(&mut self, fd: BorrowedFd<'_>) -> Result<FdKey, Errno> {
+        let id = FileId::of(fd);
+        if let Some(key) = id.and_then(|id| self.files.key(id))
+            && self.wiring.windows().uses(key) > 0
+            && !self.fds.contains_key(&key)
+        {
+            return Ok(key);
+        }
+        let key = self.keep(fd)?;
+        if let Some(id) = id {
+            self.files.insert(id, key);
+        }
+        Ok(key)
+    }
+
+    /// A file that a predecessor had held for windows.
+    pub(super) fn know(&mut self, key: FdKey, fd: BorrowedFd<'_>) {
+        if let Some(id) = FileId::of(fd) {
+            self.files.insert(id, key);
+        }
+    }
+
+    /// A window may have it, or a message that has not come to its turn.
+    fn forget_unless_used(&mut self, key: FdKey) {
+        if !self.fds.contains_key(&key) && !self.wiring.refers_to(key) {
+            self.files.remove(key);
+            self.holder.forget(key);
         }
     }
 
@@ -242,19 +274,16 @@ impl Recorder {
     /// Notes a request that was successful.
     pub(super) fn note(&mut self, message: &Message) {
         let body = &message.bytes[HEADER_SIZE..];
-        let changed =
-            self.wiring.note(message.header.command, body, &message.keys, &mut self.unused);
-        self.wiring_changed |= changed;
+        self.wiring.note(message.header.command, body, &message.keys, &mut self.unused);
     }
 
     pub(super) fn note_unmasked(&mut self) {
-        self.wiring_changed |= self.wiring.unmasked();
+        self.wiring.unmasked();
     }
 
     /// The keys of a message that is done: what the wiring has not taken over is not needed.
     pub(super) fn release(&mut self, keys: &[FdKey]) {
-        let kept = |key: &&FdKey| !self.wiring.refers_to(**key);
-        self.unused.extend(keys.iter().filter(kept));
+        self.unused.extend(keys);
     }
 
     /// The key is not needed any more once the next commit is done.
@@ -284,26 +313,25 @@ impl Recorder {
         let session = session.filter(|session| self.session.as_ref() != Some(session));
         let serialise = "plain data serialises";
         let session_bytes = session.as_ref().map(|it| postcard::to_allocvec(it).expect(serialise));
-        let wiring = std::mem::take(&mut self.wiring_changed)
-            .then(|| postcard::to_allocvec(&self.wiring).expect(serialise));
+        let wiring = self.wiring.take_changes();
         if session.is_some() {
             self.session = session;
         }
         let parts = [
             (SectionId::Session, session_bytes),
-            (SectionId::Wiring, wiring),
             (SectionId::Function, function),
             (SectionId::Device, device),
         ];
-        let sections: Vec<(SectionId, &[u8])> =
-            parts.iter().filter_map(|(id, bytes)| Some((*id, bytes.as_deref()?))).collect();
+        let parts = parts.iter().filter_map(|(id, bytes)| Some((*id, bytes.as_deref()?)));
+        let wiring = wiring.iter().map(|(id, bytes)| (*id, bytes.as_slice()));
+        let sections: Vec<(SectionId, &[u8])> = parts.chain(wiring).collect();
         let frame = send.as_ref().map(|(id, bytes, keys)| (*id, Frame { bytes, keys }));
         self.journal.commit(Commit { sections: &sections, taken, send: frame.as_slice() });
         if let Some((id, _)) = frame {
             self.waiting[id as usize] += 1;
         }
-        for key in self.unused.drain(..) {
-            self.holder.forget(key);
+        for key in std::mem::take(&mut self.unused) {
+            self.forget_unless_used(key);
         }
         Ok(())
     }
@@ -404,7 +432,7 @@ impl Recorder {
         self.fds.clear();
         self.image = Image::default();
         self.wiring = Wiring::default();
-        self.wiring_changed = false;
+        self.files = Files::default();
         self.session = None;
         self.waiting = [0; StreamId::ALL.len()];
     }

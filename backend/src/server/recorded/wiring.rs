@@ -9,17 +9,19 @@ use barkeep_protocol::wire::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::windows::{Window, Windows};
 use crate::server::request_error::RequestError;
 use crate::server::served::{Reply, Served};
-use crate::state::FdKey;
+use crate::state::{FdKey, SectionId};
 
 /// Windows of memory, eventfds and dirty logging: what a successor asks of its function again in the
 /// client's name. It knows requests that were successful, and no function: so it is the same for all
 /// kinds of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Wiring {
-    /// By address.
-    windows: BTreeMap<u64, Window>,
+    /// Recorded apart.
+    #[serde(skip)]
+    windows: Windows,
     /// Eventfds to signal, by interrupt index and vector.
     irqs: BTreeMap<(u32, u32), u64>,
     /// The eventfd that unmasks INTx.
@@ -28,14 +30,9 @@ pub(super) struct Wiring {
     masked: bool,
     /// The payload of the request that started to log dirty pages.
     logging: Option<Vec<u8>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Window {
-    size: u64,
-    access: u32,
-    offset: u64,
-    key: Option<u64>,
+    /// Something besides the windows has changed since it was recorded.
+    #[serde(skip)]
+    changed: bool,
 }
 
 /// Whether a request with this number can change the wiring.
@@ -46,45 +43,73 @@ fn concerns(command: u16) -> bool {
 }
 
 impl Wiring {
+    /// With the windows as they were recorded.
+    pub(super) fn with(self, windows: Windows) -> Self {
+        Self { windows, ..self }
+    }
+
+    pub(super) fn windows(&self) -> &Windows {
+        &self.windows
+    }
+
+    /// What is to be recorded anew.
+    pub(super) fn take_changes(&mut self) -> Vec<(SectionId, Vec<u8>)> {
+        let own = std::mem::take(&mut self.changed).then(|| {
+            (SectionId::Wiring, postcard::to_allocvec(self).expect("plain data serialises"))
+        });
+        own.into_iter().chain(self.windows.take_changes()).collect()
+    }
+
     /// Notes a request that was successful. `keys` are those of its descriptors; those that are not
-    /// needed any more are appended to `unused`. Returns whether anything has changed.
+    /// needed any more are appended to `unused`.
     pub(super) fn note(
         &mut self,
         command: u16,
         body: &[u8],
         keys: &[FdKey],
         unused: &mut Vec<FdKey>,
-    ) -> bool {
+    ) {
         if !concerns(command) {
-            return false;
+            return;
         }
-        match Request::parse(command, body) {
-            Ok(Request::DmaMap(map)) => self.map(&map, keys.first()),
-            Ok(Request::DmaUnmap(unmap)) => self.unmap(&unmap, unused),
-            Ok(Request::SetIrqs(set)) => return self.set_irqs(&set, keys, unused),
+        self.changed |= match Request::parse(command, body) {
+            Ok(Request::DmaMap(map)) => {
+                self.map(&map, keys.first());
+                false
+            }
+            Ok(Request::DmaUnmap(unmap)) => {
+                self.unmap(&unmap, unused);
+                false
+            }
+            Ok(Request::SetIrqs(set)) => self.set_irqs(&set, keys, unused),
             Ok(Request::DeviceFeature(feature)) => match feature.request {
-                FeatureRequest::StartLogging(_) => self.logging = Some(body.to_vec()),
-                FeatureRequest::StopLogging { .. } => self.logging = None,
-                _ => return false,
+                FeatureRequest::StartLogging(_) => {
+                    self.logging = Some(body.to_vec());
+                    true
+                }
+                FeatureRequest::StopLogging { .. } => self.logging.take().is_some(),
+                _ => false,
             },
-            _ => return false,
-        }
-        true
+            _ => false,
+        };
     }
 
-    /// INTx was unmasked by its eventfd. Returns whether anything has changed.
-    pub(super) fn unmasked(&mut self) -> bool {
-        std::mem::take(&mut self.masked)
+    /// INTx was unmasked by its eventfd.
+    pub(super) fn unmasked(&mut self) {
+        self.changed |= std::mem::take(&mut self.masked);
     }
 
     /// The keys of all descriptors that it refers to.
     pub(super) fn keys(&self) -> impl Iterator<Item = FdKey> {
-        let windows = self.windows.values().filter_map(|window| window.key);
-        windows.chain(self.irqs.values().copied()).chain(self.unmask).map(FdKey)
+        self.windows.keys().chain(self.eventfds())
     }
 
     pub(super) fn refers_to(&self, key: FdKey) -> bool {
-        self.keys().any(|referred| referred == key)
+        self.windows.uses(key) > 0 || self.eventfds().any(|referred| referred == key)
+    }
+
+    fn eventfds(&self) -> impl Iterator<Item = FdKey> {
+        self.irqs.values().copied().chain(self.unmask).map(FdKey)
     }
 
     /// Sets up a fresh function in the same way. A descriptor is `taken` by its key, once for each
@@ -99,7 +124,7 @@ impl Wiring {
         mut take: impl FnMut(FdKey) -> Option<OwnedFd>,
     ) -> Result<(), ReplayError> {
         let mut fd = |key: u64| take(FdKey(key)).ok_or(ReplayError::Missing(key));
-        for (&address, window) in &self.windows {
+        for (address, window) in self.windows.iter() {
             let file = window.key.map(&mut fd).transpose()?;
             let access = DmaAccess::from_bits_truncate(window.access);
             let map = DmaMap { access, file_offset: window.offset, address, size: window.size };
@@ -145,8 +170,7 @@ impl Wiring {
             // No window is split: it was successful, so it is not empty either.
             unmap.address..=unmap.address.saturating_add(unmap.size.saturating_sub(1))
         };
-        let removed = self.windows.extract_if(range, |_, _| true);
-        unused.extend(removed.filter_map(|(_, window)| window.key).map(FdKey));
+        self.windows.remove(range, unused);
     }
 
     fn set_irqs(&mut self, set: &SetIrqs<'_>, keys: &[FdKey], unused: &mut Vec<FdKey>) -> bool {

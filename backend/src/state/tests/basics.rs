@@ -31,7 +31,7 @@ fn a_message_is_taken_done_and_answered_across_three_processes() {
 
     let (mut journal, recovered) = recover(&memfd).unwrap();
     assert_eq!(recovered.interrupted, Some((Activity::Message(StreamId::Client), toll(1))));
-    assert_eq!(recovered.sections, [const { Ok(None) }; 4]);
+    assert_eq!(recovered.sections, [const { Ok(None) }; SectionId::ALL.len()]);
     assert_eq!(journal.stream(StreamId::Client).received(), b"request");
     assert_eq!(journal.begin(Activity::Message(StreamId::Client)), toll(1));
     journal.commit(Commit {

@@ -56,7 +56,7 @@ fn check(world: &World) {
     let expected = Expected::of(&world.session);
     let (mut journal, recovered) = recover(&world.memfd).unwrap();
     world.check_frames();
-    let function = recovered.sections[SectionId::Function as usize].clone().unwrap();
+    let function = recovered.sections[SectionId::Function.index()].clone().unwrap();
     let words: Vec<u64> = function
         .unwrap_or(vec![0; 40])
         .as_chunks()

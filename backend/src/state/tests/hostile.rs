@@ -55,7 +55,7 @@ fn go_on(memfd: &OwnedFd) {
     }
     let (again, recovered) = recover(memfd).expect("what was committed is whole");
     assert_eq!(recovered.interrupted, None);
-    assert_eq!(recovered.sections[SectionId::Device as usize], Ok(Some(b"content".to_vec())));
+    assert_eq!(recovered.sections[SectionId::Device.index()], Ok(Some(b"content".to_vec())));
     assert_eq!(again.keys(), journal.keys());
     journal.clear_session();
     assert_eq!(recover(memfd).unwrap().0.keys(), []);

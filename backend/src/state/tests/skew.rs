@@ -10,7 +10,7 @@ use rustix::io::{pread, pwrite};
 
 use super::{IDENTITY, SCRATCH_WORDS, fresh, memfd, recover, toll};
 use crate::state::{
-    Activity, Commit, FdKey, Flush, Frame, Journal, PreviousEnd, SectionError, SectionId,
+    Activity, Commit, FdKey, Flush, Frame, Journal, Part, PreviousEnd, SectionError, SectionId,
     StateError, StateFile, StreamId,
 };
 
@@ -34,7 +34,11 @@ pub(super) fn full() -> OwnedFd {
     assert_eq!(journal.stream(StreamId::Client).take(&socket, 9), Ok(9));
     assert_eq!(journal.begin(Activity::Message(StreamId::Client)), toll(0));
     journal.commit(Commit {
-        sections: &[(SectionId::Session, b"s"), (SectionId::Function, b"of before")],
+        sections: &[
+            (SectionId::Session, b"s"),
+            (SectionId::Function, b"of before"),
+            (SectionId::Windows(Part::ALL[3]), b"windows"),
+        ],
         taken: Some(StreamId::Client),
         send: &[(StreamId::Client, Frame { bytes: b"its reply", keys: &[] })],
     });
@@ -64,7 +68,11 @@ fn assert_full(memfd: &OwnedFd) {
     assert_eq!(recovered.interrupted, Some((Activity::Work, toll(2))));
     let sections: [Option<Vec<u8>>; 4] =
         [Some(b"s".to_vec()), None, Some(b"registers".to_vec()), Some(vec![0xa5; 3000])];
-    assert_eq!(recovered.sections, sections.map(Ok));
+    assert_eq!(recovered.sections[..4], sections.map(Ok));
+    for (part, section) in Part::ALL.into_iter().zip(&recovered.sections[4..]) {
+        let saved = (part == Part::ALL[3]).then(|| b"windows".to_vec());
+        assert_eq!(*section, Ok(saved));
+    }
     assert_eq!(journal.scratch().get(3), 0x0123_4567_89ab_cdef);
     assert_eq!(journal.new_key(), FdKey((1 << 33) + 1));
     let client = journal.stream(StreamId::Client);
@@ -137,7 +145,7 @@ fn sections_of_a_next_layout_may_be_longer() {
     assert!(long.len() > SectionId::Device.room());
     journal.commit(Commit { sections: &[(SectionId::Device, &long)], ..Commit::default() });
     let (_, recovered) = recover(&memfd).unwrap();
-    assert_eq!(recovered.sections[SectionId::Device as usize], Ok(Some(long)));
+    assert_eq!(recovered.sections[SectionId::Device.index()], Ok(Some(long)));
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl Worker {
     }
 
     fn restore(&mut self, recovered: &Recovered) {
-        let section = |id: SectionId| recovered.sections[id as usize].as_ref().unwrap();
+        let section = |id: SectionId| recovered.sections[id.index()].as_ref().unwrap();
         let words = |id| -> Option<Vec<u64>> {
             let bytes = section(id).as_ref()?;
             Some(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())

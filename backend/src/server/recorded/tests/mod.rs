@@ -5,6 +5,8 @@ mod deaths;
 mod fragile;
 mod hostile;
 mod lab;
+mod talk;
+mod windows;
 
 use std::os::fd::{AsFd, OwnedFd};
 
