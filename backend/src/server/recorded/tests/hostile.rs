@@ -13,7 +13,7 @@ use rustix::net::SendFlags;
 
 use super::client::send_with;
 use super::*;
-use crate::state::{Commit, Journal, SectionId, StateFile};
+use crate::state::{Commit, Journal, PreviousEnd, SectionId, StateFile};
 
 #[derive(Clone, Debug)]
 enum Act {
@@ -159,7 +159,8 @@ impl Siege {
     fn falsify(&mut self, section: SectionId, edits: &[(usize, u8)], length: usize) {
         self.lab.bury();
         let file = StateFile::open(self.lab.state()).unwrap();
-        let (mut journal, recovered) = Journal::recover(file, "test", 0).unwrap();
+        let (mut journal, recovered) =
+            Journal::recover(file, "test", 0, PreviousEnd::ByItself).unwrap();
         let mut bytes = recovered.sections[section as usize].clone().unwrap().unwrap_or_default();
         bytes.truncate(length);
         let length = bytes.len();
