@@ -329,11 +329,11 @@ mod tests {
     #[test]
     fn a_path_is_followed_anew_and_a_bare_name_is_where_it_was_found() {
         let path = |name: &str| {
-            let (directory, file) = (|| Ok("/work".into()), || Ok("/usr/bin/barkeep".into()));
+            let (directory, file) = (|| Ok("/srv".into()), || Ok("/usr/bin/barkeep".into()));
             Program::named(name.into(), Vec::new(), directory, file).unwrap().path
         };
         assert_eq!(path("/opt/current/barkeep"), Path::new("/opt/current/barkeep"));
-        assert_eq!(path("./barkeep"), Path::new("/work/./barkeep"));
+        assert_eq!(path("./barkeep"), Path::new("/srv/./barkeep"));
         assert_eq!(path("barkeep"), Path::new("/usr/bin/barkeep"));
     }
 
