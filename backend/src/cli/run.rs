@@ -17,6 +17,13 @@ const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Debug, clap::Args)]
 #[group(skip)]
+#[command(
+    after_help = "Example:\n  barkeep run --socket /run/vm1/disk.sock --device virtio-blk,path=/vm1/disk.raw \\\n              \
+    --socket /run/vm1/edu.sock --device edu\n\n\
+    The devices and their options are those of 'barkeep serve --help', and for every device:\n  \
+    group=NAME                       one worker for all devices with this name; without it,\n                                   \
+    each has its own"
+)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     serve: serve::Arguments,
