@@ -95,8 +95,9 @@ fn a_client_has_a_share_of_descriptors_and_what_it_has_is_kept() {
     let run = Supervised::start_in(directory, &["edu", "edu"], &launch);
     let mut peer = Peer::greeted(run.socket(0));
     edu::enable(&mut peer);
-    let memory = sealed(0x1000);
     let map = |peer: &mut Peer, index: u64| {
+        // A file that several windows have would be held once.
+        let memory = sealed(0x1000);
         let body = dma_map(3, 0, index * 0x1_0000, 0x1000);
         peer.call_with_fds(command::DMA_MAP, &body, &[memory.as_fd()])
     };
