@@ -93,6 +93,12 @@ impl SocketPath {
         &self.path
     }
 
+    /// Whether it is removed from the file system in the end.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.identity.is_some()
+    }
+
     /// Leaves it in the file system in the end: somebody else goes on with it.
     pub fn leave(&mut self) {
         self.identity = None;

@@ -130,6 +130,7 @@ fn unsafe_code_is_where_the_design_puts_it() {
         "backend/src/server/event_loop.rs",
         "backend/src/state/memory.rs",
         "backend/src/state/socket.rs",
+        "backend/src/supervisor/inheritance.rs",
         "frontend-shim/src/hypervisor/kvm/gate.rs",
         "frontend-shim/src/hypervisor/kvm/mod.rs",
         "frontend-shim/src/hypervisor/kvm/vcpu.rs",

@@ -5,6 +5,7 @@ mod idle;
 mod logs;
 mod process;
 mod real_systemd;
+mod run;
 mod signals;
 mod sockets;
 mod systemd;

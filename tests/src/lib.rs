@@ -14,6 +14,7 @@ pub mod event_counter;
 mod figures;
 pub mod memory;
 pub mod peer;
+mod recorded;
 pub mod service_manager;
 mod skip;
 pub mod supervised;

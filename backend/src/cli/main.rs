@@ -2,9 +2,11 @@
 
 #[cfg(feature = "demo")]
 mod demo;
+mod heritage;
 mod log;
 mod run;
 mod serve;
+mod upgrade;
 mod vhost_user;
 mod worker;
 
@@ -37,6 +39,14 @@ enum Command {
     Serve(serve::Arguments),
     /// As serve, with workers that are replaced when they end and go on with the same clients
     Run(run::Arguments),
+    /// Have a running 'barkeep run' execute what is at its path now, without an end for any client
+    Upgrade(upgrade::Arguments),
+    /// Tell whether this program can take the place of one with these arguments
+    #[command(hide = true)]
+    UpgradeCheck(upgrade::CheckArguments),
+    /// Serve functions for `run`, which starts this
+    #[command(hide = true)]
+    Worker(worker::Arguments),
     /// Toggle PCI_COMMAND.MEM under load in a real guest and check every value it reads
     #[cfg(feature = "demo")]
     Demo(demo::Arguments),
@@ -70,6 +80,9 @@ fn main() -> ExitCode {
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Run(run) => run::run(&run, arguments.log),
+        Command::Upgrade(arguments) => upgrade::run(&arguments),
+        Command::UpgradeCheck(arguments) => upgrade::check(&arguments),
+        Command::Worker(arguments) => worker::run(arguments),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::run(&arguments),
         #[cfg(feature = "demo")]

@@ -2,13 +2,17 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use barkeep_backend::supervisor::{End, Holding, Setup, Signals, Start, StartError, Supervisor};
+use barkeep_backend::supervisor::systemd::{FdName, PRIVATE_ENVIRONMENT};
+use barkeep_backend::supervisor::upgrade::{Handover, Program, ready_for_signals};
+use barkeep_backend::supervisor::{End, Setup, Signals, Start, StartError, Supervisor};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR2};
-use tracing::info;
+use tracing::{error, info};
 
+use crate::heritage::Heritage;
 use crate::serve::{self, Described, fatal, option, parse, signals, unique_names};
 use crate::{EXIT_USAGE, usage_error};
 
@@ -38,15 +42,49 @@ pub(crate) fn run(arguments: &Arguments, log: String) -> ExitCode {
         Ok(asked) => asked,
         Err(failure) => return fatal(&format!("can't handle signals: {failure}")),
     };
-    let mut supervisor = match start(arguments, log, asked) {
+    // The program before this one has held them back.
+    ready_for_signals();
+    let program = match Program::running() {
+        Ok(program) => program,
+        Err(failure) => return fatal(&format!("can't find this program: {failure}")),
+    };
+    let mut heritage = match Heritage::take() {
+        Ok(heritage) => heritage,
+        Err(message) => return fatal(&message),
+    };
+    let mut supervisor = match start(arguments, log, asked, &mut heritage) {
         Ok(supervisor) => supervisor,
         Err(end) => return end.report(),
     };
+    let successor = program.clone();
+    supervisor.set_upgrade_check(Box::new(move || can_succeed(&successor)));
     loop {
         match supervisor.run() {
-            Ok(End::Stopped) => return ExitCode::SUCCESS,
-            Ok(End::Drained) => info!("starting new workers"),
+            Ok(End::Stopped) => {
+                supervisor.leave();
+                return ExitCode::SUCCESS;
+            }
+            Ok(End::Drained) => {
+                supervisor.service_manager().finish();
+                let failure = program.replace(heritage.upgrades + 1, &supervisor.held());
+                error!("no upgrade: {failure}: this program goes on");
+            }
             Err(failure) => return fatal(&format!("event loop: {failure}")),
+        }
+    }
+}
+
+/// Whether what is at the path of this program now can take its place. The log says why not.
+fn can_succeed(program: &Program) -> bool {
+    let path = program.path().display();
+    match program.check(Some(&Handover::default())) {
+        Ok(()) => {
+            info!("upgrade to {path}: ending all workers");
+            true
+        }
+        Err(refusal) => {
+            error!("no upgrade: {refusal}");
+            false
         }
     }
 }
@@ -83,37 +121,74 @@ impl Unserved {
 }
 
 /// Has every worker ready, and then every socket: a client that can connect is served.
-fn start(arguments: &Arguments, log: String, asked: Signals) -> Result<Supervisor, Unserved> {
+fn start(
+    arguments: &Arguments,
+    log: String,
+    asked: Signals,
+    heritage: &mut Heritage,
+) -> Result<Supervisor, Unserved> {
     let Arguments { serve, watchdog } = arguments;
-    if !serve.is_vfio_user() {
-        return Err(Unserved::Usage("--transport vhost-user: not with 'barkeep run'".into()));
-    }
-    serve.check_pairs().map_err(Unserved::Usage)?;
-    let mut positions = 0..;
-    let described = |text| described(text, &mut positions);
-    let devices = serve.describe(described).map_err(Unserved::Usage)?;
-    let names = unique_names(&devices).map_err(Unserved::Usage)?;
-    let failed = |failure: io::Error| Unserved::Failure(format!("supervisor: {failure}"));
-    let setups = names.into_iter().zip(&devices).map(|(name, device)| {
-        Ok(Setup { name, group: device.labels.group.clone(), holding: Holding::fresh()? })
+    let (devices, names) = arguments.functions().map_err(Unserved::Usage)?;
+    let failed = |failure: std::io::Error| Unserved::Failure(format!("supervisor: {failure}"));
+    let setups = names.iter().zip(&devices).enumerate().map(|(position, (name, device))| {
+        let holding = heritage.holding(name, position)?;
+        Ok(Setup { name: name.clone(), group: device.labels.group.clone(), holding })
     });
     let setups = setups.collect::<Result<_, _>>().map_err(failed)?;
     let watchdog = Some(Duration::from_secs(*watchdog)).filter(|time| !time.is_zero());
     let mut supervisor =
         Supervisor::new(setups, worker(serve, log), asked, watchdog).map_err(failed)?;
-    supervisor.start().map_err(|error| match error {
-        StartError::Refused => Unserved::UsageTold,
-        StartError::Stopped => Unserved::Stopped,
-        StartError::Failed | StartError::System(_) => {
-            Unserved::Failure(format!("supervisor: {error}"))
+    heritage.forget_rest();
+    supervisor.set_service_manager(std::mem::take(&mut heritage.manager)).map_err(failed)?;
+    match supervisor.start() {
+        Ok(()) => {}
+        Err(StartError::Stopped) => return Err(Unserved::Stopped),
+        // Clients wait for what is held; it would be lost, and the next try may succeed.
+        Err(error) if heritage.resumes() => error!("{error}: trying again"),
+        Err(StartError::Refused) => return Err(Unserved::UsageTold),
+        Err(error @ (StartError::Failed | StartError::System(_))) => {
+            return Err(Unserved::Failure(format!("supervisor: {error}")));
         }
-    })?;
+    }
+    let mut sockets = Vec::new();
+    let manager = supervisor.service_manager();
+    let claim =
+        |position: usize, path: &Path| heritage.socket(&names[position], position, path, manager);
     let listen = |socket, _, function| {
-        supervisor.listen(function, socket);
+        sockets.push((function, socket));
         Ok(())
     };
-    serve.claim(devices, listen).map_err(Unserved::Usage)?;
+    serve.claim(devices, claim, listen).map_err(Unserved::Usage)?;
+    for (function, socket) in sockets {
+        supervisor.listen(function, socket);
+    }
+    let manager = supervisor.service_manager();
+    manager.status(&format!("serving {}", names.join(", ")));
+    manager.ready();
     Ok(supervisor)
+}
+
+impl Arguments {
+    /// The functions that are described, and what they are called.
+    fn functions(&self) -> Result<(Vec<Described<usize>>, Vec<String>), String> {
+        let Self { serve, watchdog: _ } = self;
+        if !serve.is_vfio_user() {
+            return Err("--transport vhost-user: not with 'barkeep run'".into());
+        }
+        serve.check_pairs()?;
+        let mut positions = 0..;
+        let devices = serve.describe(|text| described(text, &mut positions))?;
+        let names = unique_names(&devices)?;
+        if let Some(name) = names.iter().find(|name| !FdName::suits(name)) {
+            return Err(format!("device {name}: its name is too long to be held under"));
+        }
+        Ok((devices, names))
+    }
+
+    /// Whether they can be understood.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.functions().map(|_| ())
+    }
 }
 
 /// What the supervisor has to know of a device. The rest is checked by the worker that makes it.
@@ -133,6 +208,9 @@ fn worker(serve: &serve::Arguments, log: String) -> Start {
         let functions: Vec<_> = functions.iter().map(u16::to_string).collect();
         let mut command = Command::new(THIS_PROGRAM);
         command.arg0("barkeep").arg("--log").arg(&log);
+        for variable in PRIVATE_ENVIRONMENT {
+            command.env_remove(variable);
+        }
         command.args(["worker", "--functions", &functions.join(","), "--"]).args(&devices);
         command
     })

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use barkeep_backend::config::{ConfigError, DeviceSpec};
 use barkeep_backend::devices::Registry;
-use barkeep_backend::server::{HostedFunction, ServedFunction, Server, SocketPath};
+use barkeep_backend::server::{HostedFunction, ServedFunction, Server, SocketError, SocketPath};
 #[cfg(feature = "passthrough")]
 use barkeep_backend::{devices::passthrough, server::PassthroughFunction};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -92,11 +92,12 @@ impl Arguments {
         self.devices.iter().cloned().map(describe).collect()
     }
 
-    /// Claims a socket for each device and has it served there, by `add` with what the operator called
-    /// it.
+    /// Has each device served on a socket that `claim` gets for its position and path, by `add` with
+    /// what the operator called it.
     pub(crate) fn claim<T>(
         &self,
         devices: Vec<Described<T>>,
+        mut claim: impl FnMut(usize, &Path) -> Result<SocketPath, SocketError>,
         mut add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
     ) -> Result<(), String> {
         let sockets = match &self.socket_dir {
@@ -104,9 +105,10 @@ impl Arguments {
             None => self.sockets.clone(),
         };
         let mut ready = String::new();
-        for (path, Described { text, served, .. }) in sockets.into_iter().zip(devices) {
+        let pairs = sockets.into_iter().zip(devices).enumerate();
+        for (position, (path, Described { text, served, .. })) in pairs {
             let option = format!("--socket {}", path.display());
-            let socket = SocketPath::claim(&path).map_err(|error| format!("{option}: {error}"))?;
+            let socket = claim(position, &path).map_err(|error| format!("{option}: {error}"))?;
             ready.push_str(&format!("serving {text} on {socket}\n"));
             add(socket, text, served).map_err(|error| format!("{option}: {error}"))?;
         }
@@ -177,7 +179,7 @@ pub(crate) fn open_sockets<T>(
     describe: impl FnMut(String) -> Result<Described<T>, String>,
     add: impl FnMut(SocketPath, String, T) -> io::Result<()>,
 ) -> Result<(), String> {
-    arguments.claim(arguments.describe(describe)?, add)
+    arguments.claim(arguments.describe(describe)?, |_, path| SocketPath::claim(path), add)
 }
 
 /// What is to be served, and what the operator called it.

@@ -89,9 +89,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// A device of this worker's, without what only the supervisor has to know.
+/// A device of this worker's.
 fn device(functions: &[u16], devices: &[String], function: u16) -> Option<String> {
     let text = devices.get(usize::from(function)).filter(|_| functions.contains(&function))?;
-    let parts = text.split(',').filter(|part| !part.starts_with("group="));
-    Some(parts.collect::<Vec<_>>().join(","))
+    Some(text.clone())
 }

@@ -1,6 +1,7 @@
 //! What the supervisor does about clients.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use tracing::warn;
 
 use super::link::ToWorker;
 use super::poll::Token;
+use super::systemd::What;
 use super::{Supervisor, token_index};
 
 /// How long accepting pauses when the process is out of descriptors or memory.
@@ -62,6 +64,7 @@ impl Supervisor {
                 return Ok(());
             }
         };
+        self.manager.store(&function.name, What::Client, client.as_fd());
         function.holding.client = Some(Arc::clone(&client));
         // Without a worker, it is the next one's.
         if let (Some(process), Ok(index)) = (process, u16::try_from(index)) {

@@ -50,6 +50,7 @@ impl Holding {
 /// A function that is kept alive.
 #[derive(Debug)]
 pub(super) struct Function {
+    pub(super) name: String,
     pub(super) holding: Holding,
     /// Which worker serves it.
     pub(super) slot: usize,
@@ -62,8 +63,9 @@ pub(super) struct Function {
 }
 
 impl Function {
-    pub(super) fn new(holding: Holding, slot: usize) -> Self {
+    pub(super) fn new(name: String, holding: Holding, slot: usize) -> Self {
         Self {
+            name,
             holding,
             slot,
             socket: None,

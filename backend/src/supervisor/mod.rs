@@ -17,13 +17,16 @@
 mod clients;
 mod disposal;
 mod holding;
+mod inheritance;
 mod limits;
 pub mod link;
 mod poll;
 mod process;
 mod slot;
+pub mod systemd;
 #[cfg(test)]
 mod tests;
+pub mod upgrade;
 mod workers;
 
 pub use holding::Holding;
@@ -43,6 +46,7 @@ use self::holding::Function;
 use self::link::ToWorker;
 use self::poll::{Epoll, Token};
 use self::slot::Slot;
+use self::systemd::Watch;
 use crate::socket_path::SocketPath;
 
 /// What workers may take to end when they are told to.
@@ -90,6 +94,10 @@ pub struct Supervisor {
     /// What workers may take to end.
     parting_time: Duration,
     phase: Phase,
+    /// The service manager, which holds everything as well.
+    manager: Watch,
+    /// Asked before workers end for an upgrade.
+    may_upgrade: Box<dyn FnMut() -> bool + Send>,
 }
 
 /// What the supervisor is about.
@@ -163,6 +171,7 @@ impl Supervisor {
         let mut groups: Vec<Option<String>> = Vec::new();
         for (index, Setup { name, group, holding }) in setups.into_iter().enumerate() {
             let index = u16::try_from(index).map_err(|_| Errno::MFILE)?;
+            let label = name.clone();
             let known = groups.iter().position(|known| known.is_some() && *known == group);
             let slot = known.unwrap_or_else(|| {
                 slots.push(Slot::new(group.clone().unwrap_or(name), Vec::new()));
@@ -170,11 +179,23 @@ impl Supervisor {
                 slots.len() - 1
             });
             slots[slot].functions.push(index);
-            functions.push(Function::new(holding, slot));
+            functions.push(Function::new(label, holding, slot));
         }
         let phase = Phase::Starting;
-        let parting_time = PARTING_TIME;
-        Ok(Self { epoll, start, signals, functions, slots, watchdog, share, parting_time, phase })
+        let (parting_time, manager) = (PARTING_TIME, Watch::default());
+        Ok(Self {
+            epoll,
+            start,
+            signals,
+            functions,
+            slots,
+            watchdog,
+            share,
+            parting_time,
+            phase,
+            manager,
+            may_upgrade: Box::new(|| true),
+        })
     }
 
     /// Starts the workers, one after the other, and waits until all are ready.
@@ -257,6 +278,7 @@ impl Supervisor {
             match token {
                 Token::Stop => {
                     self.epoll.remove(self.signals.stop.as_fd())?;
+                    self.manager.stopping();
                     self.end_workers(End::Stopped)?;
                 }
                 Token::Reload => {
@@ -278,6 +300,7 @@ impl Supervisor {
                     self.flush(slot as usize)?;
                 }
                 Token::Ended(slot) => self.bury(slot as usize)?,
+                Token::Manager => drop(self.manager.flush()),
             }
         }
         self.expire(Instant::now())
@@ -305,11 +328,12 @@ impl Supervisor {
             Phase::Ending(_, until) => Some(until),
             _ => None,
         };
-        slots.chain(functions).chain([end]).flatten().min()
+        slots.chain(functions).chain([end, self.manager.alive_at()]).flatten().min()
     }
 
     /// Does what it is time for.
     fn expire(&mut self, now: Instant) -> io::Result<()> {
+        self.manager.expire(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         for slot in 0..self.slots.len() {
             if due(self.slots[slot].restart_at) {
@@ -354,8 +378,9 @@ impl Supervisor {
             self.slots[slot].restart_at = None;
             if let Some(process) = &mut self.slots[slot].process {
                 process.link.tell(match end {
-                    End::Stopped => ToWorker::Stop,
-                    End::Drained => ToWorker::Drain,
+                    // The next supervisor may go on with what the service manager holds.
+                    End::Stopped if !self.manager.is_there() => ToWorker::Stop,
+                    End::Stopped | End::Drained => ToWorker::Drain,
                 });
                 self.flush(slot)?;
             }

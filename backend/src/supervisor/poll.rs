@@ -28,6 +28,8 @@ pub(super) enum Token {
     Link(u32),
     /// The worker in this place has ended.
     Ended(u32),
+    /// The service manager can be told more.
+    Manager,
 }
 
 /// Room for what one wait reports; the rest is reported by the next.
@@ -86,6 +88,7 @@ impl Token {
             Self::Listener(function) => (3, function),
             Self::Link(slot) => (4, slot),
             Self::Ended(slot) => (5, slot),
+            Self::Manager => (6, 0),
         };
         EventData::new_u64(kind << 32 | u64::from(index))
     }
@@ -99,7 +102,8 @@ impl Token {
             2 => Self::Upgrade,
             3 => Self::Listener(index),
             4 => Self::Link(index),
-            _ => Self::Ended(index),
+            5 => Self::Ended(index),
+            _ => Self::Manager,
         }
     }
 }

@@ -12,6 +12,7 @@ use super::link::{FromWorker, LinkError, ToWorker};
 use super::poll::Token;
 use super::process::{Process, Watched};
 use super::slot::{Delay, Ending, Ordinal, Slot};
+use super::systemd::What;
 use super::{Phase, StartError, Supervisor, token_index};
 
 /// More than fit into a link: what a dead worker has left.

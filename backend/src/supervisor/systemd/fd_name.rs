@@ -75,6 +75,11 @@ impl fmt::Display for FdName {
     }
 }
 
+/// What a listener is called that a service manager has opened for a function.
+pub(super) fn activated(function: &str) -> String {
+    escape(function)
+}
+
 /// A function's name in the characters that a service manager takes.
 fn escape(name: &str) -> String {
     let mut escaped = String::with_capacity(name.len());

@@ -115,29 +115,33 @@ impl Inherited {
     /// What was held for a function; nothing, if it is new. A client or descriptors without the state
     /// that knows of them are closed.
     pub fn function(&mut self, name: &str) -> HeldFunction {
-        let held = self.functions.remove(name).unwrap_or_default();
-        if held.state.is_some() {
-            return held;
+        let mut held = self.functions.remove(name).unwrap_or_default();
+        if held.state.is_none() {
+            let listener = held.listener.take();
+            self.strangers.extend(held.names(name));
+            held = HeldFunction { listener, ..HeldFunction::default() };
         }
-        HeldFunction { listener: held.listener, ..HeldFunction::default() }
+        held
     }
 
     /// The names of all that no function has asked for, which is closed.
     #[must_use]
     pub fn leftovers(self) -> Vec<String> {
-        let names = self.functions.into_iter().flat_map(|(function, held)| {
-            let HeldFunction { listener, state, client, fds } = held;
-            let what = [
-                listener.map(|_| What::Listener),
-                state.map(|_| What::State),
-                client.map(|_| What::Client),
-            ];
-            let fds = fds.into_keys().map(What::Fd);
-            let what: Vec<_> = what.into_iter().flatten().chain(fds).collect();
-            what.into_iter()
-                .map(move |what| FdName { function: function.clone(), what }.to_string())
-        });
-        self.strangers.into_iter().chain(names).collect()
+        let names = self.functions.iter().flat_map(|(function, held)| held.names(function));
+        names.chain(self.strangers.iter().cloned()).collect()
+    }
+}
+
+impl HeldFunction {
+    /// The names under which a service manager holds this.
+    fn names(&self, function: &str) -> Vec<String> {
+        let what = [
+            matches!(self.listener, Some(Listener::Held(_))).then_some(What::Listener),
+            self.state.as_ref().map(|_| What::State),
+            self.client.as_ref().map(|_| What::Client),
+        ];
+        let what = what.into_iter().flatten().chain(self.fds.keys().copied().map(What::Fd));
+        what.map(|what| FdName { function: function.to_owned(), what }.to_string()).collect()
     }
 }
 
@@ -208,6 +212,7 @@ mod tests {
         let mut inherited = inherit(&["a/listener", "a/client", "a/1"]);
         let held = inherited.function("a");
         assert!(held.listener.is_some() && held.client.is_none() && held.fds.is_empty());
+        assert_eq!(inherited.leftovers(), ["a/client", "a/1"]);
     }
 
     #[test]

@@ -7,12 +7,14 @@
 mod fd_name;
 mod inherited;
 mod notifier;
+mod watch;
 
 use std::os::fd::BorrowedFd;
 use std::process;
 use std::str::FromStr;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 use tracing::warn;
 
@@ -20,6 +22,11 @@ use self::notifier::{Message, Notifier};
 
 pub use fd_name::{FdName, What};
 pub use inherited::{HeldFunction, InheritError, Inherited, Listener};
+pub(super) use watch::Watch;
+
+/// How often and how long a service manager is waited for in the end: a second.
+const LAST_TRIES: u32 = 10;
+const LAST_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// What a service manager, or the program before this one, says to the supervisor alone. A worker that
 /// had it could speak in its place.
@@ -119,6 +126,24 @@ impl ServiceManager {
     pub fn forget(&mut self, function: &str, what: What) {
         let name = FdName { function: function.into(), what }.to_string();
         self.send(Message::Remove { name });
+    }
+
+    /// As [`forget`](Self::forget), by the name that it is held under.
+    pub fn forget_named(&mut self, name: String) {
+        self.send(Message::Remove { name });
+    }
+
+    /// Tells what there was no room for so far, before this process ends or becomes another program.
+    pub fn finish(&mut self) {
+        for _ in 0..LAST_TRIES {
+            if self.flush() {
+                return;
+            }
+            let Some(socket) = self.as_fd() else { return };
+            // Whatever it says, it is tried again.
+            let _ = poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&LAST_PAUSE));
+        }
+        warn!("the service manager does not listen");
     }
 
     fn say(&mut self, text: String) {

@@ -161,7 +161,7 @@ impl Siege {
         let file = StateFile::open(self.lab.state()).unwrap();
         let (mut journal, recovered) =
             Journal::recover(file, "test", 0, PreviousEnd::ByItself).unwrap();
-        let mut bytes = recovered.sections[section as usize].clone().unwrap().unwrap_or_default();
+        let mut bytes = recovered.sections[section.index()].clone().unwrap().unwrap_or_default();
         bytes.truncate(length);
         let length = bytes.len();
         for (at, value) in edits {
