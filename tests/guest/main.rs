@@ -11,6 +11,7 @@
 mod demo;
 mod faults;
 mod interrupts;
+mod on_both;
 mod outages;
 mod plain;
 mod programs;

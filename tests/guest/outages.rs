@@ -3,10 +3,10 @@
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{HypervisorChoice, Line, Progress, Report};
-use barkeep_tests::{binary, skip};
+use barkeep_tests::binary;
 
+use crate::on_both::on_both_hypervisors;
 use crate::sidecar::Sidecar;
 
 const DEVICES: [&str; 2] = ["edu", "ivshmem,size=64K"];
@@ -109,28 +109,6 @@ impl Drop for Vmm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// Runs a test on the model, and as a test of its own on KVM.
-macro_rules! on_both_hypervisors {
-    ($name:ident) => {
-        mod $name {
-            use super::*;
-
-            #[test]
-            fn on_the_model() {
-                super::$name(HypervisorChoice::Model);
-            }
-
-            #[test]
-            fn on_kvm() {
-                match Kvm::probe() {
-                    Ok(()) => super::$name(HypervisorChoice::Kvm),
-                    Err(reason) => skip(&reason),
-                }
-            }
-        }
-    };
 }
 
 on_both_hypervisors!(functions_of_a_killed_sidecar_work_again_when_the_guest_has_programmed_them);

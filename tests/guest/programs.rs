@@ -1,12 +1,11 @@
 //! The built-in guest programs against real sidecars.
 
 use barkeep_shim::client::DeadBackend;
-use barkeep_shim::hypervisor::kvm::Kvm;
 use barkeep_shim::vmm::{
     Arguments, Dma, HypervisorChoice, Loss, Machine, MemoryFaults, Order, Program, Report,
 };
-use barkeep_tests::skip;
 
+use crate::on_both::on_both_hypervisors;
 use crate::sidecar::Sidecar;
 
 fn arguments(sidecar: &Sidecar, program: Program, hypervisor: HypervisorChoice) -> Arguments {
@@ -32,28 +31,6 @@ fn run(arguments: &Arguments) -> Report {
     println!("ran on {}: {report:?}", report.hypervisor);
     assert!(report.passed(), "{:?}", report.failures);
     report
-}
-
-/// Runs a test on the model, and as a test of its own on KVM.
-macro_rules! on_both_hypervisors {
-    ($name:ident) => {
-        mod $name {
-            use super::*;
-
-            #[test]
-            fn on_the_model() {
-                super::$name(HypervisorChoice::Model);
-            }
-
-            #[test]
-            fn on_kvm() {
-                match Kvm::probe() {
-                    Ok(()) => super::$name(HypervisorChoice::Kvm),
-                    Err(reason) => skip(&reason),
-                }
-            }
-        }
-    };
 }
 
 on_both_hypervisors!(a_guest_finds_every_function_by_ports_and_by_ecam);

@@ -58,13 +58,8 @@ impl<B: Backend> AttachedFunction<B> {
         offset: u64,
         data: &mut [u8],
     ) {
-        let read = self.until_settled(hypervisor, "read", || {
-            let session = self.session();
-            if !self.forwards_to(hypervisor, &session, window) {
-                return (session, Ok(Done::UnsupportedRequest));
-            }
-            let result = session.backend.region_read(window.bar.into(), offset, data);
-            (session, result.map(|()| Done::Forwarded))
+        let read = self.access(hypervisor, window, "read", |backend| {
+            backend.region_read(window.bar.into(), offset, data)
         });
         match read {
             Err(_) | Ok(Done::UnsupportedRequest) => data.fill(0xff),
@@ -85,13 +80,8 @@ impl<B: Backend> AttachedFunction<B> {
         offset: u64,
         data: &[u8],
     ) {
-        let written = self.until_settled(hypervisor, "write", || {
-            let session = self.session();
-            if !self.forwards_to(hypervisor, &session, window) {
-                return (session, Ok(Done::UnsupportedRequest));
-            }
-            let result = session.backend.region_write(window.bar.into(), offset, data);
-            (session, result.map(|()| Done::Forwarded))
+        let written = self.access(hypervisor, window, "write", |backend| {
+            backend.region_write(window.bar.into(), offset, data)
         });
         match written {
             Ok(Done::UnsupportedRequest) => return,
@@ -114,6 +104,24 @@ impl<B: Backend> AttachedFunction<B> {
         let session = self.session();
         session.backend.give_up();
         self.failed(hypervisor, &session, "attending", &ClientError::Gone);
+    }
+
+    /// Has a live backend that claims the window do an access.
+    fn access(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        window: &BarWindow,
+        what: &str,
+        mut access: impl FnMut(&B) -> Result<(), ClientError>,
+    ) -> Result<Done, ClientError> {
+        self.until_settled(hypervisor, what, || {
+            let session = self.session();
+            if !self.forwards_to(hypervisor, &session, window) {
+                return (session, Ok(Done::UnsupportedRequest));
+            }
+            let result = access(&session.backend);
+            (session, result.map(|()| Done::Forwarded))
+        })
     }
 
     /// Makes an attempt, and others in the sessions that follow as long as nothing of it was sent and
