@@ -33,9 +33,7 @@ impl Sidecar {
         options: &[&str],
         stderr: impl Into<Stdio>,
     ) -> Self {
-        let mut arguments = arguments(functions);
-        arguments.extend(options.iter().map(|option| (*option).to_owned()));
-        Self::start_as("serve", &arguments, functions, stderr)
+        Self::start_command("serve", functions, options, stderr)
     }
 
     /// Starts it with workers.
@@ -44,9 +42,18 @@ impl Sidecar {
         options: &[&str],
         stderr: impl Into<Stdio>,
     ) -> Self {
+        Self::start_command("run", functions, options, stderr)
+    }
+
+    fn start_command(
+        command: &str,
+        functions: &[(&Path, &str)],
+        options: &[&str],
+        stderr: impl Into<Stdio>,
+    ) -> Self {
         let mut arguments = arguments(functions);
         arguments.extend(options.iter().map(|option| (*option).to_owned()));
-        Self::start_as("run", &arguments, functions, stderr)
+        Self::start_as(command, &arguments, functions, stderr)
     }
 
     /// Starts it in words of the test's own, which serve these functions.
