@@ -1,0 +1,32 @@
+use crate::descriptors::Descriptors;
+use crate::device::Devices;
+use crate::kvm::Vms;
+use crate::status::Status;
+use crate::stream::Streams;
+use crate::system::System;
+
+/// All that is known of the VMM: one for the process.
+///
+/// Each module adds the part of it that it is about. What a signal handler calls takes no lock and
+/// allocates nothing, and says so.
+pub(crate) struct Shim<S> {
+    pub(crate) system: S,
+    pub(crate) descriptors: Descriptors,
+    pub(crate) devices: Devices,
+    pub(crate) vms: Vms,
+    pub(crate) streams: Streams,
+    pub(crate) status: Status,
+}
+
+impl<S: System> Shim<S> {
+    pub(crate) fn new(system: S, status: Status) -> Self {
+        Self {
+            system,
+            descriptors: Descriptors::new(),
+            devices: Devices::default(),
+            vms: Vms::default(),
+            streams: Streams::default(),
+            status,
+        }
+    }
+}

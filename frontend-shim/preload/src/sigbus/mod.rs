@@ -1,0 +1,1 @@
+//! `SIGBUS` inside a BAR's mapping: the load or store completes as an Unsupported Request.
