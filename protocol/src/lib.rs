@@ -4,5 +4,6 @@
 //! and the file descriptors that travel with them. The protocol itself is specified in QEMU's
 //! `docs/interop/vfio-user.rst`; barkeep's extensions in this repository's `docs/protocol.md`.
 
+pub mod page;
 pub mod transport;
 pub mod wire;

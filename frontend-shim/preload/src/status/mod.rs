@@ -1,55 +1,118 @@
 //! What happened so far: counters in a page that others can read, and one line for each first time.
+//!
+//! All of it is safe in a signal handler, but for the beginning of a page.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+mod fail_open;
+mod line;
+mod memory;
 
-/// Things that are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub(crate) enum Count {
-    /// Failures of `KVM_RUN` that were about a BAR that does not decode.
-    FaultsLocated,
-    /// Slots that were taken from KVM behind the VMM's back.
-    SlotsSuspended,
-    /// Slots that were given back.
-    SlotsRestored,
-    /// Reads that completed with all ones.
-    UrReads,
-    /// Writes that were dropped.
-    UrWrites,
-    /// Loads and stores of the VMM itself that completed in the handler of `SIGBUS`.
-    SigbusCompleted,
-    /// Memory faults and accesses that a vfio-user backend was asked about.
-    Forwarded,
-    /// Things that were not understood and left to the VMM.
-    FailOpens,
-}
+use barkeep_protocol::page::wrap::Page;
+use rustix::io::Errno;
+use rustix::process::getpid;
 
-/// Counters and log of a process. All of it is safe in a signal handler.
-#[derive(Debug, Default)]
+pub(crate) use barkeep_protocol::page::wrap::Count;
+pub(crate) use fail_open::FailOpen;
+
+use line::Line;
+use memory::Memory;
+
+/// What the operator may turn off: the lines on standard error.
+pub(crate) const QUIET: &str = "BARKEEP_PRELOAD_QUIET";
+
+/// Counters and log of a process.
+#[derive(Debug)]
 pub(crate) struct Status {
-    counts: [AtomicU64; 8],
+    page: Page<Memory>,
+    quiet: bool,
 }
 
 impl Status {
+    /// A page that other processes can find. Where the kernel refuses one, only this process has it.
+    #[cfg_attr(test, expect(dead_code, reason = "the library's beginning is no part of its tests"))]
+    pub(crate) fn shared(quiet: bool) -> Result<Self, Errno> {
+        Ok(Self::on(Memory::shared()?, quiet))
+    }
+
+    /// A page of this process's own.
+    pub(crate) fn private(quiet: bool) -> Self {
+        Self::on(Memory::private(), quiet)
+    }
+
+    fn on(memory: Memory, quiet: bool) -> Self {
+        let page = Page::new(memory).expect("memory has the length of a page");
+        page.publish(pid(), env!("CARGO_PKG_VERSION"), FailOpen::ALL.map(FailOpen::text));
+        Self { page, quiet }
+    }
+
     pub(crate) fn count(&self, count: Count) {
-        self.counts[count as usize].fetch_add(1, Ordering::Relaxed);
+        self.page.add(count, 1);
     }
 
     pub(crate) fn get(&self, count: Count) -> u64 {
-        self.counts[count as usize].load(Ordering::Relaxed)
+        self.page.count(count)
     }
 
     /// Counts something that is left to the VMM, and says so the first time that it happens.
     pub(crate) fn fail_open(&self, why: FailOpen) {
-        let _ = why;
-        self.count(Count::FailOpens);
+        if self.page.leave(why as usize) {
+            self.say(Line::new().text(why.text()).text(": left to the VMM"));
+        }
+    }
+
+    /// A VM was made.
+    pub(crate) fn vm_made(&self) {
+        self.page.vm_made();
+    }
+
+    /// A VM is gone.
+    pub(crate) fn vm_gone(&self) {
+        self.page.vm_gone();
+    }
+
+    /// Tells of a device: by the number of its `DeviceId`, and a name such as `vfio 0000:03:00.0`.
+    pub(crate) fn device_came(&self, device: u32, name: &str) {
+        self.page.device_came(device as usize, name);
+    }
+
+    /// A device is gone.
+    pub(crate) fn device_went(&self, device: u32) {
+        self.page.device_went(device as usize);
+    }
+
+    /// In a process that was just forked: a page of its own, since the parent's is the parent's.
+    pub(crate) fn forked(&self) {
+        self.page.words().separate();
+        self.page.forked(pid());
+    }
+
+    /// Says in one line what was done, if this process ever had a VM.
+    pub(crate) fn summary(&self) {
+        if self.page.vms_ever() == 0 {
+            return;
+        }
+        let mut line = Line::new().number(self.page.vms_ever()).text(" VM");
+        if self.page.vms_ever() != 1 {
+            line = line.text("s");
+        }
+        for count in Count::ALL {
+            line = line.text(", ").number(self.get(count)).text(" ").text(count.text());
+        }
+        self.say(line);
+    }
+
+    fn say(&self, line: Line) {
+        if !self.quiet {
+            line.write();
+        }
     }
 }
 
-/// Why something is left to the VMM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub(crate) enum FailOpen {
-    /// A descriptor's number is too high to be followed.
-    TooManyDescriptors,
+impl Default for Status {
+    fn default() -> Self {
+        Self::private(false)
+    }
+}
+
+fn pid() -> u32 {
+    getpid().as_raw_nonzero().get().unsigned_abs()
 }

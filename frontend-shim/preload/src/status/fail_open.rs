@@ -1,0 +1,40 @@
+/// Declares the reasons with their texts, in order.
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $reason:ident => $text:literal,)*) => {
+        /// Why something is left to the VMM.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(usize)]
+        pub(crate) enum FailOpen {
+            $($(#[$doc])* $reason,)*
+        }
+
+        impl FailOpen {
+            /// All of them, in order.
+            pub(crate) const ALL: [Self; [$($text),*].len()] = [$(Self::$reason),*];
+
+            /// What happened, as the log and `barkeep ctl wrap-status` say it.
+            pub(crate) const fn text(self) -> &'static str {
+                match self {
+                    $(Self::$reason => $text,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// A descriptor's number is too high to be followed.
+    TooManyDescriptors => "a descriptor's number is too high to be followed",
+    /// There is no page that other processes can read.
+    NoPage => "no page for barkeep ctl wrap-status",
+    /// Our own code has panicked.
+    Panic => "a bug in barkeep",
+
+    // Of devices.
+
+    // Of VMs.
+
+    // Of SIGBUS.
+
+    // Of vfio-user connections.
+}

@@ -1,0 +1,3 @@
+//! Pages of memory that one process writes and others read.
+
+pub mod wrap;
