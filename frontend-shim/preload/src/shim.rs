@@ -1,7 +1,9 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use crate::descriptors::Descriptors;
 use crate::device::Devices;
 use crate::kvm::Vms;
-use crate::status::Status;
+use crate::status::{FailOpen, Status};
 use crate::stream::Streams;
 use crate::system::System;
 
@@ -28,5 +30,14 @@ impl<S: System> Shim<S> {
             streams: Streams::default(),
             status,
         }
+    }
+
+    /// Does something of ours beside what the VMM asked for. A panic ends it and not the VMM.
+    pub(crate) fn shielded<T>(&self, of_ours: impl FnOnce() -> T) -> Option<T> {
+        let answer = catch_unwind(AssertUnwindSafe(of_ours));
+        if answer.is_err() {
+            self.status.fail_open(FailOpen::Panicked);
+        }
+        answer.ok()
     }
 }

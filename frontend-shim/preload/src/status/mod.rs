@@ -107,12 +107,18 @@ impl Status {
     }
 }
 
-impl Default for Status {
-    fn default() -> Self {
-        Self::private(false)
-    }
-}
-
-fn pid() -> u32 {
-    getpid().as_raw_nonzero().get().unsigned_abs()
+/// Why something is left to the VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum FailOpen {
+    /// A descriptor's number is too high to be followed.
+    TooManyDescriptors,
+    /// Something of ours panicked.
+    Panicked,
+    /// There are more devices than are followed.
+    TooManyDevices,
+    /// There are more mappings of BARs than are followed.
+    TooManyMappings,
+    /// A VFIO device does not tell what is needed.
+    DeviceUnreadable,
 }

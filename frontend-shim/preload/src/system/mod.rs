@@ -13,6 +13,41 @@ pub(crate) use real::Real;
 /// A result as the C library gives it.
 pub(crate) type Answer<T> = Result<T, Errno>;
 
+/// What `mmap` is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mmap {
+    pub(crate) address: usize,
+    pub(crate) len: usize,
+    pub(crate) protection: i32,
+    pub(crate) flags: i32,
+    pub(crate) fd: RawFd,
+    pub(crate) offset: i64,
+}
+
+/// What `mremap` is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mremap {
+    pub(crate) address: usize,
+    pub(crate) len: usize,
+    pub(crate) new_len: usize,
+    pub(crate) flags: i32,
+    /// Counts only if the flags say so.
+    pub(crate) new_address: usize,
+}
+
+/// One of the ways to get a descriptor for what another one refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Duplicate {
+    /// `dup`.
+    Lowest,
+    /// `dup2` to a number.
+    Over(RawFd),
+    /// `dup3` to a number, with flags.
+    OverWith(RawFd, i32),
+    /// `fcntl` with one of the commands `F_DUPFD*`, and its argument.
+    Command(i32, usize),
+}
+
 /// The functions underneath. Tests implement those that they need.
 ///
 /// Arguments go through as the VMM gave them: addresses are plain numbers, which the kernel checks.
@@ -26,6 +61,41 @@ pub(crate) trait System: Send + Sync + 'static {
     fn pread(&self, fd: RawFd, data: &mut [u8], offset: u64) -> Answer<usize> {
         let _ = (fd, data, offset);
         Err(Errno::NOSYS)
+    }
+
+    fn mmap(&self, request: Mmap) -> Answer<usize> {
+        let _ = request;
+        Err(Errno::NOSYS)
+    }
+
+    fn munmap(&self, address: usize, len: usize) -> Answer<()> {
+        let _ = (address, len);
+        Err(Errno::NOSYS)
+    }
+
+    fn mremap(&self, request: Mremap) -> Answer<usize> {
+        let _ = request;
+        Err(Errno::NOSYS)
+    }
+
+    fn close(&self, fd: RawFd) -> Answer<()> {
+        let _ = fd;
+        Err(Errno::NOSYS)
+    }
+
+    fn close_range(&self, first: u32, last: u32, flags: i32) -> Answer<()> {
+        let _ = (first, last, flags);
+        Err(Errno::NOSYS)
+    }
+
+    fn duplicate(&self, fd: RawFd, how: Duplicate) -> Answer<RawFd> {
+        let _ = (fd, how);
+        Err(Errno::NOSYS)
+    }
+
+    /// This process's id, from the kernel.
+    fn process(&self) -> u32 {
+        0
     }
 
     /// Copies from memory of this process, whoever it belongs to. An address that can't be read is an

@@ -1,0 +1,1 @@
+//! Mappings that come and go, and writes to devices.
