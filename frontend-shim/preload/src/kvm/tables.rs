@@ -1,0 +1,198 @@
+//! VMs and virtual CPUs by number, found without a lock.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use barkeep_shim::fault::ProgressGuard;
+
+use super::run_area::RunArea;
+
+const CHUNK: usize = 64;
+
+/// Entries that never move and are used again once they are free.
+#[derive(Debug)]
+pub(super) struct Table<T> {
+    /// Filled from the first one on, as they are needed.
+    chunks: Box<[OnceLock<Box<[T]>>]>,
+}
+
+/// Whether an entry of a table is in use.
+#[derive(Debug, Default)]
+pub(super) struct Use(AtomicU32);
+
+impl Use {
+    const FREE: u32 = 0;
+    const TAKEN: u32 = 1;
+    /// A lock inside may be held by a thread that does not exist in this process.
+    const LOST: u32 = 2;
+
+    pub(super) fn is_taken(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::TAKEN
+    }
+
+    pub(super) fn free(&self) {
+        self.0.store(Self::FREE, Ordering::Release);
+    }
+
+    fn take(&self) -> bool {
+        let swapped = self.0.compare_exchange(
+            Self::FREE,
+            Self::TAKEN,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        swapped.is_ok()
+    }
+
+    fn lose(&self) {
+        self.0.store(Self::LOST, Ordering::Release);
+    }
+}
+
+/// What a table holds.
+pub(super) trait Entry: Default {
+    fn state(&self) -> &Use;
+}
+
+impl<T: Entry> Table<T> {
+    /// A table of at most `chunks` times 64 entries.
+    pub(super) fn new(chunks: usize) -> Self {
+        Self { chunks: (0..chunks).map(|_| OnceLock::new()).collect() }
+    }
+
+    pub(super) fn get(&self, index: u32) -> Option<&T> {
+        let index = usize::try_from(index).ok()?;
+        self.chunks.get(index / CHUNK)?.get()?.get(index % CHUNK)
+    }
+
+    /// An entry that nobody uses; `None` if there are too many.
+    pub(super) fn take(&self) -> Option<(u32, &T)> {
+        for (chunk, base) in self.chunks.iter().zip((0..).step_by(CHUNK)) {
+            let entries = chunk.get_or_init(|| (0..CHUNK).map(|_| T::default()).collect());
+            let free = entries.iter().zip(base..).find(|(entry, _)| entry.state().take());
+            if let Some((entry, index)) = free {
+                return Some((index, entry));
+            }
+        }
+        None
+    }
+
+    /// All entries in use.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        let chunks = self.chunks.iter().map_while(OnceLock::get);
+        let entries = chunks.flat_map(|chunk| chunk.iter()).zip(0..);
+        entries.filter(|(entry, _)| entry.state().is_taken()).map(|(entry, index)| (index, entry))
+    }
+
+    /// Forgets all entries in the child of a fork, whatever other threads were doing to them.
+    pub(super) fn lose_all(&self) {
+        for (_, entry) in self.iter() {
+            entry.state().lose();
+        }
+    }
+}
+
+/// A virtual CPU.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub(super) struct Vcpu {
+    state: Use,
+    /// Number of its VM.
+    pub(super) vm: AtomicU32,
+    /// Where the VMM has its `struct kvm_run`; 0 for nowhere.
+    run: AtomicUsize,
+    run_len: AtomicUsize,
+    /// Whether `guard` has faults after which nothing else happened.
+    stands: AtomicBool,
+    /// Those faults. Only the thread in `KVM_RUN` takes it.
+    guard: Mutex<ProgressGuard>,
+}
+
+impl Entry for Vcpu {
+    fn state(&self) -> &Use {
+        &self.state
+    }
+}
+
+impl Vcpu {
+    /// Begins anew, for another virtual CPU.
+    pub(super) fn begin(&self, vm: u32) {
+        self.vm.store(vm, Ordering::Relaxed);
+        self.run.store(0, Ordering::Release);
+        self.progress();
+    }
+
+    pub(super) fn run(&self) -> Option<RunArea> {
+        let address = self.run.load(Ordering::Acquire);
+        RunArea::mapped(address, self.run_len.load(Ordering::Relaxed))
+    }
+
+    /// Notes where the VMM has mapped its `struct kvm_run`.
+    pub(super) fn mapped(&self, address: usize, len: usize) {
+        self.run.store(0, Ordering::Release);
+        self.run_len.store(len, Ordering::Release);
+        self.run.store(address, Ordering::Release);
+    }
+
+    /// Notes that host memory is mapped no more.
+    pub(super) fn unmapped(&self, address: usize, len: usize) {
+        let run = self.run.load(Ordering::Acquire);
+        let end = run.saturating_add(self.run_len.load(Ordering::Acquire));
+        if run != 0 && run < address.saturating_add(len) && address < end {
+            self.run.store(0, Ordering::Release);
+        }
+    }
+
+    /// Notes that the guest got on: anything but another fault.
+    pub(super) fn progress(&self) {
+        if self.stands.load(Ordering::Relaxed) {
+            self.stands.store(false, Ordering::Relaxed);
+            self.guard.lock().unwrap_or_else(PoisonError::into_inner).progress();
+        }
+    }
+
+    /// Lets a fault be noted.
+    pub(super) fn with_guard<T>(&self, note: impl FnOnce(&mut ProgressGuard) -> T) -> T {
+        self.stands.store(true, Ordering::Relaxed);
+        note(&mut self.guard.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_found_by_number_and_used_again() {
+        let table = Table::<Vcpu>::new(2);
+        let numbers: Vec<u32> = (0..128).map(|_| table.take().unwrap().0).collect();
+        assert_eq!(numbers, Vec::from_iter(0..128));
+        assert!(table.take().is_none(), "full");
+        table.get(70).unwrap().state().free();
+        assert_eq!(table.iter().count(), 127);
+        assert_eq!(table.take().unwrap().0, 70);
+        assert!(table.get(128).is_none());
+    }
+
+    #[test]
+    fn entries_of_the_parent_are_never_used_in_the_child() {
+        let table = Table::<Vcpu>::new(1);
+        table.take().unwrap();
+        table.lose_all();
+        assert_eq!(table.iter().count(), 0);
+        assert_eq!(table.take().unwrap().0, 1);
+    }
+
+    #[test]
+    fn a_run_area_is_gone_when_any_of_it_is_unmapped() {
+        let vcpu = Vcpu::default();
+        vcpu.mapped(0x10000, 0x3000);
+        vcpu.unmapped(0x13000, 0x1000);
+        vcpu.unmapped(0xf000, 0x1000);
+        assert_eq!(vcpu.run().map(RunArea::address), Some(0x10000));
+        vcpu.unmapped(0x12000, 0x1000);
+        assert!(vcpu.run().is_none());
+        vcpu.mapped(0x20000, 0x3000);
+        assert_eq!(vcpu.run().map(RunArea::address), Some(0x20000));
+    }
+}
