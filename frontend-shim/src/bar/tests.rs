@@ -71,7 +71,7 @@ impl Backend for Arc<Peer> {
     }
 
     fn extensions(&self) -> BarkeepExtensions {
-        BarkeepExtensions { memory_fault: self.barkeep, region_state: false }
+        BarkeepExtensions { memory_fault: self.barkeep, ..BarkeepExtensions::default() }
     }
 
     fn device_info(&self) -> Answer<DeviceInfo> {

@@ -43,6 +43,8 @@ pub enum Command {
     MemoryFault = 0x8001,
     /// barkeep extension `region_state`: decode, epoch and access counters of one region.
     RegionState = 0x8002,
+    /// barkeep extension `decode_page`: a page of memory that shows what the function decodes.
+    DecodePage = 0x8003,
 }
 
 impl Command {
@@ -57,7 +59,7 @@ impl Command {
     pub const fn max_reply_fds(self) -> usize {
         match self {
             // VERSION: the twin socket.
-            Self::Version | Self::GetRegionInfo => 1,
+            Self::Version | Self::GetRegionInfo | Self::DecodePage => 1,
             Self::GetRegionIoFds => super::limits::MAX_MESSAGE_FDS,
             _ => 0,
         }
@@ -88,6 +90,7 @@ impl TryFrom<u16> for Command {
             18 => Self::MigDataWrite,
             0x8001 => Self::MemoryFault,
             0x8002 => Self::RegionState,
+            0x8003 => Self::DecodePage,
             _ => return Err(WireError::UnknownCommand(code)),
         })
     }

@@ -224,3 +224,64 @@ impl RegionState {
         DecodeFlags::from_bits_truncate(self.decode).contains(DecodeFlags::CLAIMED)
     }
 }
+
+/// Asks for the function's decode page ([`crate::page::decode`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodePageQuery;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct RawPageQuery {
+    argsz: u32,
+    flags: u32,
+}
+
+impl DecodePageQuery {
+    pub(super) fn parse(body: &[u8]) -> Result<Self, WireError> {
+        let raw: RawPageQuery = exact(body)?;
+        if raw.flags != 0 {
+            return Err(WireError::Flags(raw.flags));
+        }
+        with_argsz::<RawPageInfo>(raw.argsz)?;
+        Ok(Self)
+    }
+
+    /// The payload's bytes.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        RawPageQuery { argsz: argsz_of::<RawPageInfo>(), flags: 0 }.as_bytes().to_vec()
+    }
+}
+
+/// What there is to map of the file that comes with the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodePageInfo {
+    /// Bytes from the file's beginning on.
+    pub length: u64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct RawPageInfo {
+    argsz: u32,
+    reserved: u32,
+    length: u64,
+}
+
+impl DecodePageInfo {
+    /// Parses a reply.
+    ///
+    /// # Errors
+    /// [`WireError::Length`] when the payload is shorter than the structure.
+    pub fn parse(body: &[u8]) -> Result<Self, WireError> {
+        let raw: RawPageInfo = prefix(body)?;
+        Ok(Self { length: raw.length })
+    }
+
+    /// The payload's bytes.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        let argsz = argsz_of::<RawPageInfo>();
+        RawPageInfo { argsz, reserved: 0, length: self.length }.as_bytes().to_vec()
+    }
+}

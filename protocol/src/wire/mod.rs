@@ -36,7 +36,8 @@ pub use dma::{BitmapRequest, DmaAccess, DmaMap, DmaUnmap, DmaUnmapFlags};
 pub use dma_message::{DmaData, DmaLayout, DmaReadReply, DmaTransfer, ServerRequest};
 pub use error::{HeaderError, WireError};
 pub use extension::{
-    DecodeFlags, FaultAccess, FaultReport, FaultVerdict, RegionState, RegionStateQuery,
+    DecodeFlags, DecodePageInfo, DecodePageQuery, FaultAccess, FaultReport, FaultVerdict,
+    RegionState, RegionStateQuery,
 };
 pub use feature::{
     DeviceFeature, DmaLogging, DmaLoggingQuery, FeatureIndex, FeatureMethods, FeatureRequest,

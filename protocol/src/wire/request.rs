@@ -1,7 +1,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::device::RawInfo;
-use super::extension::{FaultReport, RegionStateQuery};
+use super::extension::{DecodePageQuery, FaultReport, RegionStateQuery};
 use super::{
     Command, DeviceFeature, DmaMap, DmaUnmap, IoFdsQuery, MigData, MigDataRead, RegionAccess,
     RegionData, RegionInfo, RegionWrites, SetIrqs, Version, WireError,
@@ -44,6 +44,8 @@ pub enum Request<'a> {
     MemoryFault(FaultReport),
     /// Extension `region_state`.
     RegionState(RegionStateQuery),
+    /// Extension `decode_page`.
+    DecodePage(DecodePageQuery),
 }
 
 /// An index to be described, with the room that the asker has for the answer.
@@ -104,6 +106,7 @@ impl<'a> Request<'a> {
             }
             Command::MemoryFault => Self::MemoryFault(FaultReport::parse(body)?),
             Command::RegionState => Self::RegionState(RegionStateQuery::parse(body)?),
+            Command::DecodePage => Self::DecodePage(DecodePageQuery::parse(body)?),
             Command::GetRegionIoFds => Self::GetRegionIoFds(IoFdsQuery::parse(body)?),
             Command::RegionWriteMulti => Self::RegionWriteMulti(RegionWrites::parse(body)?),
             Command::DeviceFeature => Self::DeviceFeature(DeviceFeature::parse(body)?),

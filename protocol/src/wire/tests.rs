@@ -89,10 +89,29 @@ fn malformed_requests_have_the_errno_of_the_protocol() {
         ("REGION_WRITE without its data", 10, words(&[0, 0, 0, 4]), Errno::INVAL),
         ("REGION_WRITE with more data", 10, words(&[0, 0, 0, 4, 0, 0]), Errno::INVAL),
         ("RESET with a payload", 13, vec![0], Errno::INVAL),
+        ("argsz below DECODE_PAGE", 0x8003, words(&[15, 0]), Errno::INVAL),
+        ("flag in DECODE_PAGE", 0x8003, words(&[16, 1]), Errno::INVAL),
+        ("short DECODE_PAGE", 0x8003, words(&[16]), Errno::INVAL),
+        ("long DECODE_PAGE", 0x8003, words(&[16, 0, 0]), Errno::INVAL),
     ];
     for (what, code, body, errno) in rows {
         assert_eq!(errno_of(*code, body), Some(*errno), "{what}");
     }
+}
+
+#[test]
+fn a_decode_page_is_asked_for_and_described_as_documented() {
+    let query = DecodePageQuery.to_bytes();
+    assert_eq!(query, words(&[16, 0]));
+    let request = Request::parse(0x8003, &query).unwrap();
+    assert_eq!(request, Request::DecodePage(DecodePageQuery));
+    assert_eq!((request.max_fds(), Command::DecodePage.max_reply_fds()), (0, 1));
+
+    let info = DecodePageInfo { length: 4096 };
+    assert_eq!(info.to_bytes(), [words(&[16, 0]), longs(&[4096])].concat());
+    let longer = [info.to_bytes(), vec![1]].concat();
+    assert_eq!(DecodePageInfo::parse(&longer), Ok(info));
+    assert!(DecodePageInfo::parse(&longer[..15]).is_err());
 }
 
 #[test]

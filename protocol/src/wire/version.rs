@@ -96,6 +96,16 @@ pub struct BarkeepExtensions {
     pub memory_fault: bool,
     /// Decode, epoch and counters of a region may be asked for.
     pub region_state: bool,
+    /// A page of memory may be had that shows what the function decodes.
+    pub decode_page: bool,
+}
+
+impl BarkeepExtensions {
+    /// All of them.
+    #[must_use]
+    pub fn all() -> Self {
+        Self { memory_fault: true, region_state: true, decode_page: true }
+    }
 }
 
 #[derive(Serialize, Deserialize, Default)]
@@ -119,14 +129,13 @@ impl Version {
     /// What a barkeep client proposes.
     #[must_use]
     pub fn proposal_with(offer: Offer) -> Self {
-        let extensions = BarkeepExtensions { memory_fault: true, region_state: true };
         let has = |what| offer.contains(what);
         let twin_socket = TwinSocket { supported: true, fd_index: None };
         Self {
             major: Self::MAJOR,
             minor: Self::MINOR,
             capabilities: Capabilities {
-                barkeep: Some(extensions),
+                barkeep: Some(BarkeepExtensions::all()),
                 write_multiple: has(Offer::WRITE_MULTIPLE).then_some(true),
                 migration: has(Offer::MIGRATION).then(MigrationCapability::ours),
                 twin_socket: has(Offer::TWIN_SOCKET).then_some(twin_socket),
@@ -158,15 +167,12 @@ impl Version {
         let has = |what| both.contains(what);
         let theirs = self.capabilities.migration.unwrap_or_default();
         let twin_socket = TwinSocket { supported: true, fd_index: Some(TwinSocket::FD_INDEX) };
-        let barkeep = self.capabilities.barkeep.map(|theirs| BarkeepExtensions {
-            memory_fault: theirs.memory_fault,
-            region_state: theirs.region_state,
-        });
         Ok(Self {
             major: Self::MAJOR,
             minor: self.minor.min(Self::MINOR),
             capabilities: Capabilities {
-                barkeep,
+                // We have all that there are.
+                barkeep: self.capabilities.barkeep,
                 write_multiple: has(Offer::WRITE_MULTIPLE).then_some(true),
                 migration: has(Offer::MIGRATION).then(|| theirs.answer()),
                 twin_socket: has(Offer::TWIN_SOCKET).then_some(twin_socket),

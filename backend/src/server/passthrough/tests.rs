@@ -94,7 +94,8 @@ fn a_memory_fault_is_judged_by_what_the_device_decodes_and_what_can_be_mapped() 
 }
 
 /// A client that forwards memory faults.
-const FORWARDS: BarkeepExtensions = BarkeepExtensions { memory_fault: true, region_state: true };
+const FORWARDS: BarkeepExtensions =
+    BarkeepExtensions { memory_fault: true, region_state: true, decode_page: true };
 
 #[test]
 fn memory_that_may_refuse_access_is_mapped_by_clients_that_forward_faults() {

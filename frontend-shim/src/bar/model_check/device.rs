@@ -333,7 +333,8 @@ impl Backend for Link {
 
     fn extensions(&self) -> BarkeepExtensions {
         let barkeep = self.device.kind.barkeep;
-        BarkeepExtensions { memory_fault: barkeep, region_state: barkeep }
+        let extensions = BarkeepExtensions::default();
+        BarkeepExtensions { memory_fault: barkeep, region_state: barkeep, ..extensions }
     }
 
     fn device_info(&self) -> Result<DeviceInfo, ClientError> {

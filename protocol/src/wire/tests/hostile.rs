@@ -31,6 +31,7 @@ proptest! {
         let _ = RegionData::parse(&body);
         let _ = FaultVerdict::parse(&body);
         let _ = RegionState::parse(&body);
+        let _ = DecodePageInfo::parse(&body);
         let _ = MigrationFlags::parse_reply(&body);
         let _ = MigDeviceState::parse_reply(&body);
         let _ = MigDataRead { size: 16 }.parse_reply(&body);

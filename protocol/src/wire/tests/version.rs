@@ -45,7 +45,7 @@ fn extensions_are_answered_only_to_a_peer_that_proposed_them() {
     assert_eq!((answer.minor, answer.capabilities.barkeep), (1, None));
     assert!(!String::from_utf8_lossy(&answer.to_bytes()).contains("barkeep"));
 
-    let half = BarkeepExtensions { memory_fault: true, region_state: false };
+    let half = BarkeepExtensions { memory_fault: true, region_state: false, decode_page: true };
     let proposal = Version {
         capabilities: Capabilities { barkeep: Some(half), ..Capabilities::default() },
         ..Version::proposal()
