@@ -15,7 +15,7 @@ mod sync;
 #[cfg(feature = "x86")]
 pub mod vmm;
 #[cfg(feature = "x86")]
-mod x86;
+pub mod x86;
 
 pub use address::GuestAddress;
 pub use frontend::{

@@ -5,13 +5,17 @@ use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::{self, CF, DF, IF, STATUS, SYSTEM, Shift, ZF, sign_extend, truncate};
 use super::operand::{address, is_memory, modify, read, register, set_register, width, write};
-use super::{Bus, Registers, Stop, Unsupported, string, vector};
+use super::{Bus, Registers, Stop, Unsupported, VectorFile, string, vector};
 
 /// Executes `instruction` on `registers`, whose `rip` is already that of the next one.
 ///
-/// On `Err` the registers are to be thrown away.
-pub(crate) fn execute<B: Bus>(
-    r: &mut Registers,
+/// Of an instruction with a repeat prefix, this is one iteration: `rip` is set back to it until it has
+/// finished. Allocates nothing, once a first call has been made.
+///
+/// # Errors
+/// [`Stop`]; the registers are to be thrown away then.
+pub fn execute<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
@@ -153,8 +157,8 @@ pub(crate) fn execute<B: Bus>(
 }
 
 /// Jcc, SETcc and CMOVcc.
-fn conditional<B: Bus>(
-    r: &mut Registers,
+fn conditional<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
@@ -181,8 +185,8 @@ fn conditional<B: Bus>(
     }
 }
 
-fn binary<B: Bus>(
-    r: &mut Registers,
+fn binary<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     operation: impl Fn(u64, u64, u64, usize) -> (u64, u64),
@@ -195,8 +199,8 @@ fn binary<B: Bus>(
     Ok(())
 }
 
-fn unary<B: Bus>(
-    r: &mut Registers,
+fn unary<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     operation: impl Fn(u64, u64, usize) -> (u64, u64),
@@ -208,8 +212,8 @@ fn unary<B: Bus>(
     Ok(())
 }
 
-fn compare<B: Bus>(
-    r: &mut Registers,
+fn compare<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     flags: impl Fn(u64, u64, usize) -> u64,
@@ -221,8 +225,8 @@ fn compare<B: Bus>(
     Ok(())
 }
 
-fn shift<B: Bus>(
-    r: &mut Registers,
+fn shift<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     kind: Shift,
@@ -237,8 +241,8 @@ fn shift<B: Bus>(
     Ok(())
 }
 
-fn compare_exchange<B: Bus>(
-    r: &mut Registers,
+fn compare_exchange<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
@@ -262,12 +266,12 @@ fn compare_exchange<B: Bus>(
 }
 
 /// CMPXCHG8B: EDX:EAX against memory, ECX:EBX to it.
-fn compare_exchange_pair<B: Bus>(
-    r: &mut Registers,
+fn compare_exchange_pair<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
-    let pair = |r: &Registers, high, low| -> Result<u64, Unsupported> {
+    let pair = |r: &Registers<V>, high, low| -> Result<u64, Unsupported> {
         Ok(register(r, high)? << 32 | register(r, low)?)
     };
     let expected = pair(r, Register::EDX, Register::EAX)?;
@@ -283,12 +287,12 @@ fn compare_exchange_pair<B: Bus>(
 }
 
 /// CMPXCHG16B: RDX:RAX against memory, RCX:RBX to it.
-fn compare_exchange_wide<B: Bus>(
-    r: &mut Registers,
+fn compare_exchange_wide<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
-    let pair = |r: &Registers, high, low| -> Result<u128, Unsupported> {
+    let pair = |r: &Registers<V>, high, low| -> Result<u128, Unsupported> {
         Ok(u128::from(register(r, high)?) << 64 | u128::from(register(r, low)?))
     };
     let expected = pair(r, Register::RDX, Register::RAX)?;
@@ -306,8 +310,8 @@ fn compare_exchange_wide<B: Bus>(
 
 /// BT, and with `change` BTS, BTR, BTC. An offset in a register may select any bit around a memory
 /// operand, an immediate one selects within it.
-fn bit_test<B: Bus>(
-    r: &mut Registers,
+fn bit_test<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     change: Option<fn(u64, u64) -> u64>,
@@ -340,7 +344,11 @@ fn bit_test<B: Bus>(
     Ok(())
 }
 
-fn jump<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), Stop<B::Error>> {
+fn jump<B: Bus, V>(
+    r: &mut Registers<V>,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
     r.rip = match i.op0_kind() {
         OpKind::NearBranch64 => i.near_branch_target(),
         OpKind::Register => register(r, i.op0_register())?,
@@ -350,21 +358,21 @@ fn jump<B: Bus>(r: &mut Registers, i: &Instruction, bus: &mut B) -> Result<(), S
     Ok(())
 }
 
-fn push<B: Bus>(r: &mut Registers, value: u64, bus: &mut B) -> Result<(), Stop<B::Error>> {
+fn push<B: Bus, V>(r: &mut Registers<V>, value: u64, bus: &mut B) -> Result<(), Stop<B::Error>> {
     let rsp = register(r, Register::RSP)?.wrapping_sub(8);
     bus.write(rsp, 8, value)?;
     Ok(set_register(r, Register::RSP, rsp)?)
 }
 
-fn pop<B: Bus>(r: &mut Registers, bus: &mut B) -> Result<u64, Stop<B::Error>> {
+fn pop<B: Bus, V>(r: &mut Registers<V>, bus: &mut B) -> Result<u64, Stop<B::Error>> {
     let rsp = register(r, Register::RSP)?;
     let value = bus.read(rsp, 8)?;
     set_register(r, Register::RSP, rsp.wrapping_add(8))?;
     Ok(value)
 }
 
-fn port<B: Bus>(
-    r: &Registers,
+fn port<B: Bus, V>(
+    r: &Registers<V>,
     i: &Instruction,
     operand: u32,
     bus: &mut B,
@@ -379,12 +387,12 @@ fn keep_carry(before: u64, (result, flags): (u64, u64)) -> (u64, u64) {
     (result, flags & !CF | before & CF)
 }
 
-fn flag<E>(r: &mut Registers, flag: u64, set: bool) -> Result<(), Stop<E>> {
+fn flag<E, V>(r: &mut Registers<V>, flag: u64, set: bool) -> Result<(), Stop<E>> {
     r.flags = if set { r.flags | flag } else { r.flags & !flag };
     Ok(())
 }
 
-pub(super) fn set_status(r: &mut Registers, flags: u64) {
+pub(super) fn set_status<V>(r: &mut Registers<V>, flags: u64) {
     debug_assert_eq!(flags & !STATUS, 0, "only status flags");
     r.flags = r.flags & !STATUS | flags;
 }

@@ -1,11 +1,13 @@
 //! x86-64 instructions in software: what guests and drivers access devices with.
 //!
-//! It has two users. The software hypervisor executes whole guests with it, and a hypervisor that
-//! can't complete an access to a device has that one instruction completed here. Both do it through
-//! [`PendingInstruction`] or the [`Execution`] under it: what memory is, a [`Memory`] says, and an access
-//! to what is not RAM stops the instruction until the caller has completed it. Privilege levels,
-//! interrupts and exceptions are left out; an instruction that is not known is unsupported, never a
-//! guess.
+//! [`execute`] is one instruction at once, on what a [`Bus`] calls memory: a process whose own access to a
+//! device was refused completes it so, in its signal handler. Where the access has to leave for somebody
+//! else to complete, there is more around it. The software hypervisor executes whole guests, and a
+//! hypervisor that can't complete an access to a device has that one instruction completed here; both do
+//! it through [`PendingInstruction`] or the [`Execution`] under it: what memory is, a [`Memory`] says, and
+//! an access to what is not RAM stops the instruction until the caller has completed it. Privilege
+//! levels, interrupts and exceptions are left out; an instruction that is not known is unsupported, never
+//! a guess.
 
 mod alu;
 mod execute;
@@ -18,16 +20,19 @@ mod string;
 mod tests;
 mod vector;
 
-#[cfg(test)]
-pub(crate) use self::execute::execute;
-pub(crate) use self::registers::{Registers, Vectors};
+pub use self::execute::execute;
+pub use self::registers::{Registers, VectorFile, Vectors};
 pub(crate) use self::resume::{Execution, Memory, Outcome, PendingInstruction, Ram};
+pub use self::vector::is_vector;
 
 /// Longest instruction in bytes.
-pub(crate) const MAX_INSTRUCTION: usize = 15;
+pub const MAX_INSTRUCTION: usize = 15;
 
 /// Memory and ports as an instruction reaches them. Addresses are linear.
-pub(crate) trait Bus {
+///
+/// Every access fails with a [`Stop`], which ends the attempt at the instruction.
+#[expect(clippy::missing_errors_doc, reason = "they are all the same, and told above")]
+pub trait Bus {
     /// Why an access can't be completed now.
     type Error;
 
@@ -47,7 +52,7 @@ pub(crate) trait Bus {
         update: impl FnMut(u64) -> u64,
     ) -> Result<u64, Stop<Self::Error>>;
 
-    /// Reads 1, 2, 4, 8, 16 or 32 bytes of memory.
+    /// Reads 1, 2, 4, 8, 16, 32 or 64 bytes of memory.
     fn read_bytes(&mut self, address: u64, data: &mut [u8]) -> Result<(), Stop<Self::Error>> {
         for (offset, part) in (0..).step_by(8).zip(data.chunks_mut(8)) {
             let value = self.read(address.wrapping_add(offset), part.len())?;
@@ -56,7 +61,7 @@ pub(crate) trait Bus {
         Ok(())
     }
 
-    /// Writes 1, 2, 4, 8, 16 or 32 bytes of memory.
+    /// Writes 1, 2, 4, 8, 16, 32 or 64 bytes of memory.
     fn write_bytes(&mut self, address: u64, data: &[u8]) -> Result<(), Stop<Self::Error>> {
         for (offset, part) in (0..).step_by(8).zip(data.chunks(8)) {
             let mut value = [0; 8];
@@ -88,7 +93,7 @@ pub(crate) trait Bus {
 
 /// Why an attempt at an instruction stopped before its end.
 #[derive(Debug)]
-pub(crate) enum Stop<E> {
+pub enum Stop<E> {
     /// The bus stopped it.
     Bus(E),
     /// It was HLT; the registers are those after it.
@@ -99,7 +104,7 @@ pub(crate) enum Stop<E> {
 
 /// Something that is not known here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Unsupported(pub(crate) &'static str);
+pub struct Unsupported(pub &'static str);
 
 impl<E> From<Unsupported> for Stop<E> {
     fn from(Unsupported(what): Unsupported) -> Self {

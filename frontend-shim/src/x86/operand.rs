@@ -13,8 +13,8 @@ pub(super) fn width(instruction: &Instruction, operand: u32) -> usize {
 }
 
 /// Value of an operand. Immediates are sign-extended: truncate to the width of the operation.
-pub(super) fn read<B: Bus>(
-    registers: &Registers,
+pub(super) fn read<B: Bus, V>(
+    registers: &Registers<V>,
     instruction: &Instruction,
     operand: u32,
     bus: &mut B,
@@ -29,8 +29,8 @@ pub(super) fn read<B: Bus>(
     }
 }
 
-pub(super) fn write<B: Bus>(
-    registers: &mut Registers,
+pub(super) fn write<B: Bus, V>(
+    registers: &mut Registers<V>,
     instruction: &Instruction,
     operand: u32,
     value: u64,
@@ -47,8 +47,8 @@ pub(super) fn write<B: Bus>(
 }
 
 /// Replaces an operand by what `update` makes of it and returns its old value.
-pub(super) fn modify<B: Bus>(
-    registers: &mut Registers,
+pub(super) fn modify<B: Bus, V>(
+    registers: &mut Registers<V>,
     instruction: &Instruction,
     operand: u32,
     locked: bool,
@@ -65,12 +65,15 @@ pub(super) fn modify<B: Bus>(
     Ok(old)
 }
 
-pub(super) fn register(registers: &Registers, register: Register) -> Result<u64, Unsupported> {
+pub(super) fn register<V>(
+    registers: &Registers<V>,
+    register: Register,
+) -> Result<u64, Unsupported> {
     registers.get(register).ok_or(Unsupported("register other than a general-purpose one"))
 }
 
-pub(super) fn set_register(
-    registers: &mut Registers,
+pub(super) fn set_register<V>(
+    registers: &mut Registers<V>,
     register: Register,
     value: u64,
 ) -> Result<(), Unsupported> {
@@ -78,8 +81,8 @@ pub(super) fn set_register(
 }
 
 /// Linear address of a memory operand. For LEA, which has no segment, its offset.
-pub(super) fn address(
-    registers: &Registers,
+pub(super) fn address<V>(
+    registers: &Registers<V>,
     instruction: &Instruction,
     operand: u32,
 ) -> Result<u64, Unsupported> {

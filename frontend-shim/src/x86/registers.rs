@@ -11,27 +11,51 @@ use super::alu::{ALWAYS, truncate};
 /// A caller that has a real one fills in every field. Segment bases other than those of FS and GS are
 /// zero in 64-bit mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Registers {
+pub struct Registers<V = Option<Arc<Vectors>>> {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the order of their numbers in instructions.
-    pub(crate) general: [u64; 16],
-    pub(crate) rip: u64,
+    pub general: [u64; 16],
+    /// Linear address of the next instruction.
+    pub rip: u64,
     /// RFLAGS. Bits that no instruction here changes come out as they went in.
-    pub(crate) flags: u64,
-    pub(crate) fs_base: u64,
-    pub(crate) gs_base: u64,
-    /// Vector registers; `None` where the caller does not know them, which makes every vector
-    /// instruction unsupported. Shared, because most instructions leave them alone.
-    pub(crate) vectors: Option<Arc<Vectors>>,
+    pub flags: u64,
+    /// Linear address that segment FS starts at.
+    pub fs_base: u64,
+    /// Linear address that segment GS starts at.
+    pub gs_base: u64,
+    /// Vector registers.
+    pub vectors: V,
+}
+
+/// Vector registers, where they are kept.
+pub trait VectorFile {
+    /// What is known of vector register `number`, from its least significant byte on: 16 bytes (XMM), 32
+    /// (YMM) or 64 (ZMM), the same for all registers. `None` for a register that is not known: an
+    /// instruction that needs it is unsupported.
+    fn get(&self, number: usize) -> Option<&[u8]>;
+
+    /// Like [`get`](Self::get), to change it.
+    fn get_mut(&mut self, number: usize) -> Option<&mut [u8]>;
 }
 
 /// XMM0 to XMM15, or YMM0 to YMM15 where the processor has them: byte 0 is the least significant, an
 /// XMM register is the first 16 bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Vectors(pub(crate) [[u8; 32]; 16]);
+pub struct Vectors(pub [[u8; 32]; 16]);
+
+/// `None` where the caller does not know them. Shared, because most instructions leave them alone.
+impl VectorFile for Option<Arc<Vectors>> {
+    fn get(&self, number: usize) -> Option<&[u8]> {
+        self.as_ref()?.0.get(number).map(<[u8; 32]>::as_slice)
+    }
+
+    fn get_mut(&mut self, number: usize) -> Option<&mut [u8]> {
+        Arc::make_mut(self.as_mut()?).0.get_mut(number).map(<[u8; 32]>::as_mut_slice)
+    }
+}
 
 impl Registers {
     /// All zero, vector registers too.
-    pub(crate) fn new(rip: u64) -> Registers {
+    pub fn new(rip: u64) -> Registers {
         Registers {
             general: [0; 16],
             rip,
@@ -41,7 +65,9 @@ impl Registers {
             vectors: Some(Arc::default()),
         }
     }
+}
 
+impl<V> Registers<V> {
     /// Value of a general-purpose register of any width, zero-extended; `None` for any other register.
     pub(crate) fn get(&self, register: Register) -> Option<u64> {
         let value = *self.general.get(index(register)?)?;
@@ -62,16 +88,19 @@ impl Registers {
         }
         Some(())
     }
+}
 
-    /// All bytes of the YMM register that an XMM or YMM register is or is part of; `None` for any other
-    /// register, and where vector registers are unknown.
-    pub(super) fn vector(&self, register: Register) -> Option<&[u8; 32]> {
-        self.vectors.as_ref()?.0.get(vector_index(register)?)
+impl<V: VectorFile> Registers<V> {
+    /// All that is known of the register that an XMM, YMM or ZMM register is part of: at least all of
+    /// itself. `None` for any other register, and where it is not known.
+    pub(super) fn vector(&self, register: Register) -> Option<&[u8]> {
+        self.vectors.get(vector_index(register)?).filter(|known| known.len() >= register.size())
     }
 
     /// Like [`vector`](Self::vector), to change it.
-    pub(super) fn vector_mut(&mut self, register: Register) -> Option<&mut [u8; 32]> {
-        Arc::make_mut(self.vectors.as_mut()?).0.get_mut(vector_index(register)?)
+    pub(super) fn vector_mut(&mut self, register: Register) -> Option<&mut [u8]> {
+        let known = self.vectors.get_mut(vector_index(register)?);
+        known.filter(|known| known.len() >= register.size())
     }
 }
 
@@ -80,7 +109,7 @@ fn index(register: Register) -> Option<usize> {
 }
 
 fn vector_index(register: Register) -> Option<usize> {
-    (register.is_xmm() || register.is_ymm()).then(|| register.number())
+    register.is_vector_register().then(|| register.number())
 }
 
 fn shift(register: Register) -> u32 {

@@ -16,8 +16,8 @@ pub(super) fn is_string(i: &Instruction) -> bool {
 
 /// One iteration. With a repeat prefix the instruction is its own successor until it has finished:
 /// `rip` stays at it, as it does for an interrupt between two iterations.
-pub(super) fn execute<B: Bus>(
-    r: &mut Registers,
+pub(super) fn execute<B: Bus, V>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
@@ -75,7 +75,7 @@ fn compares(i: &Instruction) -> Result<bool, Unsupported> {
 }
 
 /// Moves the pointers that the instruction uses.
-fn advance(r: &mut Registers, i: &Instruction) -> Result<(), Unsupported> {
+fn advance<V>(r: &mut Registers<V>, i: &Instruction) -> Result<(), Unsupported> {
     let width = i.memory_size().size() as u64;
     let step = if r.flags & DF == 0 { width } else { width.wrapping_neg() };
     for operand in 0..i.op_count() {

@@ -7,16 +7,16 @@
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::operand::{address, is_memory, register, set_register, width};
-use super::{Bus, Registers, Stop, Unsupported};
+use super::{Bus, Registers, Stop, Unsupported, VectorFile};
 
 const UNKNOWN: Unsupported = Unsupported("instruction outside the known subset");
 const NO_VECTOR: Unsupported = Unsupported("vector register that is not known");
 
 /// Bytes of an operand, the least significant first; the rest is zero.
-type Value = [u8; 32];
+type Value = [u8; 64];
 
-/// Whether an instruction is this file's to know.
-pub(super) fn is_vector(i: &Instruction) -> bool {
+/// Whether an instruction has to do with vector registers.
+pub fn is_vector(i: &Instruction) -> bool {
     i.encoding() != EncodingKind::Legacy
         || (0..i.op_count()).any(|operand| {
             i.op_kind(operand) == OpKind::Register && i.op_register(operand).is_vector_register()
@@ -24,13 +24,15 @@ pub(super) fn is_vector(i: &Instruction) -> bool {
 }
 
 /// Executes one; see [`execute`](super::execute::execute).
-pub(super) fn execute<B: Bus>(
-    r: &mut Registers,
+pub(super) fn execute<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
-    if !matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
-        return Err(UNKNOWN.into());
+    match i.encoding() {
+        EncodingKind::Legacy | EncodingKind::VEX => {}
+        EncodingKind::EVEX if is_plain(r, i) => {}
+        _ => return Err(UNKNOWN.into()),
     }
     match i.mnemonic() {
         Mnemonic::Movups
@@ -40,6 +42,10 @@ pub(super) fn execute<B: Bus>(
         | Mnemonic::Vmovups
         | Mnemonic::Vmovupd
         | Mnemonic::Vmovdqu
+        | Mnemonic::Vmovdqu8
+        | Mnemonic::Vmovdqu16
+        | Mnemonic::Vmovdqu32
+        | Mnemonic::Vmovdqu64
         | Mnemonic::Vlddqu
         | Mnemonic::Movd
         | Mnemonic::Movq
@@ -58,6 +64,8 @@ pub(super) fn execute<B: Bus>(
         | Mnemonic::Vmovaps
         | Mnemonic::Vmovapd
         | Mnemonic::Vmovdqa
+        | Mnemonic::Vmovdqa32
+        | Mnemonic::Vmovdqa64
         | Mnemonic::Vmovntps
         | Mnemonic::Vmovntpd
         | Mnemonic::Vmovntdq
@@ -92,10 +100,17 @@ pub(super) fn execute<B: Bus>(
     }
 }
 
+/// Whether an instruction of AVX-512 has none of what only these have: elements that a mask register
+/// leaves out, or one element in place of all. Its registers must be known to their ends.
+fn is_plain<V: VectorFile>(r: &Registers<V>, i: &Instruction) -> bool {
+    let whole = r.vectors.get(0).is_some_and(|known| known.len() == 64);
+    whole && i.op_mask() == Register::None && !i.is_broadcast()
+}
+
 /// MOVSS and MOVSD: from memory the rest of the XMM register becomes zero; between registers it stays,
 /// or with VEX comes from a third one.
-fn scalar<B: Bus>(
-    r: &mut Registers,
+fn scalar<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     len: usize,
     bus: &mut B,
@@ -105,7 +120,7 @@ fn scalar<B: Bus>(
         return bus.write_bytes(address(r, i, 0)?, &value[..len]);
     }
     if is_memory(i.op1_kind()) {
-        let mut value = [0; 32];
+        let mut value = [0; 64];
         bus.read_bytes(address(r, i, 1)?, &mut value[..len])?;
         return Ok(set_vector(r, i, 16, &value)?);
     }
@@ -116,8 +131,8 @@ fn scalar<B: Bus>(
 
 /// MOVLPS and MOVHPS: 8 bytes from byte `at` of an XMM register on; a load leaves the other 8, or with
 /// VEX takes them from a third register.
-fn half<B: Bus>(
-    r: &mut Registers,
+fn half<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     at: usize,
     bus: &mut B,
@@ -134,8 +149,8 @@ fn half<B: Bus>(
 
 /// An operation on elements of `size` bytes; its first operand is the destination, or with VEX a third
 /// register.
-fn binary<B: Bus>(
-    r: &mut Registers,
+fn binary<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     bus: &mut B,
     size: usize,
@@ -156,7 +171,7 @@ fn equal(a: &mut [u8], b: &[u8]) {
 }
 
 /// Clears all vector registers from byte `from` on.
-fn clear<E>(r: &mut Registers, from: usize) -> Result<(), Stop<E>> {
+fn clear<E, V: VectorFile>(r: &mut Registers<V>, from: usize) -> Result<(), Stop<E>> {
     const XMM: [Register; 16] = [
         Register::XMM0,
         Register::XMM1,
@@ -181,15 +196,15 @@ fn clear<E>(r: &mut Registers, from: usize) -> Result<(), Stop<E>> {
     Ok(())
 }
 
-fn read<B: Bus>(
-    r: &Registers,
+fn read<B: Bus, V: VectorFile>(
+    r: &Registers<V>,
     i: &Instruction,
     operand: u32,
     aligned: bool,
     bus: &mut B,
 ) -> Result<Value, Stop<B::Error>> {
-    let mut value = [0; 32];
-    let len = width(i, operand).min(32);
+    let mut value = [0; 64];
+    let len = width(i, operand).min(64);
     if is_memory(i.op_kind(operand)) {
         let address = checked_address(r, i, operand, aligned)?;
         bus.read_bytes(address, &mut value[..len])?;
@@ -206,14 +221,14 @@ fn read<B: Bus>(
 }
 
 /// Writes the first operand of a move.
-fn write<B: Bus>(
-    r: &mut Registers,
+fn write<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     value: Value,
     aligned: bool,
     bus: &mut B,
 ) -> Result<(), Stop<B::Error>> {
-    let len = width(i, 0).min(32);
+    let len = width(i, 0).min(64);
     if is_memory(i.op0_kind()) {
         let address = checked_address(r, i, 0, aligned)?;
         return bus.write_bytes(address, &value[..len]);
@@ -225,8 +240,8 @@ fn write<B: Bus>(
     Ok(set_vector(r, i, len, &value)?)
 }
 
-fn checked_address(
-    r: &Registers,
+fn checked_address<V: VectorFile>(
+    r: &Registers<V>,
     i: &Instruction,
     operand: u32,
     aligned: bool,
@@ -238,20 +253,23 @@ fn checked_address(
     Ok(address)
 }
 
-fn vector(r: &Registers, register: Register) -> Result<Value, Unsupported> {
-    r.vector(register).copied().ok_or(NO_VECTOR)
+fn vector<V: VectorFile>(r: &Registers<V>, register: Register) -> Result<Value, Unsupported> {
+    let known = r.vector(register).ok_or(NO_VECTOR)?;
+    let mut value = [0; 64];
+    value[..known.len()].copy_from_slice(known);
+    Ok(value)
 }
 
-/// Sets the first `len` bytes of the destination, and with VEX clears those above.
-fn set_vector(
-    r: &mut Registers,
+/// Sets the first `len` bytes of the destination, and with VEX or EVEX clears those above.
+fn set_vector<V: VectorFile>(
+    r: &mut Registers<V>,
     i: &Instruction,
     len: usize,
     value: &Value,
 ) -> Result<(), Unsupported> {
     let full = r.vector_mut(i.op0_register()).ok_or(NO_VECTOR)?;
     full[..len].copy_from_slice(&value[..len]);
-    if i.encoding() == EncodingKind::VEX {
+    if i.encoding() != EncodingKind::Legacy {
         full[len..].fill(0);
     }
     Ok(())
