@@ -19,6 +19,23 @@ pub fn barkeep() -> PathBuf {
     path
 }
 
+/// The library that is preloaded into a VMM: `BARKEEP_PRELOAD`, else the one of the profile that this
+/// test was built with.
+///
+/// # Panics
+/// If it has not been built.
+#[must_use]
+pub fn preload() -> PathBuf {
+    if let Some(path) = std::env::var_os("BARKEEP_PRELOAD") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("a test has a path");
+    let folder = test.ancestors().nth(2).expect("tests are in target/PROFILE/deps");
+    let path = folder.join("libbarkeep_preload.so");
+    assert!(path.exists(), "{} is missing: cargo build -p barkeep-preload", path.display());
+    path
+}
+
 /// The `barkeep` that was built with its points of failure: `BARKEEP_FAILPOINTS_BIN`. `tests/run`
 /// builds one.
 #[must_use]
