@@ -1,5 +1,6 @@
 //! The `barkeep` command.
 
+mod ctl;
 #[cfg(feature = "demo")]
 mod demo;
 mod heritage;
@@ -9,6 +10,7 @@ mod serve;
 mod upgrade;
 mod vhost_user;
 mod worker;
+mod wrap;
 
 use std::process::ExitCode;
 
@@ -41,6 +43,10 @@ enum Command {
     Run(run::Arguments),
     /// Have a running 'barkeep run' execute what is at its path now, without an end for any client
     Upgrade(upgrade::Arguments),
+    /// Run a VMM as it was shipped, with a library preloaded that completes accesses to disabled BARs
+    Wrap(wrap::Arguments),
+    /// Ask a running process
+    Ctl(ctl::Arguments),
     /// Tell whether this program can take the place of one with these arguments
     #[command(hide = true)]
     UpgradeCheck(upgrade::CheckArguments),
@@ -81,6 +87,8 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Run(run) => run::run(&run, arguments.log),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
+        Command::Wrap(arguments) => wrap::run(&arguments),
+        Command::Ctl(arguments) => ctl::run(&arguments),
         Command::UpgradeCheck(arguments) => upgrade::check(&arguments),
         Command::Worker(arguments) => worker::run(arguments),
         #[cfg(feature = "demo")]
