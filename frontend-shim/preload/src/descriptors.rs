@@ -63,6 +63,21 @@ impl Descriptors {
         Some(was)
     }
 
+    /// A descriptor that is this, if there is one.
+    pub(crate) fn find(&self, wanted: Descriptor) -> Option<RawFd> {
+        let numbers = 0..RawFd::try_from(LIMIT).unwrap_or(RawFd::MAX);
+        numbers.into_iter().find(|fd| self.get(*fd) == Some(wanted))
+    }
+
+    /// Forgets all descriptors that are something, without a lock.
+    pub(crate) fn forget(&self, what: impl Fn(Descriptor) -> bool) {
+        for fd in 0..RawFd::try_from(LIMIT).unwrap_or(RawFd::MAX) {
+            if self.get(fd).is_some_and(&what) {
+                self.clear(fd);
+            }
+        }
+    }
+
     fn word(&self, fd: RawFd) -> Option<&AtomicU32> {
         self.words.get(usize::try_from(fd).ok()?)
     }

@@ -1,38 +1,195 @@
 //! VMs of KVM: what the VMM believes of its slots, what the kernel has, and what `KVM_RUN` returns.
+//!
+//! A slot of a BAR that does not decode is suspended: taken from the kernel, while the VMM goes on
+//! believing in it. An access then exits as MMIO and completes as an Unsupported Request before the VMM
+//! sees it.
+//!
+//! As in the VMM without us, a slot that comes back while an instruction is half way can make KVM
+//! finish it in memory that it began as MMIO: the two halves of an access across a page, or of a
+//! read-modify-write, may then go different ways.
+
+mod abi;
+mod around;
+mod arrivals;
+mod run;
+mod run_area;
+mod slots;
+mod stopped;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod vm;
 
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use barkeep_shim::fault::XsaveLayout;
 
 use crate::Shim;
-use crate::system::System;
+use crate::descriptors::Descriptor;
+use crate::device::DeviceId;
+use crate::status::FailOpen;
+use crate::system::{Answer, System};
+
+use arrivals::Arrivals;
+use tables::{Entry, Table, Vcpu};
+use vm::Vm;
+
+/// VMs at the same time, in steps of 64.
+const VMS: usize = 16;
+/// Virtual CPUs at the same time, likewise.
+const VCPUS: usize = 256;
 
 /// All VMs of the process.
-#[derive(Debug, Default)]
-pub(crate) struct Vms {}
+#[derive(Debug)]
+pub(crate) struct Vms {
+    vms: Table<Vm>,
+    vcpus: Table<Vcpu>,
+    arrivals: Arrivals,
+    /// Where KVM puts the vector registers.
+    xsave: OnceLock<XsaveLayout>,
+}
+
+impl Default for Vms {
+    fn default() -> Self {
+        Self {
+            vms: Table::new(VMS),
+            vcpus: Table::new(VCPUS),
+            arrivals: Arrivals::default(),
+            xsave: OnceLock::new(),
+        }
+    }
+}
 
 impl<S: System> Shim<S> {
-    /// Whether a VM is the only one of the process.
-    pub(crate) fn is_only_vm(&self, vm: u32) -> bool {
-        let _ = vm;
-        true
+    /// `ioctl` of the VMM with a request of KVM's (type `0xae`).
+    ///
+    /// # Errors
+    /// Those of `ioctl`.
+    pub(crate) fn kvm_ioctl(&self, fd: RawFd, request: u64, argument: usize) -> Answer<i32> {
+        // The kernel looks at no more of it.
+        #[expect(clippy::cast_possible_truncation, reason = "the kernel's own")]
+        let known = request as u32;
+        match (known, self.descriptors.get(fd)) {
+            (abi::RUN, Some(Descriptor::Vcpu(vcpu))) => self.vms.run(self, fd, vcpu, argument),
+            (abi::CREATE_VM, _) => {
+                let created = self.system.ioctl(fd, request, argument)?;
+                self.shielded(|| self.vm_created(created));
+                Ok(created)
+            }
+            (abi::CREATE_VCPU, Some(Descriptor::Vm(vm))) => {
+                let created = self.system.ioctl(fd, request, argument)?;
+                self.shielded(|| self.vcpu_created(vm, created));
+                Ok(created)
+            }
+            (
+                abi::SET_USER_MEMORY_REGION | abi::SET_USER_MEMORY_REGION2,
+                Some(Descriptor::Vm(number)),
+            ) if let Some(vm) = self.vms.vms.get(number) => {
+                vm.set_region(self, number, (fd, request, argument))
+            }
+            (abi::GET_DIRTY_LOG, Some(Descriptor::Vm(vm)))
+                if let Some(vm) = self.vms.vms.get(vm) =>
+            {
+                vm.slots().dirty_log(&self.system, fd, argument)
+            }
+            (abi::CLEAR_DIRTY_LOG, Some(Descriptor::Vm(vm)))
+                if let Some(vm) = self.vms.vms.get(vm) =>
+            {
+                vm.slots().clear_dirty_log(&self.system, fd, argument)
+            }
+            _ => self.system.ioctl(fd, request, argument),
+        }
     }
 
-    /// A virtual CPU's descriptor was mapped.
+    /// Decode of a device came back by a write of the VMM to it, on the thread that made it. To be called
+    /// when the write is done, without a lock.
+    pub(crate) fn decode_came_back(&self, device: DeviceId) {
+        if self.vms.vms.iter().next().is_none() {
+            return;
+        }
+        self.vms.arrivals.begin(device, Instant::now());
+        for (number, vm) in self.vms.vms.iter() {
+            vm.restore_device(self, number, device);
+        }
+    }
+
+    /// Whether a VM is the only one of the process.
+    pub(crate) fn is_only_vm(&self, vm: u32) -> bool {
+        self.vms.vms.iter().all(|(number, _)| number == vm)
+    }
+
+    /// A virtual CPU's descriptor was mapped, from its beginning.
     pub(crate) fn vcpu_mapped(&self, fd: RawFd, start: usize, len: usize) {
-        let _ = (fd, start, len);
+        if let Some(Descriptor::Vcpu(vcpu)) = self.descriptors.get(fd)
+            && let Some(vcpu) = self.vms.vcpus.get(vcpu)
+        {
+            vcpu.mapped(start, len);
+        }
     }
 
     /// Host memory is about to be unmapped, or mapped anew. Called for all memory, so it must be quick.
     pub(crate) fn unmapped(&self, start: usize, len: usize) {
-        let _ = (start, len);
+        for (_, vcpu) in self.vms.vcpus.iter() {
+            vcpu.unmapped(start, len);
+        }
     }
 
     /// The last descriptor of a VM is closed.
     pub(crate) fn vm_closed(&self, vm: u32) {
-        let _ = vm;
+        if let Some(vm) = self.vms.vms.get(vm) {
+            vm.open.store(false, Ordering::Release);
+            vm.free_if_unused();
+        }
     }
 
     /// The last descriptor of a virtual CPU is closed.
     pub(crate) fn vcpu_closed(&self, vcpu: u32) {
-        let _ = vcpu;
+        let Some(vcpu) = self.vms.vcpus.get(vcpu) else { return };
+        let vm = vcpu.vm.load(Ordering::Acquire);
+        vcpu.state().free();
+        if let Some(vm) = self.vms.vms.get(vm) {
+            vm.vcpus.fetch_sub(1, Ordering::AcqRel);
+            vm.free_if_unused();
+        }
+    }
+
+    /// In the child of a fork: the kernel answers no request about the parent's VMs. Takes no lock, since
+    /// a thread may hold it that does not exist here.
+    pub(crate) fn kvm_forked(&self) {
+        self.descriptors
+            .forget(|descriptor| matches!(descriptor, Descriptor::Vm(_) | Descriptor::Vcpu(_)));
+        self.vms.vcpus.lose_all();
+        self.vms.vms.lose_all();
+    }
+
+    fn vm_created(&self, fd: RawFd) {
+        if !self.system.link(fd).is_ok_and(|link| link == b"anon_inode:kvm-vm") {
+            return;
+        }
+        let Some((number, vm)) = self.vms.vms.take() else {
+            return self.status.fail_open(FailOpen::TooManyVms);
+        };
+        vm.begin();
+        if !self.descriptors.set(fd, Descriptor::Vm(number)) {
+            vm.state().free();
+            self.status.fail_open(FailOpen::TooManyDescriptors);
+        }
+    }
+
+    fn vcpu_created(&self, vm: u32, fd: RawFd) {
+        let Some((number, vcpu)) = self.vms.vcpus.take() else {
+            return self.status.fail_open(FailOpen::TooManyVms);
+        };
+        vcpu.begin(vm);
+        if !self.descriptors.set(fd, Descriptor::Vcpu(number)) {
+            vcpu.state().free();
+            return self.status.fail_open(FailOpen::TooManyDescriptors);
+        }
+        if let Some(vm) = self.vms.vms.get(vm) {
+            vm.vcpus.fetch_add(1, Ordering::AcqRel);
+        }
     }
 }

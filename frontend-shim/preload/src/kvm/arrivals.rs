@@ -1,0 +1,143 @@
+//! Devices that decode again, before the VMM has put their BARs back.
+//!
+//! A VMM passes a guest's write to the device first and changes its own memory map after that, all
+//! within one exit of the virtual CPU that writes. Another one that accesses the BAR in between finds a
+//! device that decodes, and a VMM that knows of nothing there and reads 0. For the guest the write is not
+//! over before its virtual CPU runs again, so that the access is rightly one to a device that does not
+//! decode yet.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::device::DeviceId;
+
+/// A thread that never runs a virtual CPU may write too. The VMM has put the BARs back by then.
+const LIMIT: Duration = Duration::from_millis(100);
+
+/// Threads that do it at the same time. One more is too many to be followed.
+const THREADS: usize = 16;
+
+thread_local! {
+    static THREAD: u8 = const { 0 };
+}
+
+/// Without locks: a child of a fork would find them held.
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    /// How many entries are in use, so that there is one thing to look at.
+    count: AtomicUsize,
+    entries: [Arrival; THREADS],
+    /// What times are counted from.
+    start: OnceLock<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Arrival {
+    /// The thread that wrote, by the address of something that each has. 0: the entry is free.
+    thread: AtomicUsize,
+    device: AtomicU32,
+    /// In nanoseconds.
+    since: AtomicU64,
+}
+
+impl Arrivals {
+    /// A device decodes again after a write that this thread makes for the guest.
+    pub(super) fn begin(&self, device: DeviceId, now: Instant) {
+        let since = self.nanoseconds(now);
+        for entry in &self.entries {
+            let thread = entry.thread.load(Ordering::Acquire);
+            if thread != 0 && !entry.is_over(since) {
+                continue;
+            }
+            let taken = entry.thread.compare_exchange(
+                thread,
+                this_thread(),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            if taken.is_ok() {
+                entry.device.store(device.0, Ordering::Release);
+                entry.since.store(since, Ordering::Release);
+                if thread == 0 {
+                    self.count.fetch_add(1, Ordering::AcqRel);
+                }
+                return;
+            }
+        }
+    }
+
+    /// This thread is about to run a virtual CPU: what it was doing for the guest is done.
+    pub(super) fn end(&self) {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let thread = this_thread();
+        for entry in &self.entries {
+            let ended = entry.thread.compare_exchange(
+                thread,
+                0,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            if ended.is_ok() {
+                self.count.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Whether the VMM is about to put a device's BARs back.
+    pub(super) fn has(&self, device: DeviceId, now: Instant) -> bool {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let now = self.nanoseconds(now);
+        self.entries.iter().any(|entry| {
+            entry.thread.load(Ordering::Acquire) != 0
+                && entry.device.load(Ordering::Acquire) == device.0
+                && !entry.is_over(now)
+        })
+    }
+
+    fn nanoseconds(&self, now: Instant) -> u64 {
+        let start = self.start.get_or_init(|| now);
+        u64::try_from(now.saturating_duration_since(*start).as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Arrival {
+    fn is_over(&self, now: u64) -> bool {
+        let limit = u64::try_from(LIMIT.as_nanos()).unwrap_or(u64::MAX);
+        now.saturating_sub(self.since.load(Ordering::Acquire)) >= limit
+    }
+}
+
+fn this_thread() -> usize {
+    THREAD.with(|here| std::ptr::from_ref(here).addr())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arrival_lasts_until_its_own_thread_runs_a_virtual_cpu() {
+        let (arrivals, now) = (Arrivals::default(), Instant::now());
+        arrivals.begin(DeviceId(3), now);
+        std::thread::scope(|scope| {
+            scope.spawn(|| arrivals.end());
+        });
+        assert!(arrivals.has(DeviceId(3), now));
+        assert!(!arrivals.has(DeviceId(4), now));
+        arrivals.end();
+        assert!(!arrivals.has(DeviceId(3), now));
+    }
+
+    #[test]
+    fn an_arrival_ends_by_itself() {
+        let (arrivals, now) = (Arrivals::default(), Instant::now());
+        arrivals.begin(DeviceId(3), now);
+        assert!(arrivals.has(DeviceId(3), now + LIMIT / 2));
+        assert!(!arrivals.has(DeviceId(3), now + LIMIT));
+    }
+}

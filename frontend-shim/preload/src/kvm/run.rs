@@ -1,0 +1,271 @@
+//! `KVM_RUN`, until there is an exit that is the VMM's.
+
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use barkeep_protocol::wire;
+use barkeep_shim::GuestAddress;
+use barkeep_shim::fault::{
+    FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated, XsaveLayout,
+};
+use kvm_bindings::{
+    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+};
+use rustix::io::Errno;
+
+use super::around::Around;
+use super::run_area::{MmioExit, RunArea};
+use super::slots::{Place, Slot};
+use super::stopped::Stopped;
+use super::tables::Vcpu;
+use super::vm::Vm;
+use super::{Vms, abi};
+use crate::device::{BarMapping, Decode};
+use crate::status::{Count, FailOpen};
+use crate::system::{Answer, System};
+
+/// What is done about the end of a `KVM_RUN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// The guest goes on.
+    Enter,
+    /// The VMM gets it, as it is.
+    Vmm,
+}
+
+impl Vms {
+    /// `KVM_RUN` on a virtual CPU. What is not about a BAR that does not decode costs no lock, no
+    /// allocation and no system call but the one that the VMM makes.
+    pub(super) fn run<A: Around>(
+        &self,
+        around: &A,
+        fd: RawFd,
+        vcpu: u32,
+        argument: usize,
+    ) -> Answer<i32> {
+        self.arrivals.end();
+        let enter = || around.system().ioctl(fd, abi::RUN.into(), argument);
+        let Some(vcpu) = self.vcpus.get(vcpu) else { return enter() };
+        loop {
+            let answer = enter();
+            let Some(run) = vcpu.run() else { return answer };
+            let next = match answer {
+                Ok(_) => {
+                    vcpu.progress();
+                    if run.exit_reason() != KVM_EXIT_MMIO {
+                        return answer;
+                    }
+                    self.mmio(around, vcpu, run)
+                }
+                Err(Errno::FAULT) => {
+                    let next = around.shielded(|| self.fault(around, fd, vcpu, run));
+                    next.unwrap_or(Next::Vmm)
+                }
+                // A signal: the VMM wants to be asked. It will enter again.
+                Err(_) => return answer,
+            };
+            if next == Next::Vmm {
+                return answer;
+            }
+        }
+    }
+
+    fn mmio<A: Around>(&self, around: &A, vcpu: &Vcpu, run: RunArea) -> Next {
+        let number = vcpu.vm.load(Ordering::Relaxed);
+        let Some(vm) = self.vms.get(number) else { return Next::Vmm };
+        let address = run.mmio_address();
+        let exit = if vm.may_have_suspended(address) {
+            around.shielded(|| self.suspended_or_window(around, number, vm, run))
+        } else if let Some(place) = around.window_at(number, address) {
+            around.shielded(|| self.window(around, place, run))
+        } else {
+            return Next::Vmm;
+        };
+        exit.unwrap_or(Next::Vmm)
+    }
+
+    fn suspended_or_window<A: Around>(
+        &self,
+        around: &A,
+        number: u32,
+        vm: &Vm,
+        run: RunArea,
+    ) -> Next {
+        let exit = run.mmio();
+        let mut slots = vm.slots();
+        let slot = slots.at(run.address_space(), exit.address).copied();
+        let Some(Slot { region, place: Place::Suspended(bar), .. }) = slot else {
+            drop(slots);
+            let place = around.window_at(number, exit.address);
+            return place.map_or(Next::Vmm, |place| self.window(around, place, run));
+        };
+        let last = exit.address.saturating_add(exit.len as u64 - 1);
+        if !region.contains(last) {
+            return Next::Vmm;
+        }
+        match around.decode(bar.device, bar.bar) {
+            Decode::Off => {
+                drop(slots);
+                complete(around, region.in_bar(&bar, exit.address), run, exit);
+                Next::Enter
+            }
+            Decode::On => {
+                vm.restore(around, number, &mut slots, region.slot);
+                Next::Vmm
+            }
+            Decode::Unknown => Next::Vmm,
+        }
+    }
+
+    /// An exit in the window of a BAR that has no slot there.
+    fn window<A: Around>(
+        &self,
+        around: &A,
+        place: crate::device::BarAddress,
+        run: RunArea,
+    ) -> Next {
+        match around.decode(place.device, place.bar) {
+            Decode::Off => {
+                complete(around, place, run, run.mmio());
+                Next::Enter
+            }
+            Decode::On if self.arrivals.has(place.device, Instant::now()) => {
+                // A backend would answer already; what the VMM itself emulates in the BAR it would not know.
+                let exit = run.mmio();
+                if exit.write {
+                    around.status().count(Count::UrWrites);
+                } else {
+                    run.set_mmio_data([0xff; 8]);
+                    around.status().count(Count::UrReads);
+                }
+                Next::Enter
+            }
+            Decode::On | Decode::Unknown => Next::Vmm,
+        }
+    }
+
+    /// `KVM_RUN` has failed with `EFAULT`. Only what is mapped changes: the instruction is executed again
+    /// and exits as MMIO, which says all that is needed to complete it.
+    fn fault<A: Around>(&self, around: &A, fd: RawFd, vcpu: &Vcpu, run: RunArea) -> Next {
+        let number = vcpu.vm.load(Ordering::Relaxed);
+        let Some(vm) = self.vms.get(number).filter(|vm| vm.has_bars()) else { return Next::Vmm };
+        let reported = run.exit_reason() == KVM_EXIT_MEMORY_FAULT;
+        if reported && run.memory_fault().flags != 0 {
+            // Conversions of confidential memory, and what is not known here.
+            debug_assert_ne!(KVM_MEMORY_EXIT_FLAG_PRIVATE, 0);
+            return Next::Vmm;
+        }
+        let slots: Vec<Slot> = vm.slots().iter().copied().collect();
+        let bars: Vec<(Slot, BarMapping)> =
+            slots.iter().filter_map(|slot| Some((*slot, bar_of(around, slot)?))).collect();
+        let space = run.address_space();
+        let place = if reported {
+            let fault = run.memory_fault();
+            let address = GuestAddress(fault.address);
+            FaultPlace::Reported(GuestAccess { address, size: fault.size, kind: None })
+        } else {
+            let layout = self.xsave.get_or_init(XsaveLayout::of_this_processor);
+            let stopped = Stopped::new(around.system(), fd, &slots, space, layout);
+            let is_bar = |slot: &Slot| bars.iter().any(|(bar, _)| bar == slot);
+            stopped.map_or_else(FaultPlace::Unknown, |stopped| stopped.find(is_bar))
+        };
+        if reported && !self.is_about(&place, space, &slots, &bars) {
+            return Next::Vmm;
+        }
+        let fault = MemoryFault { place, private: false };
+        let off = off(around, space, &bars, &fault);
+        let Some(suspended) = vm.suspend(around, number, &off) else { return Next::Vmm };
+        if suspended > 0 {
+            around.status().count(Count::FaultsLocated);
+        }
+        let changes = vm.changes();
+        if vcpu.with_guard(|guard| guard.fault(&fault, changes)).is_err() {
+            around.status().fail_open(FailOpen::NoProgress);
+            return Next::Vmm;
+        }
+        if reported {
+            // Nobody but us has seen it.
+            run.set_exit_reason(KVM_EXIT_UNKNOWN);
+        }
+        Next::Enter
+    }
+
+    /// Whether a fault can be about a BAR: it is in one, or in what was one a moment ago.
+    fn is_about(
+        &self,
+        place: &FaultPlace,
+        space: u32,
+        slots: &[Slot],
+        bars: &[(Slot, BarMapping)],
+    ) -> bool {
+        let FaultPlace::Reported(access) = place else { return true };
+        let here = |slot: &&Slot| {
+            slot.region.space() == space && slot.region.contains(access.address.0)
+        };
+        match slots.iter().find(here) {
+            Some(slot) => !slot.is_installed() || bars.iter().any(|(bar, _)| bar == slot),
+            None => true,
+        }
+    }
+}
+
+/// The installed slots of BARs that do not decode, among those that the fault can be about.
+fn off<A: Around>(
+    around: &A,
+    space: u32,
+    bars: &[(Slot, BarMapping)],
+    fault: &MemoryFault,
+) -> Vec<(Slot, BarMapping)> {
+    let mut off: Vec<(Slot, BarMapping)> = Vec::new();
+    let unknown = matches!(fault.place, FaultPlace::Unknown(_));
+    for (slot, bar) in bars {
+        if off.iter().any(|(_, known)| (known.device, known.bar) == (bar.device, bar.bar)) {
+            off.push((*slot, *bar));
+            continue;
+        }
+        let decode = if unknown {
+            around.decode(bar.device, bar.bar)
+        } else {
+            let here = fault.candidates().iter().find(|access| {
+                slot.region.space() == space && slot.region.contains(access.address.0)
+            });
+            let Some(access) = here else { continue };
+            let place = slot.region.in_bar(bar, access.address.0);
+            around.verdict(place, kind(access))
+        };
+        if decode == Decode::Off {
+            off.push((*slot, *bar));
+        }
+    }
+    off
+}
+
+/// The BAR that an installed slot is a part of.
+fn bar_of<A: Around>(around: &A, slot: &Slot) -> Option<BarMapping> {
+    let region = &slot.region;
+    let suspendable = slot.is_installed() && region.is_plain();
+    suspendable.then(|| around.mapping(region.host, region.size)).flatten()
+}
+
+fn kind(access: &GuestAccess) -> wire::FaultAccess {
+    match access.kind {
+        Some(FaultAccess::Write) => wire::FaultAccess::Write,
+        Some(FaultAccess::Execute) => wire::FaultAccess::Execute,
+        Some(FaultAccess::Read) | None => wire::FaultAccess::Read,
+    }
+}
+
+/// Completes an exit for MMIO; the next `KVM_RUN` takes it from there.
+fn complete<A: Around>(
+    around: &A,
+    place: crate::device::BarAddress,
+    run: RunArea,
+    exit: MmioExit,
+) {
+    let mut data = if exit.write { exit.data } else { [0xff; 8] };
+    around.complete(place, &mut data[..exit.len], exit.write);
+    if !exit.write {
+        run.set_mmio_data(data);
+    }
+}

@@ -1,0 +1,208 @@
+//! One VM.
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::around::Around;
+use super::slots::{Place, Region, Slot, Slots};
+use super::tables::{Entry, Use};
+use crate::device::{BarMapping, Decode, DeviceId};
+use crate::status::{Count, FailOpen};
+use crate::system::{Answer, System};
+
+/// A VM of KVM, as the VMM sees it and as the kernel has it.
+#[derive(Debug)]
+pub(super) struct Vm {
+    state: Use,
+    /// Whether the VMM has a descriptor of it. Its virtual CPUs keep it alive otherwise.
+    pub(super) open: AtomicBool,
+    /// Virtual CPUs that have a descriptor.
+    pub(super) vcpus: AtomicU32,
+    /// Locked across every ioctl that changes slots, so that both sides change together.
+    slots: Mutex<Slots>,
+    /// Moves whenever slots change.
+    changes: AtomicU64,
+    /// Whether there has ever been a slot with memory of a BAR.
+    bars: AtomicBool,
+    /// A range that has all suspended slots in it. It is changed under the lock and read without: its ends
+    /// may not belong together, but what is suspended all the time is inside of any mix of them.
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            state: Use::default(),
+            open: AtomicBool::new(false),
+            vcpus: AtomicU32::new(0),
+            slots: Mutex::default(),
+            changes: AtomicU64::new(0),
+            bars: AtomicBool::new(false),
+            start: AtomicU64::new(u64::MAX),
+            end: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Entry for Vm {
+    fn state(&self) -> &Use {
+        &self.state
+    }
+}
+
+impl Vm {
+    /// Begins anew, for another VM.
+    pub(super) fn begin(&self) {
+        let mut slots = self.slots();
+        *slots = Slots::default();
+        self.publish(&slots);
+        self.bars.store(false, Ordering::Release);
+        self.vcpus.store(0, Ordering::Release);
+        self.open.store(true, Ordering::Release);
+    }
+
+    /// Whether nothing in this process refers to it any more, and if so another VM may have the entry.
+    pub(super) fn free_if_unused(&self) {
+        if !self.open.load(Ordering::Acquire) && self.vcpus.load(Ordering::Acquire) == 0 {
+            self.state.free();
+        }
+    }
+
+    pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn has_bars(&self) -> bool {
+        self.bars.load(Ordering::Acquire)
+    }
+
+    pub(super) fn may_have_suspended(&self, guest: u64) -> bool {
+        let start = self.start.load(Ordering::Acquire);
+        start <= guest && guest < self.end.load(Ordering::Acquire)
+    }
+
+    /// `KVM_SET_USER_MEMORY_REGION` or its second form, with the structure at `argument`. The kernel
+    /// answers what it would have answered without us: what it depends on is given back first.
+    pub(super) fn set_region<A: Around>(
+        &self,
+        around: &A,
+        number: u32,
+        (fd, request, argument): (RawFd, u64, usize),
+    ) -> Answer<i32> {
+        let forward = || around.system().ioctl(fd, request, argument);
+        let mut bytes = [0; Region::SIZE];
+        if around.system().read_memory(argument, &mut bytes).is_err() {
+            return forward();
+        }
+        let asked = Region::from_bytes(&bytes);
+        let mut slots = self.slots();
+        if slots.delete_suspended(&asked) {
+            self.publish(&slots);
+            return Ok(0);
+        }
+        for waiting in slots.in_the_way(&asked) {
+            slots.restore(around.system(), fd, waiting)?;
+            around.status().count(Count::SlotsRestored);
+            self.publish(&slots);
+        }
+        let answer = forward()?;
+        let _ = around.shielded(|| {
+            let bar = asked.is_plain().then(|| around.mapping(asked.host, asked.size)).flatten();
+            slots.note(asked);
+            if let Some(bar) = bar.filter(|_| asked.size != 0) {
+                self.bars.store(true, Ordering::Release);
+                around.belongs(bar.device, number);
+            }
+            self.publish(&slots);
+        });
+        Ok(answer)
+    }
+
+    /// Takes slots from the kernel. Returns how many were there; `None` if the kernel refuses.
+    pub(super) fn suspend<A: Around>(
+        &self,
+        around: &A,
+        number: u32,
+        wanted: &[(Slot, BarMapping)],
+    ) -> Option<usize> {
+        if wanted.is_empty() {
+            return Some(0);
+        }
+        let Some(fd) = around.descriptor_of(number) else {
+            around.status().fail_open(FailOpen::NoVmDescriptor);
+            return None;
+        };
+        let mut slots = self.slots();
+        let mut suspended = 0;
+        for (slot, bar) in wanted {
+            match slots.suspend(around.system(), fd, &slot.region, *bar) {
+                Ok(true) => {
+                    suspended += 1;
+                    around.status().count(Count::SlotsSuspended);
+                }
+                Ok(false) => {}
+                Err(_) => {
+                    around.status().fail_open(FailOpen::SlotNotSuspended);
+                    self.publish(&slots);
+                    return None;
+                }
+            }
+        }
+        self.publish(&slots);
+        Some(suspended)
+    }
+
+    /// Gives a slot back to the kernel. If that fails it stays suspended.
+    pub(super) fn restore<A: Around>(
+        &self,
+        around: &A,
+        number: u32,
+        slots: &mut Slots,
+        slot: u32,
+    ) {
+        let fd = around.descriptor_of(number);
+        match fd.map(|fd| slots.restore(around.system(), fd, slot)) {
+            Some(Ok(restored)) => {
+                if restored {
+                    around.status().count(Count::SlotsRestored);
+                    self.publish(slots);
+                }
+            }
+            Some(Err(_)) => around.status().fail_open(FailOpen::SlotNotRestored),
+            None => around.status().fail_open(FailOpen::NoVmDescriptor),
+        }
+    }
+
+    /// Gives back what is suspended of a device, as far as it decodes.
+    pub(super) fn restore_device<A: Around>(&self, around: &A, number: u32, device: DeviceId) {
+        if self.end.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut slots = self.slots();
+        let suspended: Vec<(u32, BarMapping)> = slots
+            .iter()
+            .filter_map(|slot| match slot.place {
+                Place::Suspended(bar) if bar.device == device => Some((slot.region.slot, bar)),
+                _ => None,
+            })
+            .collect();
+        for (slot, bar) in suspended {
+            if around.decode(bar.device, bar.bar) == Decode::On {
+                self.restore(around, number, &mut slots, slot);
+            }
+        }
+    }
+
+    fn publish(&self, slots: &Slots) {
+        let (start, end) = slots.suspended();
+        self.start.store(start, Ordering::Release);
+        self.end.store(end, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+}
