@@ -1,5 +1,9 @@
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use crate::Shim;
+use crate::status::FailOpen;
+use crate::system::{Answer, Duplicate, System};
 
 /// Descriptors with higher numbers are not followed: what they stand for passes through.
 const LIMIT: usize = 1 << 16;
@@ -23,36 +27,35 @@ pub(crate) enum Descriptor {
 pub(crate) struct Descriptors {
     /// 0 for a descriptor that is none of our business, else kind and index.
     words: Box<[AtomicU32]>,
+    /// Words from here on were never anything else than 0.
+    used: AtomicUsize,
 }
 
 impl Descriptors {
     pub(crate) fn new() -> Self {
-        // Zeroed memory that is never touched costs nothing.
-        Self { words: (0..LIMIT).map(|_| AtomicU32::new(0)).collect() }
+        let words = (0..LIMIT).map(|_| AtomicU32::new(0)).collect();
+        Self { words, used: AtomicUsize::new(0) }
     }
 
     pub(crate) fn get(&self, fd: RawFd) -> Option<Descriptor> {
-        let word = self.word(fd)?.load(Ordering::Acquire);
-        let index = word & ((1 << INDEX_BITS) - 1);
-        match word >> INDEX_BITS {
-            1 => Some(Descriptor::Vm(index)),
-            2 => Some(Descriptor::Vcpu(index)),
-            3 => Some(Descriptor::Device(index)),
-            4 => Some(Descriptor::Stream(index)),
-            _ => None,
-        }
+        decoded(self.word(fd)?.load(Ordering::Acquire))
+    }
+
+    /// Another descriptor of the same thing.
+    pub(crate) fn another(&self, than: RawFd, of: Descriptor) -> Option<RawFd> {
+        let word = encoded(of)?;
+        let used = self.used.load(Ordering::Acquire).min(LIMIT);
+        let is = |(fd, found): (RawFd, &AtomicU32)| {
+            (fd != than && found.load(Ordering::Acquire) == word).then_some(fd)
+        };
+        (0..).zip(&self.words[..used]).find_map(is)
     }
 
     /// Notes what a descriptor is. Returns false where it is not followed.
     pub(crate) fn set(&self, fd: RawFd, descriptor: Descriptor) -> bool {
-        let (kind, index) = match descriptor {
-            Descriptor::Vm(index) => (1, index),
-            Descriptor::Vcpu(index) => (2, index),
-            Descriptor::Device(index) => (3, index),
-            Descriptor::Stream(index) => (4, index),
-        };
-        let Some(word) = self.word(fd).filter(|_| index >> INDEX_BITS == 0) else { return false };
-        word.store(kind << INDEX_BITS | index, Ordering::Release);
+        let Some((word, encoded)) = self.word(fd).zip(encoded(descriptor)) else { return false };
+        self.used.fetch_max(fd.unsigned_abs() as usize + 1, Ordering::Release);
+        word.store(encoded, Ordering::Release);
         true
     }
 
@@ -82,3 +85,148 @@ impl Descriptors {
         self.words.get(usize::try_from(fd).ok()?)
     }
 }
+
+fn decoded(word: u32) -> Option<Descriptor> {
+    let index = word & ((1 << INDEX_BITS) - 1);
+    match word >> INDEX_BITS {
+        1 => Some(Descriptor::Vm(index)),
+        2 => Some(Descriptor::Vcpu(index)),
+        3 => Some(Descriptor::Device(index)),
+        4 => Some(Descriptor::Stream(index)),
+        _ => None,
+    }
+}
+
+/// `None` if the index is too high.
+fn encoded(descriptor: Descriptor) -> Option<u32> {
+    let (kind, index) = match descriptor {
+        Descriptor::Vm(index) => (1, index),
+        Descriptor::Vcpu(index) => (2, index),
+        Descriptor::Device(index) => (3, index),
+        Descriptor::Stream(index) => (4, index),
+    };
+    (index >> INDEX_BITS == 0).then_some(kind << INDEX_BITS | index)
+}
+
+impl<S: System> Shim<S> {
+    /// `close`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn close(&self, fd: RawFd) -> Answer<()> {
+        let was = self.shielded(|| self.forget(fd)).flatten();
+        // The number is gone whatever the kernel answers, but for one that was not open.
+        let answer = self.system.close(fd);
+        self.shielded(|| self.closed(was));
+        answer
+    }
+
+    /// `close_range`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn close_range(&self, first: u32, last: u32, flags: i32) -> Answer<()> {
+        // With a flag nothing is closed, or in a copy of the table that is the thread's own.
+        let forgotten =
+            self.shielded(|| if flags == 0 { self.forget_range(first, last) } else { Vec::new() });
+        let answer = self.system.close_range(first, last, flags);
+        self.shielded(|| {
+            for (fd, was) in forgotten.into_iter().flatten() {
+                match answer {
+                    Ok(()) => self.closed(Some(was)),
+                    Err(_) => self.remember(fd, was),
+                }
+            }
+        });
+        answer
+    }
+
+    /// `dup`, `dup2`, `dup3`, and the commands of `fcntl` that do the same.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn duplicate(&self, fd: RawFd, how: Duplicate) -> Answer<RawFd> {
+        let over = match how {
+            Duplicate::Over(to) | Duplicate::OverWith(to, _) if to != fd => Some(to),
+            _ => None,
+        };
+        let was = self.shielded(|| self.forget(over?)).flatten();
+        let answer = self.system.duplicate(fd, how);
+        self.shielded(|| match answer {
+            Ok(new) if new != fd => self.duplicated(fd, new, was),
+            Ok(_) => {}
+            Err(_) => {
+                if let (Some(to), Some(was)) = (over, was) {
+                    self.remember(to, was);
+                }
+            }
+        });
+        answer
+    }
+
+    /// Forgets a descriptor that the kernel is about to close: the number may be another thread's next.
+    fn forget(&self, fd: RawFd) -> Option<Descriptor> {
+        let was = self.descriptors.get(fd)?;
+        if self.elsewhere() {
+            return None;
+        }
+        if let Descriptor::Device(device) = was {
+            self.device_closes(device, fd);
+        }
+        self.descriptors.clear(fd)
+    }
+
+    fn forget_range(&self, first: u32, last: u32) -> Vec<(RawFd, Descriptor)> {
+        let limit = u32::try_from(LIMIT).unwrap_or(u32::MAX);
+        let forget = |fd| {
+            let fd = RawFd::try_from(fd).ok()?;
+            Some((fd, self.forget(fd)?))
+        };
+        (first.min(limit)..last.saturating_add(1).min(limit)).filter_map(forget).collect()
+    }
+
+    /// A descriptor that was forgotten is open after all.
+    fn remember(&self, fd: RawFd, was: Descriptor) {
+        self.descriptors.set(fd, was);
+        if let Descriptor::Device(device) = was {
+            self.device_opened(device, fd);
+        }
+    }
+
+    fn duplicated(&self, fd: RawFd, new: RawFd, was: Option<Descriptor>) {
+        match self.descriptors.get(fd) {
+            Some(descriptor) if !self.elsewhere() => {
+                if self.descriptors.set(new, descriptor) {
+                    if let Descriptor::Device(device) = descriptor {
+                        self.device_opened(device, new);
+                    }
+                } else {
+                    self.status.fail_open(FailOpen::TooManyDescriptors);
+                }
+            }
+            // What was closed without our seeing it.
+            _ => self.closed(self.forget(new)),
+        }
+        self.closed(was);
+    }
+
+    /// A descriptor was closed: tells those who know the thing, if it was the last.
+    fn closed(&self, was: Option<Descriptor>) {
+        let Some(was) = was else { return };
+        if self.descriptors.another(-1, was).is_some() {
+            return;
+        }
+        match was {
+            Descriptor::Vm(vm) => self.vm_closed(vm),
+            Descriptor::Vcpu(vcpu) => self.vcpu_closed(vcpu),
+            Descriptor::Device(device) => self.device_closed(device),
+            Descriptor::Stream(stream) => self.stream_closed(stream),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,68 @@
+#![expect(unsafe_code, reason = "symbols that take the place of the C library's")]
+
 //! Descriptors that come and go.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::os::fd::RawFd;
+
+use super::{keeping_errno, nothing, number, real, shim};
+use crate::Shim;
+use crate::system::{Answer, Duplicate, Real, System};
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn close(fd: c_int) -> c_int {
+    match ours(fd) {
+        Some(shim) => nothing(keeping_errno(|| shim.close(fd))),
+        // SAFETY: the caller's own argument, to the function that it meant.
+        None => unsafe { (real().close)(fd) },
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    nothing(match shim() {
+        Some(shim) => keeping_errno(|| shim.close_range(first, last, flags)),
+        None => real().close_range(first, last, flags),
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn dup(fd: c_int) -> c_int {
+    number(duplicate(fd, Duplicate::Lowest))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    number(duplicate(fd, Duplicate::Over(to)))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    number(duplicate(fd, Duplicate::OverWith(to, flags)))
+}
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
+    if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+        return number(duplicate(fd, Duplicate::Command(command, argument.addr())));
+    }
+    // SAFETY: the caller's own arguments, to the function that it meant.
+    unsafe { (real().fcntl)(fd, command, argument) }
+}
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
+    fcntl(fd, command, argument)
+}
+
+fn duplicate(fd: RawFd, how: Duplicate) -> Answer<RawFd> {
+    match shim() {
+        Some(shim) => keeping_errno(|| shim.duplicate(fd, how)),
+        None => real().duplicate(fd, how),
+    }
+}
+
+/// The shim, if a descriptor is anything to it.
+fn ours(fd: RawFd) -> Option<&'static Shim<Real>> {
+    shim().filter(|shim| shim.descriptors.get(fd).is_some())
+}

@@ -49,6 +49,16 @@ pub(crate) fn guarded<T>(of_ours: impl FnOnce(&'static Shim<Real>) -> T) -> Opti
     answer
 }
 
+/// Calls a C function that may do something of ours as well: a success leaves the errno as it was.
+pub(crate) fn keeping_errno<T>(call: impl FnOnce() -> Answer<T>) -> Answer<T> {
+    let errno = errno();
+    let answer = call();
+    if answer.is_ok() {
+        set_errno(errno);
+    }
+    answer
+}
+
 /// What a C function answers that gives a number, or -1 and an errno.
 pub(crate) fn number(answer: Answer<c_int>) -> c_int {
     answer.unwrap_or_else(|error| {

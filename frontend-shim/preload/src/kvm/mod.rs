@@ -130,7 +130,8 @@ impl<S: System> Shim<S> {
         }
     }
 
-    /// Host memory is about to be unmapped, or mapped anew. Called for all memory, so it must be quick.
+    /// Host memory is about to be unmapped, or mapped anew. Called for all memory, so it must be quick, and may be
+    /// called inside of an allocation. Before a change it asks [`Shim::elsewhere`].
     pub(crate) fn unmapped(&self, start: usize, len: usize) {
         for (_, vcpu) in self.vms.vcpus.iter() {
             vcpu.unmapped(start, len);

@@ -57,6 +57,12 @@ pub(crate) trait System: Send + Sync + 'static {
         Err(Errno::NOSYS)
     }
 
+    /// `ioctl` with a structure of ours, as its bytes, which the kernel may change.
+    fn ask(&self, fd: RawFd, request: u64, argument: &mut [u8]) -> Answer<i32> {
+        let _ = (fd, request, argument);
+        Err(Errno::NOSYS)
+    }
+
     /// `pread64`. Safe in a signal handler.
     fn pread(&self, fd: RawFd, data: &mut [u8], offset: u64) -> Answer<usize> {
         let _ = (fd, data, offset);
