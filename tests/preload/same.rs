@@ -83,6 +83,7 @@ same_anywhere! {
     a_fault_that_is_blocked_kills: "dies-blocked",
     a_fault_that_is_ignored_kills: "dies-ignored",
     what_is_sent_kills_by_default: "dies-raised",
+    a_handler_that_gives_up_kills: "dies-reraised",
     other_signals_are_none_of_ours: "other-signals",
     programs_are_started: "programs",
 }

@@ -7,10 +7,13 @@
 
 mod descriptors;
 mod forks;
+mod machine;
 mod mappings;
 mod measure;
+mod proxy;
 mod raw;
 mod signals;
+mod user_device;
 mod vm;
 mod vms;
 
@@ -61,10 +64,18 @@ const SCENARIOS: &[(&str, fn() -> Outcome)] = &[
     ("dies-blocked", signals::dies_blocked),
     ("dies-ignored", signals::dies_ignored),
     ("dies-raised", signals::dies_raised),
+    ("dies-reraised", signals::dies_reraised),
     ("other-signals", signals::other_signals),
     ("forks", forks::forks),
     ("fork-storm", forks::storm),
     ("programs", forks::programs),
+    ("session", user_device::session),
+    ("crowd", user_device::crowd),
+    ("switched", user_device::switched),
+    ("written", user_device::written),
+    ("toggled", user_device::toggled),
+    ("truncated", user_device::truncated),
+    ("deserted", user_device::deserted),
     ("measure-runs", measure::runs),
     ("count-runs", measure::counted_runs),
     ("exit-loop", measure::exit_loop),

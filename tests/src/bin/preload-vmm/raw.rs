@@ -342,6 +342,15 @@ pub(crate) extern "C" fn plain_handler(signal: c_int) {
     note(0, signal as usize);
 }
 
+/// A VMM's handler that gives up: the signal ends the process.
+pub(crate) extern "C" fn reraising_handler(signal: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
+    let _ = sigaction(signal, Some(&action(libc::SIG_DFL, 0, &[])));
+    raise(signal);
+    let _ = pthread_sigmask(libc::SIG_UNBLOCK, Some(&[signal]));
+    // Not reached.
+    unsafe { libc::_exit(9) };
+}
+
 /// Does nothing: the signal is there to interrupt.
 pub(crate) extern "C" fn ignore_signal(_: c_int) {}
 
@@ -391,6 +400,12 @@ pub(crate) fn sendmsg(fd: i32, pieces: &[&[u8]], fds: &[i32]) -> Answer<usize> {
         }
     }
     checked_size(unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_NOSIGNAL) })
+}
+
+/// Waits until something can be done, or 10 s have passed.
+pub(crate) fn poll(fd: i32, events: i16) -> Answer<()> {
+    let mut entry = libc::pollfd { fd, events, revents: 0 };
+    checked(unsafe { libc::poll(&raw mut entry, 1, 10_000) }).map(drop)
 }
 
 /// `recvmsg`, with the descriptors that came.

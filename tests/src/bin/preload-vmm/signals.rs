@@ -268,6 +268,17 @@ pub(crate) fn dies_raised() -> Outcome {
     Ok(())
 }
 
+/// QEMU's handler ends the process by the signal that it was given.
+pub(crate) fn dies_reraised() -> Outcome {
+    let reraise = raw::reraising_handler as *const () as usize;
+    set(reraise, libc::SA_SIGINFO, &[])?;
+    say("a fault", raw::in_child(die));
+    say("in a thread", raw::in_child(|| std::thread::spawn(die).join().unwrap_or(1)));
+    say("raised", raw::in_child(|| raw::raise(SIGBUS)));
+    say("sent", raw::in_child(|| raw::kill_self(SIGBUS).unwrap_or(0)));
+    Ok(())
+}
+
 pub(crate) fn other_signals() -> Outcome {
     let before = raw::sigaction(SIGUSR1, Some(&raw::action(plain(), 0, &[SIGBUS])))?;
     say("before", shown(&before));
