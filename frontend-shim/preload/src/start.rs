@@ -1,49 +1,59 @@
 #![expect(
     unsafe_code,
-    reason = "the loader calls the library's beginning and end by their place in the file"
+    reason = "the loader finds the library's beginning and end by their sections"
 )]
-//! The library's beginning and end, and a fork between them.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::OnceLock;
+//! The library's beginning and end, and the forks between them.
+
+use std::panic::catch_unwind;
 
 use crate::Shim;
+use crate::exports::{install, shim};
 use crate::status::{FailOpen, QUIET, Status};
 use crate::system::Real;
 
-static SHIM: OnceLock<Shim<Real>> = OnceLock::new();
-
-/// What `barkeep wrap` looks for: whatever has it is this library.
-#[unsafe(no_mangle)]
-pub static barkeep_preload_marker: u64 = 1;
-
+/// What `barkeep wrap` looks for: a library that exports it is this one.
+#[unsafe(export_name = "barkeep_preload_marker")]
 #[used]
+pub(crate) static MARKER: u64 = 1;
+
 #[unsafe(link_section = ".init_array")]
+#[used]
 static BEGIN: extern "C" fn() = begin;
 
-#[used]
 #[unsafe(link_section = ".fini_array")]
+#[used]
 static END: extern "C" fn() = end;
 
-/// The process's shim. There is none before the loader has called the library's beginning: other
-/// libraries' may have been called before, and what they ask for is the C library's alone to answer.
-pub(crate) fn shim() -> Option<&'static Shim<Real>> {
-    SHIM.get()
+/// All that needs a system call which a VMM may forbid itself later is done here.
+extern "C" fn begin() {
+    // A panic has told of itself, and leaves the VMM as it was shipped.
+    let _ = catch_unwind(|| {
+        if is_another_copy_first() {
+            return;
+        }
+        let Some(real) = Real::find() else { return };
+        install(Shim::new(real, status()));
+        follow_forks();
+    });
 }
 
-extern "C" fn begin() {
-    let _ = catch_unwind(|| {
-        let Some(real) = Real::find() else { return };
-        let quiet = std::env::var_os(QUIET).is_some_and(|value| !value.is_empty() && value != "0");
-        let status = Status::shared(quiet).unwrap_or_else(|_| {
-            let status = Status::private(quiet);
-            status.fail_open(FailOpen::NoPage);
-            status
-        });
-        let shim = SHIM.get_or_init(|| Shim::new(real, status));
-        follow_forks();
-        let _ = shim;
-    });
+fn status() -> Status {
+    let quiet = std::env::var_os(QUIET).is_some_and(|value| !value.is_empty() && value != "0");
+    Status::shared(quiet).unwrap_or_else(|_| {
+        let status = Status::private(quiet);
+        status.fail_open(FailOpen::NoPage);
+        status
+    })
+}
+
+/// Whether the loader has found another build of this library before this one. Two would take each
+/// other's steps for the VMM's.
+fn is_another_copy_first() -> bool {
+    let name = c"barkeep_preload_marker".as_ptr();
+    // SAFETY: the name is a C string; the answer is an address or null.
+    let first = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name) };
+    !first.is_null() && first.cast_const() != (&raw const MARKER).cast()
 }
 
 extern "C" fn end() {
@@ -53,10 +63,13 @@ extern "C" fn end() {
 }
 
 fn follow_forks() {
-    // SAFETY: functions of a library that is never unloaded, since it is preloaded.
-    let failed = unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
-    // ENOMEM: a child would count in its parent's page.
-    let _ = failed;
+    // SAFETY: the functions are there as long as the process: what is preloaded is never unloaded.
+    let refused = unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
+    if refused != 0
+        && let Some(shim) = shim()
+    {
+        shim.status.fail_open(FailOpen::Forks);
+    }
 }
 
 unsafe extern "C" fn before() {}
@@ -64,9 +77,6 @@ unsafe extern "C" fn before() {}
 unsafe extern "C" fn in_parent() {}
 
 unsafe extern "C" fn in_child() {
-    let _ = catch_unwind(AssertUnwindSafe(|| {
-        if let Some(shim) = shim() {
-            shim.status.forked();
-        }
-    }));
+    let Some(shim) = shim() else { return };
+    shim.shielded(|| shim.status.forked());
 }

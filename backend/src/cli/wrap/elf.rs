@@ -39,8 +39,6 @@ pub(super) enum Image {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ElfError {
-    #[error("not an ELF file")]
-    NotElf,
     #[error("not for x86-64")]
     OtherMachine,
     #[error("not a sound ELF file")]
