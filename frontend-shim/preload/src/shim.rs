@@ -1,3 +1,4 @@
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::descriptors::Descriptors;
@@ -5,7 +6,11 @@ use crate::device::Devices;
 use crate::kvm::Vms;
 use crate::status::{FailOpen, Status};
 use crate::stream::Streams;
-use crate::system::System;
+use crate::system::{Answer, System};
+
+/// Types of requests of `ioctl`: `KVMIO` and `VFIO_TYPE`.
+const KVM: u64 = 0xae;
+const VFIO: u64 = b';' as u64;
 
 /// All that is known of the VMM: one for the process.
 ///
@@ -29,6 +34,22 @@ impl<S: System> Shim<S> {
             vms: Vms::default(),
             streams: Streams::default(),
             status,
+        }
+    }
+
+    /// `ioctl` of the VMM.
+    ///
+    /// # Errors
+    /// Those of `ioctl`.
+    pub(crate) fn ioctl(&self, fd: RawFd, request: u64, argument: usize) -> Answer<i32> {
+        match request >> 8 & 0xff {
+            KVM => self.kvm_ioctl(fd, request, argument),
+            VFIO => {
+                let answer = self.system.ioctl(fd, request, argument)?;
+                self.shielded(|| self.vfio_asked(fd, request));
+                Ok(answer)
+            }
+            _ => self.system.ioctl(fd, request, argument),
         }
     }
 

@@ -19,11 +19,13 @@ mod string;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod xsave;
 
 pub use self::execute::execute;
 pub use self::registers::{Registers, VectorFile, Vectors};
 pub(crate) use self::resume::{Execution, Memory, Outcome, PendingInstruction, Ram};
 pub use self::vector::is_vector;
+pub use self::xsave::{XsaveComponent, XsaveImage, XsaveLayout};
 
 /// Longest instruction in bytes.
 pub const MAX_INSTRUCTION: usize = 15;

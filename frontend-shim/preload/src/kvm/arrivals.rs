@@ -74,12 +74,8 @@ impl Arrivals {
         }
         let thread = this_thread();
         for entry in &self.entries {
-            let ended = entry.thread.compare_exchange(
-                thread,
-                0,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            );
+            let ended =
+                entry.thread.compare_exchange(thread, 0, Ordering::AcqRel, Ordering::Relaxed);
             if ended.is_ok() {
                 self.count.fetch_sub(1, Ordering::AcqRel);
             }

@@ -25,7 +25,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use barkeep_shim::fault::XsaveLayout;
+use barkeep_shim::x86::XsaveLayout;
 
 use crate::Shim;
 use crate::descriptors::Descriptor;
@@ -88,7 +88,9 @@ impl<S: System> Shim<S> {
                 abi::SET_USER_MEMORY_REGION | abi::SET_USER_MEMORY_REGION2,
                 Some(Descriptor::Vm(number)),
             ) if let Some(vm) = self.vms.vms.get(number) => {
-                vm.set_region(self, number, (fd, request, argument))
+                let asked = (fd, request, argument);
+                let answer = self.shielded(|| vm.set_region(self, number, asked));
+                answer.unwrap_or_else(|| self.system.ioctl(fd, request, argument))
             }
             (abi::GET_DIRTY_LOG, Some(Descriptor::Vm(vm)))
                 if let Some(vm) = self.vms.vms.get(vm) =>

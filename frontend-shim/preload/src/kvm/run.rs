@@ -6,24 +6,20 @@ use std::time::Instant;
 
 use barkeep_protocol::wire;
 use barkeep_shim::GuestAddress;
-use barkeep_shim::fault::{
-    FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated, XsaveLayout,
-};
-use kvm_bindings::{
-    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN, KVM_MEMORY_EXIT_FLAG_PRIVATE,
-};
+use barkeep_shim::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault};
+use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN};
 use rustix::io::Errno;
 
 use super::around::Around;
 use super::run_area::{MmioExit, RunArea};
 use super::slots::{Place, Slot};
-use super::stopped::Stopped;
+use super::stopped::{Stopped, xsave_layout};
 use super::tables::Vcpu;
 use super::vm::Vm;
 use super::{Vms, abi};
-use crate::device::{BarMapping, Decode};
+use crate::device::{BarAddress, BarMapping, Decode};
 use crate::status::{Count, FailOpen};
-use crate::system::{Answer, System};
+use crate::system::{Answer, System as _};
 
 /// What is done about the end of a `KVM_RUN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,12 +115,7 @@ impl Vms {
     }
 
     /// An exit in the window of a BAR that has no slot there.
-    fn window<A: Around>(
-        &self,
-        around: &A,
-        place: crate::device::BarAddress,
-        run: RunArea,
-    ) -> Next {
+    fn window<A: Around>(&self, around: &A, place: BarAddress, run: RunArea) -> Next {
         match around.decode(place.device, place.bar) {
             Decode::Off => {
                 complete(around, place, run, run.mmio());
@@ -153,7 +144,6 @@ impl Vms {
         let reported = run.exit_reason() == KVM_EXIT_MEMORY_FAULT;
         if reported && run.memory_fault().flags != 0 {
             // Conversions of confidential memory, and what is not known here.
-            debug_assert_ne!(KVM_MEMORY_EXIT_FLAG_PRIVATE, 0);
             return Next::Vmm;
         }
         let slots: Vec<Slot> = vm.slots().iter().copied().collect();
@@ -165,7 +155,7 @@ impl Vms {
             let address = GuestAddress(fault.address);
             FaultPlace::Reported(GuestAccess { address, size: fault.size, kind: None })
         } else {
-            let layout = self.xsave.get_or_init(XsaveLayout::of_this_processor);
+            let layout = self.xsave.get_or_init(xsave_layout);
             let stopped = Stopped::new(around.system(), fd, &slots, space, layout);
             let is_bar = |slot: &Slot| bars.iter().any(|(bar, _)| bar == slot);
             stopped.map_or_else(FaultPlace::Unknown, |stopped| stopped.find(is_bar))
@@ -200,9 +190,8 @@ impl Vms {
         bars: &[(Slot, BarMapping)],
     ) -> bool {
         let FaultPlace::Reported(access) = place else { return true };
-        let here = |slot: &&Slot| {
-            slot.region.space() == space && slot.region.contains(access.address.0)
-        };
+        let here =
+            |slot: &&Slot| slot.region.space() == space && slot.region.contains(access.address.0);
         match slots.iter().find(here) {
             Some(slot) => !slot.is_installed() || bars.iter().any(|(bar, _)| bar == slot),
             None => true,
@@ -250,19 +239,15 @@ fn bar_of<A: Around>(around: &A, slot: &Slot) -> Option<BarMapping> {
 
 fn kind(access: &GuestAccess) -> wire::FaultAccess {
     match access.kind {
-        Some(FaultAccess::Write) => wire::FaultAccess::Write,
-        Some(FaultAccess::Execute) => wire::FaultAccess::Execute,
-        Some(FaultAccess::Read) | None => wire::FaultAccess::Read,
+        Some(FaultAccess::Write) => wire::FaultAccess::WRITE,
+        Some(FaultAccess::Execute) => wire::FaultAccess::EXECUTE,
+        Some(FaultAccess::Read) => wire::FaultAccess::READ,
+        None => wire::FaultAccess::empty(),
     }
 }
 
 /// Completes an exit for MMIO; the next `KVM_RUN` takes it from there.
-fn complete<A: Around>(
-    around: &A,
-    place: crate::device::BarAddress,
-    run: RunArea,
-    exit: MmioExit,
-) {
+fn complete<A: Around>(around: &A, place: BarAddress, run: RunArea, exit: MmioExit) {
     let mut data = if exit.write { exit.data } else { [0xff; 8] };
     around.complete(place, &mut data[..exit.len], exit.write);
     if !exit.write {

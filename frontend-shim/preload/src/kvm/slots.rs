@@ -166,8 +166,7 @@ impl Slots {
     /// The suspended slots on which the kernel's answer to what the VMM asks for depends.
     pub(super) fn in_the_way(&self, asked: &Region) -> Vec<u32> {
         let suspended = self.iter().filter(|slot| !slot.is_installed());
-        let depends =
-            |slot: &&Slot| slot.region.slot == asked.slot || slot.region.overlaps(asked);
+        let depends = |slot: &&Slot| slot.region.slot == asked.slot || slot.region.overlaps(asked);
         suspended.filter(depends).map(|slot| slot.region.slot).collect()
     }
 
@@ -203,12 +202,7 @@ impl Slots {
     }
 
     /// Gives a slot back to the kernel. Does nothing if it has it.
-    pub(super) fn restore(
-        &mut self,
-        system: &impl System,
-        vm: RawFd,
-        number: u32,
-    ) -> Answer<bool> {
+    pub(super) fn restore(&mut self, system: &impl System, vm: RawFd, number: u32) -> Answer<bool> {
         let found = self.0.get_mut(&number);
         let Some(slot) = found.filter(|slot| !slot.is_installed()) else { return Ok(false) };
         slot.region.set(system, vm)?;

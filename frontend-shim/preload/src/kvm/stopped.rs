@@ -5,9 +5,9 @@ use std::os::fd::RawFd;
 
 use barkeep_shim::GuestAddress;
 use barkeep_shim::fault::{
-    Backing, CodeWidth, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState, XsaveImage,
-    XsaveLayout, locate, narrow,
+    Backing, CodeWidth, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState, locate, narrow,
 };
+use barkeep_shim::x86::{XsaveComponent, XsaveImage, XsaveLayout};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_translation, kvm_xsave};
 
 use super::abi;
@@ -18,6 +18,9 @@ use crate::system::{Answer, System};
 const EFER_LMA: u64 = 1 << 10;
 /// Page tables of five levels: linear addresses have 57 bits instead of 48 (3.1.3).
 const CR4_LA57: u64 = 1 << 12;
+
+/// CPUID leaf that tells where the components of extended state are.
+const XSAVE_LEAF: u32 = 0xd;
 
 /// A virtual CPU whose `KVM_RUN` has failed, asked by the thread that called it.
 pub(super) struct Stopped<'a, S> {
@@ -116,6 +119,14 @@ impl<S: System> StoppedVcpu for Stopped<'_, S> {
     fn mask(&self, number: usize) -> Option<u64> {
         self.image()?.mask(number)
     }
+}
+
+/// Where this machine's processors have their extended state, which is where KVM puts it too.
+pub(super) fn xsave_layout() -> XsaveLayout {
+    XsaveLayout::new(|component| {
+        let leaf = std::arch::x86_64::__cpuid_count(XSAVE_LEAF, component);
+        XsaveComponent { size: leaf.eax, offset: leaf.ebx }
+    })
 }
 
 /// A request that fills in a structure.

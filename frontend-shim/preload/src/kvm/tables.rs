@@ -35,12 +35,8 @@ impl Use {
     }
 
     fn take(&self) -> bool {
-        let swapped = self.0.compare_exchange(
-            Self::FREE,
-            Self::TAKEN,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
+        let swapped =
+            self.0.compare_exchange(Self::FREE, Self::TAKEN, Ordering::AcqRel, Ordering::Relaxed);
         swapped.is_ok()
     }
 

@@ -159,13 +159,7 @@ impl Vm {
     }
 
     /// Gives a slot back to the kernel. If that fails it stays suspended.
-    pub(super) fn restore<A: Around>(
-        &self,
-        around: &A,
-        number: u32,
-        slots: &mut Slots,
-        slot: u32,
-    ) {
+    pub(super) fn restore<A: Around>(&self, around: &A, number: u32, slots: &mut Slots, slot: u32) {
         let fd = around.descriptor_of(number);
         match fd.map(|fd| slots.restore(around.system(), fd, slot)) {
             Some(Ok(restored)) => {

@@ -35,6 +35,16 @@ reasons! {
     // Of devices.
 
     // Of VMs.
+    /// There are more VMs or virtual CPUs than are followed.
+    TooManyVms => "more VMs or virtual CPUs than are followed",
+    /// The VMM has closed its VM, and goes on running virtual CPUs.
+    NoVmDescriptor => "the VMM has closed its VM and runs on",
+    /// KVM refuses to delete a slot.
+    SlotNotSuspended => "KVM refuses to delete a slot",
+    /// KVM refuses to take a slot back.
+    SlotNotRestored => "KVM refuses to take a slot back",
+    /// A virtual CPU fails again and again, whatever is done.
+    NoProgress => "KVM_RUN fails without end",
 
     // Of SIGBUS.
 

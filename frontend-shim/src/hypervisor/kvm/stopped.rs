@@ -2,18 +2,18 @@
 
 use std::cell::OnceCell;
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 
 use super::Machine;
 use super::complete::in_nested_guest;
-use super::xsave::Image;
 use crate::fault::{
     Backing, CodeWidth, FaultAccess, FaultPlace, SegmentBases, StoppedVcpu, Unlocated, VcpuState,
     locate, narrow,
 };
 use crate::hypervisor::{GuestAddress, SlotAccess};
 use crate::x86::long_mode::{CR4_LA57, EFER_LMA};
+use crate::x86::{XsaveImage, XsaveLayout};
 
 /// Finds the access that made `KVM_RUN` fail: from registers, the guest's page tables and the
 /// instruction. Device memory is never touched.
@@ -52,7 +52,7 @@ pub(super) struct Stopped<'a> {
     /// Bits of a linear address that the page tables translate, in 64-bit mode.
     linear_bits: u32,
     /// Vector registers, asked for when the first one is needed.
-    image: OnceCell<Option<Image>>,
+    image: OnceCell<Option<XsaveImage>>,
 }
 
 impl<'a> Stopped<'a> {
@@ -64,10 +64,10 @@ impl<'a> Stopped<'a> {
         Ok(Self { fd, machine, state, linear_bits, image: OnceCell::new() })
     }
 
-    fn image(&self) -> Option<&Image> {
+    fn image(&self) -> Option<&XsaveImage> {
         let image = self.image.get_or_init(|| {
             let xsave = self.fd.get_xsave().ok()?;
-            Some(Image::new(&xsave, &self.machine.xsave))
+            Some(image(&xsave, &self.machine.xsave))
         });
         image.as_ref()
     }
@@ -152,6 +152,22 @@ fn state(regs: &kvm_regs, sregs: &kvm_sregs) -> VcpuState {
         code,
         stack32: sregs.ss.db != 0,
     }
+}
+
+/// What `KVM_GET_XSAVE` gave.
+pub(super) fn image(xsave: &kvm_xsave, layout: &XsaveLayout) -> XsaveImage {
+    let bytes = xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect();
+    XsaveImage::new(bytes, layout)
+}
+
+/// What `KVM_SET_XSAVE` takes.
+pub(super) fn xsave(image: &XsaveImage) -> kvm_xsave {
+    let mut xsave = kvm_xsave::default();
+    let (words, _) = image.bytes().as_chunks();
+    for (word, bytes) in xsave.region.iter_mut().zip(words) {
+        *word = u32::from_le_bytes(*bytes);
+    }
+    xsave
 }
 
 /// General-purpose registers in the order of their numbers in instructions.

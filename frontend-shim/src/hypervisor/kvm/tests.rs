@@ -3,7 +3,7 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use rustix::fs::MemfdFlags;
 
-use super::xsave::Image;
+use super::stopped;
 use super::*;
 use crate::fault::{FaultAccess, FaultPlace, GuestAccess, Unlocated};
 use crate::hypervisor::memory::Protection;
@@ -87,11 +87,11 @@ impl Guest {
 
     pub(super) fn vectors(&self, change: impl FnOnce(&mut [[u8; 32]; 16])) {
         let fd = self.vcpu.fd();
-        let mut image = Image::new(&fd.get_xsave().unwrap(), &self.kvm.machine.xsave);
+        let mut image = stopped::image(&fd.get_xsave().unwrap(), &self.kvm.machine.xsave);
         let mut vectors = image.vectors();
         change(&mut vectors.0);
         image.set_vectors(&vectors, None);
-        self.vcpu.set_xsave(&image.to_xsave()).unwrap();
+        self.vcpu.set_xsave(&stopped::xsave(&image)).unwrap();
     }
 
     pub(super) fn special(&self, change: impl FnOnce(&mut kvm_sregs)) {

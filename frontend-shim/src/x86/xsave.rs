@@ -1,14 +1,12 @@
 //! Vector registers in the memory image of XSAVE, standard format (Intel SDM volume 1, 13.4).
+//!
+//! Offsets are CPUID's: leaf 0xd has a subleaf for each component.
 
 use std::ops::Range;
 
-use kvm_bindings::{CpuId, kvm_xsave};
+use super::Vectors;
 
-use crate::x86::Vectors;
-
-/// CPUID leaf that tells where the components are.
-const LEAF: u32 = 0xd;
-/// Size in bytes of the image that `KVM_GET_XSAVE` knows.
+/// Images are no longer than this, in bytes.
 const IMAGE: usize = 4096;
 /// XMM0 to XMM15, 16 bytes each, in the legacy region.
 const XMM: usize = 160;
@@ -20,7 +18,7 @@ const AVX: u8 = 1 << 2;
 
 /// Where the components of extended state are, each if the processor has it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct XsaveLayout {
+pub struct XsaveLayout {
     /// Upper halves of YMM0 to YMM15.
     ymm_high: Option<usize>,
     /// Mask registers.
@@ -31,13 +29,24 @@ pub(super) struct XsaveLayout {
     zmm_upper: Option<usize>,
 }
 
+/// What leaf 0xd of CPUID tells of a component of extended state.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct XsaveComponent {
+    /// In bytes: EAX of the component's subleaf. 0 for a component that the processor has not.
+    pub size: u32,
+    /// Where it begins in the image, in bytes: EBX.
+    pub offset: u32,
+}
+
 impl XsaveLayout {
-    pub(super) fn new(cpuid: &CpuId) -> XsaveLayout {
-        let offset = |component, size| {
-            let mut entries = cpuid.as_slice().iter();
-            let entry = entries.find(|entry| (entry.function, entry.index) == (LEAF, component))?;
-            let offset = usize::try_from(entry.ebx).ok()?;
-            (entry.eax >= size && offset <= IMAGE - size as usize).then_some(offset)
+    /// The layout of a processor that has these components. `component` is given a component's number,
+    /// which is that of its subleaf.
+    #[must_use]
+    pub fn new(component: impl Fn(u32) -> XsaveComponent) -> XsaveLayout {
+        let offset = |number, least: u32| {
+            let XsaveComponent { size, offset } = component(number);
+            let offset = usize::try_from(offset).ok()?;
+            (size >= least && offset <= IMAGE - least as usize).then_some(offset)
         };
         XsaveLayout {
             ymm_high: offset(2, 256),
@@ -49,20 +58,23 @@ impl XsaveLayout {
 }
 
 /// The image of one virtual CPU.
-#[derive(Clone)]
-pub(super) struct Image {
+#[derive(Debug, Clone)]
+pub struct XsaveImage {
     bytes: Vec<u8>,
     layout: XsaveLayout,
 }
 
-impl Image {
-    pub(super) fn new(xsave: &kvm_xsave, layout: &XsaveLayout) -> Image {
-        let bytes = xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect();
-        Image { bytes, layout: layout.clone() }
+impl XsaveImage {
+    /// From what XSAVE, or `KVM_GET_XSAVE`, has written.
+    #[must_use]
+    pub fn new(mut bytes: Vec<u8>, layout: &XsaveLayout) -> XsaveImage {
+        bytes.resize(IMAGE, 0);
+        XsaveImage { bytes, layout: layout.clone() }
     }
 
     /// Vector register `number`, zero where the processor has less of it; `None` for one it has not.
-    pub(super) fn vector(&self, number: usize) -> Option<[u8; 64]> {
+    #[must_use]
+    pub fn vector(&self, number: usize) -> Option<[u8; 64]> {
         let mut value = [0; 64];
         if number >= 16 {
             let start = self.layout.zmm_upper? + 64 * (number - 16);
@@ -82,7 +94,7 @@ impl Image {
     }
 
     /// The first 32 bytes of the first 16 registers.
-    pub(super) fn vectors(&self) -> Vectors {
+    pub(crate) fn vectors(&self) -> Vectors {
         Vectors(std::array::from_fn(|number| {
             let mut low = [0; 32];
             if let Some(value) = self.vector(number) {
@@ -93,7 +105,7 @@ impl Image {
     }
 
     /// Changes the first 32 bytes of the first 16 registers, and clears the rest of one of them.
-    pub(super) fn set_vectors(&mut self, vectors: &Vectors, cleared: Option<usize>) {
+    pub(crate) fn set_vectors(&mut self, vectors: &Vectors, cleared: Option<usize>) {
         self.bytes[IN_USE] |= SSE;
         for (number, value) in vectors.0.iter().enumerate() {
             let start = XMM + 16 * number;
@@ -111,16 +123,14 @@ impl Image {
         }
     }
 
-    pub(super) fn to_xsave(&self) -> kvm_xsave {
-        let mut xsave = kvm_xsave::default();
-        for (word, bytes) in xsave.region.iter_mut().zip(self.bytes.chunks_exact(4)) {
-            *word = u32::from_le_bytes(bytes.try_into().expect("chunks of 4 bytes"));
-        }
-        xsave
+    /// The whole image.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// Mask register `number`.
-    pub(super) fn mask(&self, number: usize) -> Option<u64> {
+    #[must_use]
+    pub fn mask(&self, number: usize) -> Option<u64> {
         let start = self.layout.opmask? + 8 * number;
         let bytes = self.bytes.get(start..start + 8)?;
         Some(u64::from_le_bytes(bytes.try_into().ok()?))
@@ -129,22 +139,19 @@ impl Image {
 
 #[cfg(test)]
 mod tests {
-    use kvm_bindings::kvm_cpuid_entry2;
-
     use super::*;
 
-    fn component(index: u32, offset: u32, size: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function: LEAF, index, eax: size, ebx: offset, ..Default::default() }
-    }
+    /// Number, offset and size of each component.
+    type Components<'a> = &'a [(u32, u32, u32)];
 
     /// Byte n of the image is n modulo 251.
-    fn image(components: &[kvm_cpuid_entry2]) -> Image {
-        let layout = XsaveLayout::new(&CpuId::from_entries(components).unwrap());
-        let mut xsave = kvm_xsave::default();
-        for (word, at) in xsave.region.iter_mut().zip((0..).step_by(4)) {
-            *word = u32::from_le_bytes([at, at + 1, at + 2, at + 3].map(pattern));
-        }
-        Image::new(&xsave, &layout)
+    fn image(components: Components<'_>) -> XsaveImage {
+        let layout = XsaveLayout::new(|number| {
+            let found = components.iter().find(|(component, ..)| *component == number);
+            let (_, offset, size) = found.copied().unwrap_or_default();
+            XsaveComponent { size, offset }
+        });
+        XsaveImage::new((0..IMAGE).map(pattern).collect(), &layout)
     }
 
     fn pattern(at: usize) -> u8 {
@@ -158,12 +165,7 @@ mod tests {
 
     #[test]
     fn registers_are_put_together_from_the_components_there_are() {
-        let avx512 = image(&[
-            component(2, 576, 256),
-            component(5, 832, 64),
-            component(6, 896, 512),
-            component(7, 1408, 1024),
-        ]);
+        let avx512 = image(&[(2, 576, 256), (5, 832, 64), (6, 896, 512), (7, 1408, 1024)]);
         let zmm3 = bytes(&[(160 + 48, 16), (576 + 48, 16), (896 + 96, 32)]);
         assert_eq!(avx512.vector(3), Some(zmm3));
         assert_eq!(avx512.vector(15).unwrap()[32..], bytes(&[(896 + 480, 32)])[..32]);
@@ -177,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_component_past_the_end_of_the_image_is_not_there() {
-        let image = image(&[component(5, 4090, 64), component(7, u32::MAX, 1024)]);
+        let image = image(&[(5, 4090, 64), (7, u32::MAX, 1024)]);
         assert_eq!((image.vector(31), image.mask(7)), (None, None));
     }
 }
