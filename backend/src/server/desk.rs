@@ -3,19 +3,24 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use barkeep_protocol::page::decode::LENGTH;
 use barkeep_protocol::transport::{Message, Sender};
-use barkeep_protocol::wire::{Errno, Header, MessageKind, Offer, Request, Version, WireError};
+use barkeep_protocol::wire::{
+    DecodePageInfo, Errno, Header, MessageKind, Offer, Request, Version, WireError,
+};
 use rustix::io::ioctl_fionbio;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tracing::debug;
 
 use super::commands::Commands;
+use super::decode_page::ClientPage;
 use super::peer::Peer;
 use super::request_error::RequestError;
 use super::requests::serve_request;
 use super::served::{Reply, Served};
 use super::session::SessionEnd;
 use crate::log_limit::RateLimit;
+use crate::state::Heirs;
 
 /// A session without its sockets.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub(super) struct Desk {
     pub(super) commands: Commands,
     /// The end of the twin socket that is ours, until the session has it.
     pub(super) new_twin: Option<OwnedFd>,
+    /// On which the client sees what the function decodes.
+    pub(super) page: ClientPage,
     /// What a request without reply would have been answered.
     unsent: (Vec<u8>, Vec<OwnedFd>),
     log: RateLimit,
@@ -45,11 +52,12 @@ pub(super) enum Handled {
 }
 
 impl Desk {
-    pub(super) fn new(state: State, commands: Commands) -> Self {
+    pub(super) fn new(state: State, commands: Commands, heirs: Heirs) -> Self {
         Self {
             state,
             commands,
             new_twin: None,
+            page: ClientPage::new(heirs),
             unsent: Default::default(),
             log: RateLimit::default(),
         }
@@ -74,6 +82,7 @@ impl Desk {
                 let result = Self::dispatch(
                     &mut self.state,
                     &mut no_twin,
+                    &mut self.page,
                     request,
                     fds,
                     function,
@@ -87,6 +96,7 @@ impl Desk {
                 Self::dispatch(
                     &mut self.state,
                     &mut self.new_twin,
+                    &mut self.page,
                     request,
                     fds,
                     function,
@@ -104,6 +114,7 @@ impl Desk {
     fn dispatch(
         state: &mut State,
         new_twin: &mut Option<OwnedFd>,
+        page: &mut ClientPage,
         request: Request<'_>,
         fds: Vec<OwnedFd>,
         function: &mut dyn Served,
@@ -119,8 +130,22 @@ impl Desk {
             (State::Greeting(_), _) | (State::Ready(_), Request::Version(_)) => {
                 Err(RequestError::OutOfOrder)
             }
+            (State::Ready(peer), Request::DecodePage(_)) => {
+                if !peer.extensions.decode_page {
+                    return Err(RequestError::NotNegotiated);
+                }
+                reply.fd(page.open(function).map_err(|error| RequestError::page(&error))?);
+                reply.bytes(&DecodePageInfo { length: LENGTH as u64 }.to_bytes());
+                Ok(())
+            }
             (State::Ready(peer), request) => serve_request(function, peer, request, fds, reply),
         }
+    }
+
+    /// Brings the page up to date, if there is one. To be called before the client hears of anything that
+    /// may have changed.
+    pub(super) fn show(&mut self, function: &dyn Served) {
+        self.page.show(function);
     }
 
     /// Answers with an error. A message that no client of ours would send ends the session after it:

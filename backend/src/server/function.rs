@@ -3,6 +3,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use barkeep_protocol::page::decode::{Counters, DecodeState};
 use barkeep_protocol::wire::limits::MAX_DMA_MAPS;
 use barkeep_protocol::wire::{
     BarkeepExtensions, DecodeFlags, DeviceFeature, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap,
@@ -11,6 +12,7 @@ use barkeep_protocol::wire::{
 };
 use tracing::warn;
 
+use super::decode_page;
 use super::migration::Migration;
 use super::request_error::RequestError;
 use super::served::{Reply, Served, absent_region, checked_end, dma_access, duplicate};
@@ -18,7 +20,9 @@ use crate::devices::{Context, Device, MAX_WAKES, MemoryMessage, Options, Ticket,
 use crate::dma::{DmaError, DmaTable, Iova};
 use crate::irq::{EventFd, Interrupts};
 use crate::log_limit::RateLimit;
-use crate::pci::{BarIndex, Effects, Function, FunctionSpec, ResetKind, RomSpec, SpecError, spec};
+use crate::pci::{
+    BarIndex, BarKind, Effects, Function, FunctionSpec, ResetKind, RomSpec, SpecError, spec,
+};
 use crate::state::Scratch;
 
 mod accesses;
@@ -309,6 +313,20 @@ impl Served for HostedFunction {
         let state = RegionState { decode: decode.bits(), epoch, ..counters };
         reply.bytes(&state.to_bytes());
         Ok(())
+    }
+
+    fn decode_state(&self) -> DecodeState {
+        let running = self.migration.is_running();
+        let decode = self.function.decode();
+        let bars = self.function.bars().map(|bar| {
+            let enabled = if bar.kind == BarKind::Io { decode.io } else { decode.memory };
+            (bar, running && enabled)
+        });
+        decode_page::state(self.function.epoch(), bars)
+    }
+
+    fn completions(&self) -> Counters {
+        decode_page::counters(&self.regions)
     }
 
     fn next_address(&mut self) -> Option<Iova> {

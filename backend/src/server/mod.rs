@@ -2,6 +2,7 @@
 
 mod channel;
 mod commands;
+mod decode_page;
 mod desk;
 mod event_loop;
 mod function;

@@ -1,5 +1,6 @@
 use std::os::fd::OwnedFd;
 
+use barkeep_protocol::page::decode::{Counters, DecodeState};
 use barkeep_protocol::wire::{
     BarkeepExtensions, DecodeFlags, DeviceFlags, DeviceInfo, DmaMap, DmaUnmap, DmaUnmapFlags,
     Errno, FaultReport, FaultVerdict, InfoQuery, IoFds, IoFdsQuery, IrqAction, IrqData, IrqInfo,
@@ -8,6 +9,7 @@ use barkeep_protocol::wire::{
 };
 use tracing::{error, info, warn};
 
+use super::decode_page;
 use super::request_error::RequestError;
 use super::served::{
     Reply, Served, absent_region, check_descriptors, checked_end, dma_access, duplicate,
@@ -235,6 +237,15 @@ impl Served for PassthroughFunction {
         let state = RegionState { decode: decode.bits(), epoch, ..counters };
         reply.bytes(&state.to_bytes());
         Ok(())
+    }
+
+    /// As of the last request: others can change the device, and nobody tells.
+    fn decode_state(&self) -> DecodeState {
+        decode_page::state(self.function.epoch(), self.function.bars())
+    }
+
+    fn completions(&self) -> Counters {
+        decode_page::counters(&self.regions)
     }
 
     fn client_left(&mut self) {

@@ -117,6 +117,9 @@ impl Port {
             let _ = session.flush();
         }
         self.function.0.client_left();
+        if let Some(session) = &mut self.session {
+            session.show(self.function.0.as_ref());
+        }
     }
 
     /// Takes the next client. Further ones wait in the socket's backlog until it leaves.
@@ -156,6 +159,9 @@ impl Port {
             }
         }
         self.function.0.client_left();
+        if let Some(session) = &mut session {
+            session.show(self.function.0.as_ref());
+        }
         self.watch_unmask(epoll)?;
         // Not earlier: the end of the connection tells the client that its memory is given back.
         drop(session);

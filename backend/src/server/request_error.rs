@@ -54,6 +54,9 @@ pub enum RequestError {
     /// Memory that moves with the function.
     #[error("memory of the device: {0}")]
     Memory(Errno),
+    /// There is no memory for the decode page, or it can't be handed out.
+    #[error("decode page: {0}")]
+    Page(Errno),
     /// The number of file descriptors does not fit the request.
     #[error("{0} file descriptors do not fit the request")]
     FdCount(usize),
@@ -71,13 +74,21 @@ impl RequestError {
         Self::Memory(Errno::from_io_error(error).unwrap_or(Errno::IO))
     }
 
+    /// The decode page can't be had.
+    pub(super) fn page(error: &std::io::Error) -> Self {
+        Self::Page(Errno::from_io_error(error).unwrap_or(Errno::IO))
+    }
+
     /// The errno of the error reply.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
             Self::Wire(error) => error.errno(),
             Self::Dma(error) => error.errno(),
-            Self::Descriptor(errno) | Self::Device(errno) | Self::Memory(errno) => *errno,
+            Self::Descriptor(errno)
+            | Self::Device(errno)
+            | Self::Memory(errno)
+            | Self::Page(errno) => *errno,
             // As for an ioctl that a device does not know.
             Self::NoFeature => Errno::NOTTY,
             Self::NotNegotiated => Errno::NOTSUP,

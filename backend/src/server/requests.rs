@@ -53,6 +53,8 @@ pub(super) fn serve_request(
             function.region_state(query, reply)
         }
         Request::MemoryFault(_) | Request::RegionState(_) => Err(RequestError::NotNegotiated),
+        // The session's own, as its page is.
+        Request::DecodePage(_) => Err(RequestError::OutOfOrder),
     }
 }
 

@@ -3,6 +3,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use barkeep_protocol::page::decode::{Counters, DecodeState};
 use barkeep_protocol::wire::{
     self, BarkeepExtensions, DeviceFeature, DmaMap, DmaUnmap, FaultReport, InfoQuery, IoFdsQuery,
     IrqData, RegionAccess, RegionFlags, RegionInfo, RegionStateQuery, SetIrqs,
@@ -115,6 +116,11 @@ pub(super) trait Served: Send + fmt::Debug {
         query: RegionStateQuery,
         reply: &mut Reply<'_>,
     ) -> Result<(), RequestError>;
+
+    /// What it decodes now.
+    fn decode_state(&self) -> DecodeState;
+    /// What it has completed for the client otherwise than the client wanted.
+    fn completions(&self) -> Counters;
 
     /// The address that the client is to be asked about next, if there is one.
     fn next_address(&mut self) -> Option<Iova> {

@@ -12,6 +12,7 @@ use super::desk::{Desk, State};
 use super::event_loop::{Epoll, Source, Token};
 use super::request_error::RequestError;
 use super::served::Served;
+use crate::state::Heirs;
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
@@ -93,7 +94,7 @@ impl Session {
             more: false,
             stalled: false,
             more_from_twin: false,
-            desk: Desk::new(State::Greeting(handshake_deadline), Commands::default()),
+            desk: Desk::new(State::Greeting(handshake_deadline), Commands::default(), Heirs::None),
         }
     }
 
@@ -184,6 +185,7 @@ impl Session {
                 Ok(Received::Closed) => return Err(farewell(&mut self.client, SessionEnd::Left)),
                 Err(error) => return Err(farewell(&mut self.client, error.into())),
             };
+            self.desk.show(function);
             progress = Progress::Served;
             if let Err(end) = outcome {
                 // The last reply says why; it is lost if the client does not read.
@@ -267,7 +269,13 @@ impl Session {
         Ok(())
     }
 
+    /// Shows a client that has a page of the function what has become of it.
+    pub(super) fn show(&mut self, function: &dyn Served) {
+        self.desk.show(function);
+    }
+
     fn send_commands(&mut self, function: &mut dyn Served) {
+        self.desk.show(function);
         let State::Ready(peer) = self.desk.state else { return };
         // Negotiated in this turn, and meant for the first command already.
         if let Some(socket) = self.desk.new_twin.take() {

@@ -47,7 +47,8 @@ impl Memory {
         Ok(Self { address, words: words.get() })
     }
 
-    fn words(&self) -> &[AtomicU64] {
+    /// All of it.
+    pub(super) fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping has this length and stays until `self` is dropped, it is aligned to a
         // page, and other processes access it as memory whose every bit pattern is a word.
         unsafe { slice::from_raw_parts(self.address.as_ptr(), self.words) }

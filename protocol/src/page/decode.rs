@@ -199,9 +199,18 @@ impl<W: AsRef<[AtomicU64]>> DecodeWriter<W> {
         self.counters = Some(counters);
     }
 
-    /// The epoch of what is shown, if something is.
-    pub fn epoch(&self) -> Option<u64> {
-        self.state.map(|state| state.epoch)
+    /// Makes readers find nothing until something is [shown](Self::show) again, by whoever writes next.
+    pub fn suspend(&mut self) {
+        let Some(page) = page(&self.words) else { return };
+        self.sequence |= 1;
+        page[at::SEQUENCE].store(self.sequence, Ordering::Relaxed);
+        self.state = None;
+    }
+
+    /// The page's memory.
+    #[must_use]
+    pub fn words(&self) -> &W {
+        &self.words
     }
 }
 

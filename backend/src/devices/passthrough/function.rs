@@ -8,9 +8,10 @@ use super::device::{
 };
 use super::interrupts::{Interrupts, IrqRequest, VfioIrqError};
 use super::msix_table::MsixTable;
+use super::placed;
 use crate::dma::{DmaAccess, DmaError, DmaTable, Iova};
-use crate::pci::Command;
 use crate::pci::spec::{EXTENDED_CONFIG_SIZE, bar, header, power};
+use crate::pci::{Bar, BarIndex, BarKind, Command};
 
 /// A real PCI function that the kernel gave to this process.
 ///
@@ -27,6 +28,9 @@ pub struct VfioFunction {
     epoch: u64,
     /// As of the last look.
     decode: Decode,
+    /// Where the BARs are, and of which epoch that is.
+    bars: Vec<Bar>,
+    placed_at: Option<u64>,
 }
 
 /// How an access ended.
@@ -90,6 +94,8 @@ impl VfioFunction {
             io_bars,
             epoch,
             decode,
+            bars: Vec::new(),
+            placed_at: None,
         };
         // Whoever had it before: without a way to reset it, at least it stays quiet.
         match function.reset() {
@@ -137,6 +143,13 @@ impl VfioFunction {
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Its BARs, and which of them it claims, as of the last access or change.
+    pub fn bars(&self) -> impl Iterator<Item = (Bar, bool)> {
+        let Decode { memory, io, rom: _ } = self.decode;
+        let claimed = move |bar: &Bar| if bar.kind == BarKind::Io { io } else { memory };
+        self.bars.iter().map(move |bar| (*bar, claimed(bar)))
     }
 
     /// Whether a place in a region can be mapped.
@@ -309,7 +322,23 @@ impl VfioFunction {
             self.decode = decode;
             self.epoch += 1;
         }
+        if self.placed_at != Some(self.epoch) {
+            self.placed_at = Some(self.epoch);
+            self.place();
+        }
         decode
+    }
+
+    /// Asks the device where its BARs are. One that does not answer has them where they were.
+    fn place(&mut self) {
+        let mut registers = [0; placed::LENGTH];
+        if self.config(header::BAR0, &mut registers).is_some() {
+            let regions = &self.description.regions;
+            let size = |bar: BarIndex| regions[usize::from(bar)].size;
+            if let Some(bars) = placed::bars(&registers, size) {
+                self.bars = bars;
+            }
+        }
     }
 
     /// `None` when nobody answers: the device was unplugged.

@@ -19,6 +19,7 @@ mod kernel;
 mod map_bars;
 mod msix_table;
 mod open_error;
+mod placed;
 
 #[cfg(test)]
 mod tests;

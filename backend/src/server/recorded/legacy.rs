@@ -10,16 +10,17 @@ use thiserror::Error;
 use tracing::{debug, warn};
 
 use super::port::HANDSHAKE_TIME;
-use super::recorder::{Attempt, DEATHS_BORNE, Recorder};
+use super::recorder::{Attempt, DEATHS_BORNE, PAGE_KEY, Recorder};
 use super::saved_session::{SavedSession, Twin};
 use super::session::Session;
 use super::windows::{Window, Windows};
 use super::wiring::{ReplayError, Wiring};
+use crate::server::decode_page::ClientPage;
 use crate::server::event_loop::Source;
 use crate::server::function::Recorded;
 use crate::server::served::ServedFunction;
 use crate::state::{
-    Activity, FdKey, Holder, Journal, Part, PreviousEnd, Recovered, SectionError, SectionId,
+    Activity, FdKey, Heirs, Holder, Journal, Part, PreviousEnd, Recovered, SectionError, SectionId,
     StateError, StateFile,
 };
 
@@ -71,6 +72,8 @@ enum Unusable {
     Garbled(SectionId),
     #[error("a descriptor of it was not kept")]
     NoTwin,
+    #[error("the client's decode page was not kept")]
+    NoPage,
     #[error("{0}")]
     Wiring(#[from] ReplayError),
     #[error("nobody has survived going on with it")]
@@ -102,6 +105,7 @@ impl Legacy {
             let mut recorder = Recorder::new(name.to_owned(), journal, holder);
             self.adopt_kept(function, &mut recorder)?;
             function.0.set_scratch(recorder.journal().scratch());
+            self.end_page(function);
             self.forget_rest(&mut recorder);
             let session = match client {
                 Some(client) if lost => {
@@ -136,6 +140,7 @@ impl Legacy {
             Err(unusable) => {
                 warn!(function = name, "the session can't go on: {unusable}");
                 function.0.client_left();
+                self.end_page(function);
                 erase_scratch(&recorder);
                 recorder.clear();
                 self.forget_rest(&mut recorder);
@@ -189,8 +194,15 @@ impl Legacy {
             Twin::None | Twin::Closed => None,
         };
         let client = self.client.take().ok_or(Unusable::NoTwin)?;
-        let session = Session::inherited(client, twin, saved, Instant::now() + HANDSHAKE_TIME);
-        let committed = recorder.commit(served, Some(session.saved()), None, None);
+        let page = if saved.has_page() { Some(self.page().ok_or(Unusable::NoPage)?) } else { None };
+        let deadline = Instant::now() + HANDSHAKE_TIME;
+        let mut session = Session::inherited(client, twin, saved, deadline);
+        if let Some(page) = page {
+            session.adopt_page(page).map_err(|_| Unusable::NoPage)?;
+            recorder.inherit_page();
+            self.fds.remove(&PAGE_KEY);
+        }
+        let committed = session.commit(recorder, served, None, None);
         committed.expect("only what is to be sent can be refused");
         Ok(session)
     }
@@ -214,6 +226,19 @@ impl Legacy {
         Ok(())
     }
 
+    /// The page that the client has, if it was kept.
+    fn page(&self) -> Option<OwnedFd> {
+        self.fds.get(&PAGE_KEY)?.try_clone().ok()
+    }
+
+    /// A client whose session is lost sees that on its page as well.
+    fn end_page(&self, function: &ServedFunction) {
+        let mut page = ClientPage::new(Heirs::Holder);
+        if self.page().is_some_and(|file| page.adopt(file).is_ok()) {
+            page.show(function.0.as_ref());
+        }
+    }
+
     /// What nothing refers to: a predecessor died before it said so.
     fn forget_rest(&mut self, recorder: &mut Recorder) {
         for key in std::mem::take(&mut self.fds).into_keys() {
@@ -233,7 +258,9 @@ fn load(state: &OwnedFd, name: &str, words: usize, end: PreviousEnd) -> Result<R
     {
         return Err(Unusable::Deadly);
     }
-    let session = parse(SectionId::Session, session)?;
+    let session = session.map_err(|error| Unusable::Section(SectionId::Session, error))?;
+    let session = session.map_or(Some(SavedSession::default()), |it| SavedSession::parse(&it));
+    let session = session.ok_or(Unusable::Garbled(SectionId::Session))?;
     let wiring: Wiring = parse(SectionId::Wiring, wiring)?;
     let mut parts: [BTreeMap<u64, Window>; Part::ALL.len()] = Default::default();
     for (part, bytes) in Part::ALL.into_iter().zip(windows) {

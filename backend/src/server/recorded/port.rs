@@ -146,6 +146,9 @@ impl Port {
             let _ = session.flush(&mut self.recorder);
         }
         self.function.0.client_left();
+        if let Some(session) = &mut self.session {
+            session.show(self.function.0.as_ref());
+        }
         self.recorder.clear();
         if let Some(session) = self.session.take() {
             session.hang_up();
@@ -161,6 +164,7 @@ impl Port {
         self.commit();
         if let Some(session) = &mut self.session {
             let _ = session.flush(&mut self.recorder);
+            session.suspend_page();
         }
     }
 
@@ -186,8 +190,11 @@ impl Port {
     }
 
     fn commit(&mut self) {
-        let saved = self.session.as_ref().map(Session::saved);
-        let committed = self.recorder.commit(self.function.0.as_mut(), saved, None, None);
+        let function = self.function.0.as_mut();
+        let committed = match &mut self.session {
+            Some(session) => session.commit(&mut self.recorder, function, None, None),
+            None => self.recorder.commit(function, None, None, None),
+        };
         committed.expect("only what is to be sent can be refused");
     }
 
@@ -201,6 +208,9 @@ impl Port {
             }
         }
         self.function.0.client_left();
+        if let Some(session) = &mut session {
+            session.show(self.function.0.as_ref());
+        }
         self.watch_unmask(epoll)?;
         // Before anybody hears of it: the state of one client must not meet the next one.
         self.recorder.clear();

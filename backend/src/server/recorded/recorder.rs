@@ -28,6 +28,9 @@ const FIRST_LOOK: usize = 4096;
 /// How often a socket is looked at for one message before others have their turn: a peer may send it byte
 /// by byte, just as fast as we look.
 const LOOKS: usize = 16;
+/// The key of a client's decode page. Those of what a function keeps are higher, and of what clients send
+/// higher still.
+pub(super) const PAGE_KEY: FdKey = FdKey((1 << 32) - 1);
 /// Stands for descriptors of which there were more than a message may have.
 const TOO_MANY: FdKey = FdKey(u64::MAX);
 
@@ -44,6 +47,8 @@ pub(super) struct Recorder {
     session: Option<SavedSession>,
     /// Frames of each stream that were committed since all was sent.
     waiting: [usize; StreamId::ALL.len()],
+    /// The client's decode page is held.
+    page_held: bool,
     /// What the holder may forget once the state does not refer to it any more.
     unused: Vec<FdKey>,
 }
@@ -94,6 +99,7 @@ impl Recorder {
             files: Files::default(),
             session: None,
             waiting: [0; StreamId::ALL.len()],
+            page_held: false,
             unused: Vec::new(),
         }
     }
@@ -115,6 +121,21 @@ impl Recorder {
     /// The function's own descriptor with this key was held by the predecessor already, or is now.
     pub(super) fn hold(&mut self, key: FdKey, fd: BorrowedFd<'_>) -> std::io::Result<()> {
         self.holder.store(key, fd)
+    }
+
+    /// Has the client's decode page held, once.
+    pub(super) fn hold_page(&mut self, page: BorrowedFd<'_>) -> Result<(), Errno> {
+        if !self.page_held {
+            let errno = |error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            self.holder.store(PAGE_KEY, page).map_err(errno)?;
+            self.page_held = true;
+        }
+        Ok(())
+    }
+
+    /// A predecessor had it held.
+    pub(super) fn inherit_page(&mut self) {
+        self.page_held = true;
     }
 
     pub(super) fn forget(&mut self, key: FdKey) {
@@ -428,6 +449,9 @@ impl Recorder {
         let keys: Vec<FdKey> = self.wiring.keys().chain(twin).chain(in_streams).collect();
         for key in keys.into_iter().chain(self.unused.drain(..)) {
             self.holder.forget(key);
+        }
+        if std::mem::take(&mut self.page_held) {
+            self.holder.forget(PAGE_KEY);
         }
         self.fds.clear();
         self.image = Image::default();

@@ -16,7 +16,7 @@ use crate::server::desk::{Desk, Handled, State};
 use crate::server::event_loop::{Epoll, Interest, Source, Token};
 use crate::server::served::Served;
 use crate::server::session::{Progress, SessionEnd};
-use crate::state::{Activity, StreamId};
+use crate::state::{Activity, Heirs, StreamId};
 
 /// Requests served before other functions of the process get their turn.
 const BATCH: usize = 64;
@@ -47,7 +47,8 @@ struct Line {
 impl Session {
     /// One of a client that has said nothing yet.
     pub(super) fn new(socket: OwnedFd, handshake_deadline: Instant) -> Self {
-        let desk = Desk::new(State::Greeting(handshake_deadline), Commands::default());
+        let state = State::Greeting(handshake_deadline);
+        let desk = Desk::new(state, Commands::default(), Heirs::Holder);
         Self::with(socket, None, Twin::None, desk)
     }
 
@@ -88,6 +89,38 @@ impl Session {
     /// What a successor has to know.
     pub(super) fn saved(&self) -> SavedSession {
         SavedSession::new(&self.desk, self.saved_twin)
+    }
+
+    /// Goes on with the page that the client has of a predecessor.
+    pub(super) fn adopt_page(&mut self, file: OwnedFd) -> io::Result<()> {
+        self.desk.page.adopt(file)
+    }
+
+    /// Makes everything true at once, and then shows it to a client that has a page: before it hears of
+    /// it, and not before it can't be undone.
+    ///
+    /// # Errors
+    /// See [`Recorder::commit`].
+    pub(super) fn commit(
+        &mut self,
+        recorder: &mut Recorder,
+        function: &mut dyn Served,
+        taken: Option<StreamId>,
+        send: Option<(StreamId, Vec<u8>, Vec<OwnedFd>)>,
+    ) -> Result<(), Errno> {
+        recorder.commit(function, Some(self.saved()), taken, send)?;
+        self.show(function);
+        Ok(())
+    }
+
+    /// Shows a client that has a page of the function what has become of it.
+    pub(super) fn show(&mut self, function: &dyn Served) {
+        self.desk.show(function);
+    }
+
+    /// A successor goes on, which may be of a version that has no pages.
+    pub(super) fn suspend_page(&mut self) {
+        self.desk.page.suspend();
     }
 
     /// Tells the event loop what is waited for, if it does not know that.
@@ -262,9 +295,14 @@ impl Session {
             // Without the one end the other is of no use.
             return Err(TransportError::Socket(errno).into());
         }
+        if let Err(errno) = self.hold_page(recorder) {
+            drop((bytes, fds));
+            self.sender.queue(Frame::error(header.id, header.command, errno));
+            (bytes, fds) = self.sender.take();
+        }
         loop {
             let send = Some((id, bytes, fds));
-            let Err(errno) = recorder.commit(function, Some(self.saved()), Some(id), send) else {
+            let Err(errno) = self.commit(recorder, function, Some(id), send) else {
                 break;
             };
             // There is no room to hold what the answer brings.
@@ -286,6 +324,16 @@ impl Session {
             self.saved_twin = Twin::Open(key.0);
         }
         Ok(())
+    }
+
+    /// A page that the client is about to have must be there for a successor.
+    fn hold_page(&mut self, recorder: &mut Recorder) -> Result<(), Errno> {
+        let Some(page) = self.desk.page.file() else { return Ok(()) };
+        let held = recorder.hold_page(page);
+        if held.is_err() {
+            self.desk.page.discard();
+        }
+        held
     }
 
     /// Sends what the function has to ask the client, one after the other as well.
@@ -322,9 +370,7 @@ impl Session {
             };
             let (bytes, fds) = self.sender.take();
             let send = Some((id, bytes, fds));
-            recorder
-                .commit(function, Some(self.saved()), None, send)
-                .map_err(TransportError::Socket)?;
+            self.commit(recorder, function, None, send).map_err(TransportError::Socket)?;
             self.flush(recorder)?;
             if !spoke {
                 return Ok(());
@@ -343,7 +389,7 @@ impl Session {
             self.sender.error(id, command, Errno::INVAL);
             let (bytes, fds) = self.sender.take();
             let send = Some((StreamId::Client, bytes, fds));
-            let _ = recorder.commit(function, Some(self.saved()), None, send);
+            let _ = self.commit(recorder, function, None, send);
             let _ = self.flush(recorder);
         }
         end

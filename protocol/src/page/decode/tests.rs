@@ -111,6 +111,22 @@ fn the_page_keeps_the_address_at_which_a_bar_decoded_last() {
 }
 
 #[test]
+fn a_page_that_was_suspended_shows_nothing_until_it_is_written_again() {
+    let page = mapped();
+    let mut writer = DecodeWriter::new(page.clone()).unwrap();
+    writer.show(&state(1), || ());
+    let reader = DecodeReader::new(page.clone()).unwrap();
+    let before = reader.sequence().unwrap();
+    for _ in 0..2 {
+        writer.suspend();
+        assert_eq!((reader.read(), reader.sequence()), (None, None));
+        writer.show(&state(1), || ());
+        assert_eq!(reader.read().unwrap().epoch, 1);
+    }
+    assert_eq!(reader.sequence(), Some(before + 4));
+}
+
+#[test]
 fn counting_disturbs_no_reader() {
     let page = mapped();
     let mut writer = DecodeWriter::new(page.clone()).unwrap();
