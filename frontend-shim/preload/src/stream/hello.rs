@@ -13,6 +13,9 @@ use serde_json::Value;
 /// The longest message that may be a VERSION, in bytes.
 pub(super) const LONGEST: usize = HEADER_SIZE + NUMBERS + MAX_VERSION_DATA;
 
+/// The shortest, likewise.
+pub(super) const SHORTEST: usize = HEADER_SIZE + NUMBERS;
+
 /// Major and minor version.
 const NUMBERS: usize = 4;
 const NAME: &str = "barkeep";
@@ -22,6 +25,13 @@ const NAME: &str = "barkeep";
 pub(super) struct Hello {
     pub(super) id: MessageId,
     pub(super) bytes: Vec<u8>,
+}
+
+/// Whether a message of this length may be a VERSION, by its first bytes: id, command and size.
+pub(super) fn may_begin(start: [u8; 8], len: usize) -> bool {
+    let [_, _, a, b, c, d, e, f] = start;
+    u16::from_ne_bytes([a, b]) == Command::Version.code()
+        && u32::from_ne_bytes([c, d, e, f]) as usize == len
 }
 
 impl Hello {

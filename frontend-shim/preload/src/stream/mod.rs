@@ -1,16 +1,156 @@
 //! Connections of the VMM's own vfio-user client, and what we say and hear on them besides.
+//!
+//! A connection shows by its first message, a whole VERSION, which gets barkeep's capability object; the
+//! answer reaches the VMM without it. Before the VMM's next message the device is asked what it is: its
+//! BARs' files, and the page that shows what it decodes. From then on our commands go between two
+//! messages of the VMM, and the answers to them are taken out of what the VMM reads.
+//!
+//! The VMM sees its own stream, byte by byte. Whatever is not understood ends our part in it for good.
 
-use barkeep_protocol::wire::{FaultAccess, FaultVerdict};
+mod connection;
+mod hello;
+mod incoming;
+mod introduce;
+mod outgoing;
+mod pending;
+mod turn;
 
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use barkeep_protocol::page::decode::{DecodeReader, ShownBar, Space};
+use barkeep_protocol::wire::{
+    Command, FaultAccess, FaultReport, FaultVerdict, RegionAccess, RegionData,
+};
+use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
+
+use self::connection::Connection;
+use self::hello::{Hello, LONGEST};
+use self::introduce::{BARS, BarFile, Facts, introduce};
+use self::pending::Greeting;
 use crate::Shim;
-use crate::device::{Decode, DeviceId, Placement};
-use crate::system::System;
+use crate::descriptors::Descriptor;
+use crate::device::{Decode, DeviceId, Placement, Source};
+use crate::status::{Count, FailOpen};
+use crate::system::{Answer, PageWords, SocketMessage, SocketReceived, System};
+
+/// More connections are left to the VMM.
+const MOST: usize = 256;
+/// How long the VMM's first command waits for the device to say what it is.
+const INTRODUCTION: Duration = Duration::from_secs(1);
+/// How long a virtual CPU waits for a backend, once.
+const DEADLINE: Duration = Duration::from_secs(5);
 
 /// All connections of the process.
-#[derive(Debug, Default)]
-pub(crate) struct Streams {}
+pub(crate) struct Streams {
+    places: Box<[Place]>,
+    /// Files that are BARs.
+    files: AtomicUsize,
+    /// This is a child of the process that made them.
+    abandoned: AtomicBool,
+}
+
+/// A connection's place. Its memory for a page stays when the connection goes, so that a signal handler
+/// may look at any time.
+#[derive(Default)]
+struct Place {
+    taken: AtomicBool,
+    /// `None` as long as there is none, and when it is gone.
+    connection: Mutex<Option<Arc<Connection>>>,
+    /// The device's number and 1, or 0.
+    device: AtomicU32,
+    page: OnceLock<PageWords>,
+    /// Whether the page is this connection's.
+    shown: AtomicBool,
+    /// Moves when the page becomes another's.
+    generation: AtomicU64,
+    files: Mutex<Vec<BarFile>>,
+}
 
 impl<S: System> Shim<S> {
+    /// `sendmsg` of the VMM.
+    ///
+    /// # Errors
+    /// Those of `sendmsg`.
+    pub(crate) fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
+        let Some((stream, connection)) = self.connection_of(fd) else {
+            return match self.greet(fd, message, flags) {
+                Some(answer) => answer,
+                None => self.system.sendmsg(fd, message, flags),
+            };
+        };
+        if flags & libc::MSG_OOB != 0 {
+            self.lose(&connection);
+        }
+        if connection.is_passing() {
+            return self.system.sendmsg(fd, message, flags);
+        }
+        let mut writer = connection.writer();
+        if connection.may_introduce(&writer) {
+            writer.introduced = true;
+            let Greeting::Answered(extensions) = connection.pending().greeting else {
+                return self.system.sendmsg(fd, message, flags);
+            };
+            let deadline = Instant::now() + INTRODUCTION;
+            let facts = introduce(&connection, &mut writer, extensions, deadline);
+            // The devices' lock is not taken with this turn.
+            drop(writer);
+            match facts {
+                Some(facts) => self.introduced(stream, &facts),
+                None => self.status.fail_open(FailOpen::StreamSetup),
+            }
+            writer = connection.writer();
+        }
+        let (sent, _configures) = connection.send(&self.system, &mut writer, fd, message, flags);
+        sent
+    }
+
+    /// `recvmsg` of the VMM.
+    ///
+    /// # Errors
+    /// Those of `recvmsg`.
+    pub(crate) fn recvmsg(
+        &self,
+        fd: RawFd,
+        message: &SocketMessage,
+        flags: i32,
+    ) -> Answer<SocketReceived> {
+        let Some((_, connection)) = self.connection_of(fd) else {
+            return self.system.recvmsg(fd, message, flags);
+        };
+        if flags & libc::MSG_OOB != 0 {
+            self.lose(&connection);
+        }
+        if connection.is_passing() || flags & libc::MSG_ERRQUEUE != 0 {
+            return self.system.recvmsg(fd, message, flags);
+        }
+        connection.receive(&self.system, fd, message, flags)
+    }
+
+    /// The last descriptor of a connection is about to be closed, or just was.
+    pub(crate) fn stream_closed(&self, stream: u32) {
+        let Some(place) = self.streams.place(stream) else { return };
+        let connection = place.connection().take();
+        let Some(connection) = connection else { return };
+        connection.pass();
+        let files = std::mem::take(&mut *place.files());
+        self.streams.files.fetch_sub(files.len(), Ordering::AcqRel);
+        place.shown.store(false, Ordering::Release);
+        place.generation.fetch_add(1, Ordering::AcqRel);
+        if let Some(page) = place.page.get() {
+            // Zeros in its place, so that the server's file is let go. If not, it stays mapped.
+            let _ = self.system.page(None, Some(page));
+        }
+        if let Some(device) = place.device.swap(0, Ordering::AcqRel).checked_sub(1) {
+            self.remove_device(DeviceId(device));
+        }
+        drop(connection);
+        place.taken.store(false, Ordering::Release);
+    }
+
     /// Completes an access to a BAR that does not decode, and counts it. A vfio-user backend is asked
     /// and answers; where there is none, or it does not answer in time, a read gets all ones and a
     /// write is dropped. Not for signal handlers.
@@ -22,10 +162,40 @@ impl<S: System> Shim<S> {
         data: &mut [u8],
         write: bool,
     ) {
-        let _ = (device, bar, offset);
-        if !write {
+        let answered = self.forward(device, bar, offset, data, write).is_some();
+        if !write && !answered {
             data.fill(0xff);
         }
+        if write {
+            self.status.count(Count::UrWrites);
+        } else if data.iter().all(|byte| *byte == 0xff) {
+            self.status.count(Count::UrReads);
+        }
+    }
+
+    fn forward(
+        &self,
+        device: DeviceId,
+        bar: u8,
+        offset: u64,
+        data: &mut [u8],
+        write: bool,
+    ) -> Option<()> {
+        let connection = self.backend(device)?;
+        let count = u32::try_from(data.len()).ok()?;
+        let access = RegionAccess { offset, region: u32::from(bar), count };
+        if write {
+            let body = RegionData { access, data }.to_bytes();
+            let reply = self.ask(&connection, Command::RegionWrite, &body)?;
+            return reply.body().map(|_| ());
+        }
+        let reply = self.ask(&connection, Command::RegionRead, &access.to_bytes())?;
+        let read = RegionData::parse(reply.body()?).ok()?;
+        if read.access != access {
+            return None;
+        }
+        data.copy_from_slice(read.data);
+        Some(())
     }
 
     /// What the backend says about a memory fault. `None` for a device without one that has the
@@ -37,8 +207,41 @@ impl<S: System> Shim<S> {
         offset: u64,
         access: FaultAccess,
     ) -> Option<FaultVerdict> {
-        let _ = (device, bar, offset, access);
-        None
+        let connection = self.backend(device)?;
+        let Greeting::Answered(Some(extensions)) = connection.pending().greeting else {
+            return None;
+        };
+        if !extensions.memory_fault {
+            return None;
+        }
+        let report = FaultReport { region: u32::from(bar), access, offset, size: 0 };
+        let reply = self.ask(&connection, Command::MemoryFault, &report.to_bytes())?;
+        FaultVerdict::parse(reply.body()?).ok()
+    }
+
+    fn ask(
+        &self,
+        connection: &Connection,
+        command: Command,
+        body: &[u8],
+    ) -> Option<incoming::Answer> {
+        let was_silent = connection.pending().silent;
+        let reply = connection.ask(command, body, Instant::now() + DEADLINE);
+        if reply.is_some() {
+            self.status.count(Count::Forwarded);
+        } else if !was_silent && connection.pending().silent {
+            self.status.fail_open(FailOpen::ServerSilent);
+        }
+        reply
+    }
+
+    /// The connection of a device whose server is a barkeep. Of another one, nothing is known of what
+    /// it does with a BAR that does not decode.
+    fn backend(&self, device: DeviceId) -> Option<Arc<Connection>> {
+        let Source::VfioUser(stream) = self.source(device)? else { return None };
+        let connection = self.streams.place(stream)?.connection().clone()?;
+        let greeting = connection.pending().greeting;
+        matches!(greeting, Greeting::Answered(Some(_))).then_some(connection)
     }
 
     /// Which part of which BAR a place in a file is, by the file's device and inode number.
@@ -47,37 +250,203 @@ impl<S: System> Shim<S> {
         identity: (u64, u64),
         offset: u64,
     ) -> Option<(DeviceId, u8, u64)> {
-        let _ = (identity, offset);
+        for stream in 0.. {
+            let place = self.streams.place(stream)?;
+            let files = place.files();
+            let file = files.iter().find(|file| {
+                file.identity == identity && file.offset(offset).is_some()
+            });
+            if let Some(file) = file {
+                let device = place.device.load(Ordering::Acquire).checked_sub(1)?;
+                return Some((DeviceId(device), file.bar, file.offset(offset)?));
+            }
+        }
         None
     }
 
     /// Whether [`Self::user_bar_file`] may answer at all; one load, asked at every `mmap`.
     pub(crate) fn has_user_bar_files(&self) -> bool {
-        false
+        self.streams.files.load(Ordering::Acquire) != 0
     }
 
     /// Whether a BAR decodes, as the backend's decode page says. Safe in a signal handler.
     pub(crate) fn user_decode(&self, stream: u32, bar: u8) -> Decode {
-        let _ = (stream, bar);
-        Decode::Unknown
+        let page = self.streams.place(stream).and_then(Place::page);
+        match page.and_then(|page| page.bar(usize::from(bar))) {
+            Some(Some(ShownBar { bar, .. })) if bar.space == Space::Memory => {
+                if bar.decodes { Decode::On } else { Decode::Off }
+            }
+            _ => Decode::Unknown,
+        }
     }
 
-    /// Changes whenever [`Self::user_placements`] may have changed; one load, asked at every exit. Takes
-    /// no lock.
+    /// Changes whenever [`Self::user_placements`] may have changed; asked at every exit. Takes no lock.
     pub(crate) fn user_epoch(&self, stream: u32) -> u64 {
-        let _ = stream;
-        0
+        let Some(place) = self.streams.place(stream) else { return 0 };
+        let generation = place.generation.load(Ordering::Acquire);
+        // While it is being written it never looks as it did before.
+        let sequence = place.page().map_or(0, |page| page.sequence().unwrap_or(u64::MAX));
+        generation.wrapping_shl(48) ^ sequence
     }
 
     /// Where the BARs are and were, as the backend's decode page says. `None` if it does not tell.
-    /// Called with the devices' lock held: takes no lock that is held while devices are called.
-    pub(crate) fn user_placements(&self, stream: u32) -> Option<[Placement; 6]> {
-        let _ = stream;
-        None
+    /// Takes no lock.
+    pub(crate) fn user_placements(&self, stream: u32) -> Option<[Placement; BARS]> {
+        let shown = self.streams.place(stream)?.page()?.read()?;
+        Some(shown.bars.map(|bar| match bar {
+            Some(ShownBar { bar, decoded_at }) if bar.space == Space::Memory => Placement {
+                size: bar.size,
+                address: bar.address,
+                live: decoded_at.unwrap_or(0),
+            },
+            _ => Placement::default(),
+        }))
     }
 
-    /// The last descriptor of a connection is closed.
-    pub(crate) fn stream_closed(&self, stream: u32) {
-        let _ = stream;
+    /// The connection that a descriptor of the VMM's is.
+    fn connection_of(&self, fd: RawFd) -> Option<(u32, Arc<Connection>)> {
+        let Some(Descriptor::Stream(stream)) = self.descriptors.get(fd) else { return None };
+        let connection = self.streams.place(stream)?.connection().clone()?;
+        Some((stream, connection))
+    }
+
+    fn lose(&self, connection: &Connection) {
+        if !connection.is_passing() {
+            connection.pass();
+            self.status.fail_open(FailOpen::StreamLost);
+        }
+    }
+
+    /// If this is a VERSION on a socket that nothing is known of: sends it with ours in it.
+    fn greet(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Option<Answer<usize>> {
+        let len = message.len();
+        let plain = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let flags = SendFlags::from_bits_retain(flags.cast_unsigned());
+        let shaped = (hello::SHORTEST..=LONGEST).contains(&len)
+            && message.control_len == 0
+            && message.name == 0
+            && plain.contains(flags);
+        if !shaped {
+            return None;
+        }
+        let mut start = [0; 8];
+        if !connection::read(&self.system, message, 0, &mut start) || !hello::may_begin(start, len) {
+            return None;
+        }
+        let mut bytes = vec![0; len];
+        if !connection::read(&self.system, message, 0, &mut bytes) {
+            return None;
+        }
+        let hello = Hello::with_ours(&bytes)?;
+        let Some(stream) = self.streams.free_place() else {
+            self.status.fail_open(FailOpen::TooManyStreams);
+            return None;
+        };
+        let answer = self.adopt(fd, stream, &hello, flags);
+        if !matches!(answer, Some(Ok(())))
+            && let Some(place) = self.streams.place(stream)
+        {
+            place.taken.store(false, Ordering::Release);
+        }
+        Some(answer?.map(|()| len))
+    }
+
+    fn adopt(&self, fd: RawFd, stream: u32, hello: &Hello, flags: SendFlags) -> Option<Answer<()>> {
+        let socket = self.system.keep(fd).ok().filter(is_unix_stream)?;
+        if !self.descriptors.set(fd, Descriptor::Stream(stream)) {
+            self.status.fail_open(FailOpen::TooManyDescriptors);
+            return None;
+        }
+        let begun = Connection::begin(socket, hello, flags);
+        if begun.is_err() {
+            self.descriptors.clear(fd);
+        }
+        let place = self.streams.place(stream)?;
+        Some(begun.map(|connection| *place.connection() = Some(Arc::new(connection))))
+    }
+
+    fn introduced(&self, stream: u32, facts: &Facts) {
+        let Some(place) = self.streams.place(stream) else { return };
+        if let Some(file) = &facts.page {
+            place.show(&self.system, file.as_fd());
+        }
+        let Some(device) = self.add_device(Source::VfioUser(stream)) else { return };
+        place.device.store(device.0 + 1, Ordering::Release);
+        *place.files() = facts.files.clone();
+        self.streams.files.fetch_add(facts.files.len(), Ordering::AcqRel);
+    }
+}
+
+fn is_unix_stream(socket: &OwnedFd) -> bool {
+    sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
+        && sockopt::socket_type(socket) == Ok(SocketType::STREAM)
+}
+
+impl Streams {
+    /// In a child: the connections are the parent's. Takes no lock, as other threads of the parent may
+    /// have had any.
+    pub(crate) fn forked(&self) {
+        self.abandoned.store(true, Ordering::Release);
+    }
+
+    fn place(&self, stream: u32) -> Option<&Place> {
+        let place = self.places.get(usize::try_from(stream).ok()?)?;
+        (!self.abandoned.load(Ordering::Acquire)).then_some(place)
+    }
+
+    fn free_place(&self) -> Option<u32> {
+        let free = (0..).zip(&self.places).find(|(_, place)| {
+            !place.taken.swap(true, Ordering::AcqRel)
+        });
+        free.map(|(stream, _)| stream)
+    }
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self {
+            places: (0..MOST).map(|_| Place::default()).collect(),
+            files: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+        }
+    }
+}
+
+impl fmt::Debug for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let taken = self.places.iter().filter(|place| place.taken.load(Ordering::Relaxed));
+        f.debug_struct("Streams").field("taken", &taken.count()).finish_non_exhaustive()
+    }
+}
+
+impl Place {
+    fn connection(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn files(&self) -> MutexGuard<'_, Vec<BarFile>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the device decodes. Safe in a signal handler.
+    fn page(&self) -> Option<DecodeReader<PageWords>> {
+        if !self.shown.load(Ordering::Acquire) {
+            return None;
+        }
+        DecodeReader::new(*self.page.get()?)
+    }
+
+    fn show(&self, system: &impl System, file: BorrowedFd<'_>) {
+        let Ok(page) = system.page(Some(file), self.page.get().copied()) else { return };
+        let _ = self.page.set(page);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.shown.store(true, Ordering::Release);
+    }
+}
+
+impl BarFile {
+    /// Where in the BAR a place in the file is.
+    fn offset(&self, in_file: u64) -> Option<u64> {
+        in_file.checked_sub(self.start).filter(|offset| *offset < self.len)
     }
 }

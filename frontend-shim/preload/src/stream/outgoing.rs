@@ -1,6 +1,6 @@
 //! What the VMM has sent: where its messages end, and which answers it waits for.
 
-use barkeep_protocol::wire::limits::{HEADER_SIZE, HEADER_SIZE_U32};
+use barkeep_protocol::wire::limits::HEADER_SIZE;
 use barkeep_protocol::wire::{Command, Header, MessageId, MessageKind};
 
 /// Follows the VMM's bytes. Between two messages, and only there, others may be sent.
@@ -14,7 +14,7 @@ enum State {
     /// In the first bytes of a message: these.
     Start(Vec<u8>),
     /// So many bytes of a message are left.
-    Rest(u32),
+    Rest(usize),
     /// These are no messages.
     Lost,
 }
@@ -70,10 +70,9 @@ impl Outgoing {
             match &mut self.state {
                 State::Lost => break,
                 State::Rest(left) => {
-                    let some = (count - at).min(*left as usize);
+                    let some = (count - at).min(*left);
                     at += some;
-                    // `some` is not larger than `left`.
-                    *left -= u32::try_from(some).unwrap_or(*left);
+                    *left -= some;
                     if *left == 0 {
                         self.state = State::default();
                     }
@@ -101,17 +100,17 @@ impl Outgoing {
 /// How much of a message is looked at, as far as is known.
 fn wanted(start: &[u8]) -> usize {
     let header = start.first_chunk().and_then(|header| Header::parse(header).ok());
-    header.map_or(HEADER_SIZE, |header| size(&header).min(LOOKED_AT as u64) as usize)
+    header.map_or(HEADER_SIZE, |header| size(&header).min(LOOKED_AT))
 }
 
 /// Of the whole message, in bytes.
-fn size(header: &Header) -> u64 {
-    u64::from(header.body_size) + u64::from(HEADER_SIZE_U32)
+fn size(header: &Header) -> usize {
+    header.body_size as usize + HEADER_SIZE
 }
 
 fn begin(start: &[u8], passed: &mut Passed) -> State {
     let Some(Ok(header)) = start.first_chunk().map(Header::parse) else { return State::Lost };
-    let wanted = size(&header).min(LOOKED_AT as u64) as usize;
+    let wanted = size(&header).min(LOOKED_AT);
     if start.len() < wanted {
         return State::Start(start.to_vec());
     }
@@ -120,11 +119,9 @@ fn begin(start: &[u8], passed: &mut Passed) -> State {
         _ => Begun::Told,
     });
     passed.configures |= configures(&header, start);
-    let left = size(&header) - start.len() as u64;
-    match u32::try_from(left) {
-        Ok(0) => State::default(),
-        Ok(left) => State::Rest(left),
-        Err(_) => State::Lost,
+    match size(&header) - start.len() {
+        0 => State::default(),
+        left => State::Rest(left),
     }
 }
 

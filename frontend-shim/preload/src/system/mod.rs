@@ -2,13 +2,15 @@
 
 #[cfg(not(test))]
 mod real;
+mod sockets;
 
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
 #[cfg(not(test))]
 pub(crate) use real::Real;
+pub(crate) use sockets::{Extent, PageWords, SocketMessage, SocketReceived};
 
 /// A result as the C library gives it.
 pub(crate) type Answer<T> = Result<T, Errno>;
@@ -126,6 +128,31 @@ pub(crate) trait System: Send + Sync + 'static {
     /// Device and inode number of what a descriptor refers to.
     fn identity(&self, fd: RawFd) -> Answer<(u64, u64)> {
         let _ = fd;
+        Err(Errno::NOSYS)
+    }
+
+    /// A descriptor of our own for what a descriptor of the VMM's refers to.
+    fn keep(&self, fd: RawFd) -> Answer<OwnedFd> {
+        let _ = fd;
+        Err(Errno::NOSYS)
+    }
+
+    /// `sendmsg` with the VMM's own data.
+    fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
+        let _ = (fd, message, flags);
+        Err(Errno::NOSYS)
+    }
+
+    /// `recvmsg` into the VMM's own memory.
+    fn recvmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<SocketReceived> {
+        let _ = (fd, message, flags);
+        Err(Errno::NOSYS)
+    }
+
+    /// A page of memory for the rest of the process's life, at a place of its own or instead of the one
+    /// at `over`: a file's first, which can't shrink, or zeros.
+    fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {
+        let _ = (file, over);
         Err(Errno::NOSYS)
     }
 }

@@ -1,0 +1,616 @@
+//! A connection: the VMM's calls on it, with our commands between its own and the answers to them taken
+//! out again.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use barkeep_protocol::wire::limits::HEADER_SIZE;
+use barkeep_protocol::wire::{BarkeepExtensions, Command, Header, MessageId, MessageKind};
+use rustix::cmsg_space;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+};
+
+use super::hello::{Hello, LONGEST, Welcome};
+use super::incoming::{Answer as Reply, Incoming, Next, Patched};
+use super::outgoing::Outgoing;
+use super::pending::{Greeting, Pending};
+use super::turn::{Taken, Turn};
+use crate::system::{Answer, SocketMessage, SocketReceived, System};
+
+/// How long the server may leave a message unfinished that may be for us, before all is the VMM's.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a thread that waits for the socket does not look elsewhere.
+const TICK: Duration = Duration::from_millis(1);
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    /// Of our own, so that it is this connection whatever the VMM does with its descriptors.
+    socket: OwnedFd,
+    identity: (u64, u64),
+    writer: Turn<Writer>,
+    reader: Turn<Reader>,
+    pending: Mutex<Pending>,
+    /// Something in `pending` has changed.
+    news: Condvar,
+    /// Nothing is done with the stream any more.
+    passing: AtomicBool,
+}
+
+/// The stream to the server.
+#[derive(Debug, Default)]
+pub(super) struct Writer {
+    outgoing: Outgoing,
+    /// Bytes of a message of ours, or of the VERSION, that the socket had no room for. They come before
+    /// anything else.
+    owed: Vec<u8>,
+    /// What the device is was asked.
+    pub(super) introduced: bool,
+}
+
+/// The stream from the server.
+#[derive(Debug, Default)]
+struct Reader {
+    incoming: Incoming,
+    /// Since when it has been unclear whose the next message is.
+    unclear: Option<Instant>,
+}
+
+/// What there was for us to read.
+enum Pumped {
+    /// Answers to us, or nothing: the socket tells when there is more.
+    Dry,
+    /// The next bytes are for the VMM to read.
+    Theirs,
+    /// The stream has ended.
+    Ended,
+}
+
+impl Connection {
+    /// Sends a VERSION instead of the VMM's, whose bytes it stands for.
+    ///
+    /// # Errors
+    /// Those of `sendmsg`, with nothing sent.
+    pub(super) fn begin(socket: OwnedFd, hello: &Hello, flags: SendFlags) -> Answer<Self> {
+        let sent = send(&socket, &hello.bytes, flags | SendFlags::NOSIGNAL)?;
+        let stat = rustix::fs::fstat(&socket)?;
+        let owed = hello.bytes[sent.min(hello.bytes.len())..].to_vec();
+        Ok(Self {
+            identity: (stat.st_dev, stat.st_ino),
+            socket,
+            writer: Turn::new(Writer { owed, ..Writer::default() }),
+            reader: Turn::new(Reader::default()),
+            pending: Mutex::new(Pending::new(hello.id)),
+            news: Condvar::new(),
+            passing: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn is_passing(&self) -> bool {
+        self.passing.load(Ordering::Acquire)
+    }
+
+    /// Leaves the stream alone from now on. Nobody waits here any more.
+    pub(super) fn pass(&self) {
+        self.passing.store(true, Ordering::Release);
+        self.news.notify_all();
+    }
+
+    pub(super) fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing more is asked. What was asked is still taken out of the stream.
+    fn close(&self) {
+        self.pending().closed = true;
+        self.news.notify_all();
+    }
+
+    /// For the VMM's next bytes to the server.
+    pub(super) fn writer(&self) -> Taken<'_, Writer> {
+        self.writer.take()
+    }
+
+    /// Whether the device may be asked what it is, with this turn: the VMM has had its answer to VERSION
+    /// in calls that are seen, and waits for nothing.
+    pub(super) fn may_introduce(&self, writer: &Writer) -> bool {
+        let pending = self.pending();
+        !writer.introduced
+            && writer.outgoing.at_boundary()
+            && writer.owed.is_empty()
+            && matches!(pending.greeting, Greeting::Answered(_))
+            && !pending.vmm_waits()
+    }
+
+    /// `sendmsg` of the VMM. Returns besides whether this may change what the device decodes.
+    pub(super) fn send(
+        &self,
+        system: &impl System,
+        writer: &mut Writer,
+        fd: RawFd,
+        message: &SocketMessage,
+        flags: i32,
+    ) -> (Answer<usize>, bool) {
+        if let Err(error) = self.settle(writer, flags) {
+            return (Err(error), false);
+        }
+        let read = |at, data: &mut [u8]| read(system, message, at, data);
+        // The answer may be here before the call returns.
+        let mut ahead = writer.outgoing.clone();
+        let begins = ahead.pass(message.len(), read);
+        let mut pending = self.pending();
+        for begun in &begins.begun {
+            pending.begins(*begun);
+        }
+        drop(pending);
+        let sent = system.sendmsg(fd, message, flags);
+        if let Ok(count) = sent {
+            writer.outgoing.pass(count, read);
+        }
+        if writer.outgoing.is_lost() {
+            self.close();
+        }
+        (sent, begins.configures)
+    }
+
+    /// Sends what is owed, as the VMM's own call would: with its flags, and whether it waits or not.
+    fn settle(&self, writer: &mut Writer, flags: i32) -> Answer<()> {
+        let flags = SendFlags::from_bits_truncate(flags.cast_unsigned()) & SendFlags::DONTWAIT;
+        while !writer.owed.is_empty() {
+            match send(&self.socket, &writer.owed, flags | SendFlags::NOSIGNAL) {
+                Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
+                Err(error @ (Errno::AGAIN | Errno::INTR)) => return Err(error),
+                // The VMM's own call is told the same.
+                Err(_) => {
+                    writer.owed.clear();
+                    self.close();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `recvmsg` of the VMM.
+    ///
+    /// # Errors
+    /// Those of `recvmsg`.
+    pub(super) fn receive(
+        &self,
+        system: &impl System,
+        fd: RawFd,
+        message: &SocketMessage,
+        flags: i32,
+    ) -> Answer<SocketReceived> {
+        let mut reader = self.reader.take();
+        let first = self.receive_once(system, &mut reader, fd, message, flags)?;
+        let all = libc::MSG_WAITALL;
+        let mut got = first;
+        // It ended with a message, which the VMM's own call would not have done.
+        while flags & all != 0 && flags & libc::MSG_PEEK == 0 && got.count < message.len() {
+            let rest = message.part(got.count, message.len() - got.count);
+            match self.receive_once(system, &mut reader, fd, &rest, flags) {
+                Ok(more) if more.count > 0 => got.count += more.count,
+                _ => break,
+            }
+        }
+        Ok(got)
+    }
+
+    fn receive_once(
+        &self,
+        system: &impl System,
+        reader: &mut Reader,
+        fd: RawFd,
+        message: &SocketMessage,
+        flags: i32,
+    ) -> Answer<SocketReceived> {
+        loop {
+            if self.is_passing() || message.len() == 0 {
+                return system.recvmsg(fd, message, flags);
+            }
+            let wait = RecvFlags::from_bits_truncate(flags.cast_unsigned()) & RecvFlags::DONTWAIT;
+            let (most, waiting) = match &mut reader.incoming {
+                Incoming::Lost => return system.recvmsg(fd, message, flags),
+                Incoming::Theirs(left) => (*left, Vec::new()),
+                Incoming::Welcome(patched) => {
+                    ((patched.shown.len() - patched.at) as u64, Vec::new())
+                }
+                Incoming::Ours(_) => {
+                    if !self.swallow(reader)? {
+                        // Waits as the VMM's call would, and is told of the end by it.
+                        if self.peek(&mut [0], wait)?.is_empty() {
+                            reader.incoming = Incoming::Lost;
+                        }
+                    }
+                    continue;
+                }
+                Incoming::Header(read) => {
+                    let mut start = [0; HEADER_SIZE];
+                    let undecided = HEADER_SIZE - read.len();
+                    let waiting = self.peek(&mut start[..undecided], wait)?.to_vec();
+                    match self.decide(reader, &waiting)? {
+                        Some(most) => (most, waiting),
+                        None if matches!(reader.incoming, Incoming::Header(_)) => {
+                            self.unclear(reader, wait)?;
+                            continue;
+                        }
+                        None => continue,
+                    }
+                }
+            };
+            reader.unclear = None;
+            let most = usize::try_from(most).unwrap_or(usize::MAX);
+            // Not beyond the message: what follows may be for us. Nothing is left where it has ended.
+            let got = system.recvmsg(fd, &message.part(0, most), flags)?;
+            if self.give(system, reader, message, got.count, flags, &waiting).is_none() {
+                reader.incoming = Incoming::Lost;
+                self.close();
+            }
+            return Ok(got);
+        }
+    }
+
+    /// Decides whose the next message is. `Some`: the VMM's, which may read so much.
+    fn decide(&self, reader: &mut Reader, waiting: &[u8]) -> Answer<Option<u64>> {
+        if waiting.is_empty() {
+            // The end of the stream, which is the VMM's.
+            return Ok(Some(u64::MAX));
+        }
+        let next = reader.incoming.decide(waiting, &*self.pending());
+        match next {
+            Next::Theirs(most) => return Ok(Some(most)),
+            Next::Unclear => {}
+            Next::Lost => {
+                reader.incoming = Incoming::Lost;
+                self.close();
+            }
+            Next::Ours(header) => reader.incoming = Incoming::Ours(Reply::new(&header)),
+            Next::Welcome(size) => self.welcome(reader, size)?,
+        }
+        Ok(None)
+    }
+
+    /// The answer to VERSION, as soon as all of it is there.
+    fn welcome(&self, reader: &mut Reader, size: usize) -> Answer<()> {
+        if size > LONGEST {
+            self.greeted(None);
+            return Ok(());
+        }
+        let mut whole = vec![0; size];
+        if self.peek(&mut whole, RecvFlags::DONTWAIT)?.len() < size {
+            return Ok(());
+        }
+        let Welcome { shown, extensions } = Welcome::without_ours(&whole);
+        self.greeted(extensions);
+        let hidden = size - shown.len();
+        reader.incoming = Incoming::Welcome(Patched { shown, at: 0, hidden });
+        Ok(())
+    }
+
+    fn greeted(&self, extensions: Option<BarkeepExtensions>) {
+        let mut pending = self.pending();
+        if let Greeting::Asked(id) = pending.greeting {
+            let reply = MessageKind::Reply { error: None };
+            let command = Command::Version.code();
+            pending.answered(&Header { id, command, body_size: 0, kind: reply });
+        }
+        pending.greeting = Greeting::Answered(extensions);
+    }
+
+    /// What has arrived may be the beginning of something for us: more of it must come.
+    fn unclear(&self, reader: &mut Reader, wait: RecvFlags) -> Answer<()> {
+        let since = *reader.unclear.get_or_insert_with(Instant::now);
+        if since.elapsed() > PATIENCE {
+            reader.incoming = Incoming::Lost;
+            self.close();
+            return Ok(());
+        }
+        let flags = rustix::fs::fcntl_getfl(&self.socket)?;
+        if wait.contains(RecvFlags::DONTWAIT) || flags.contains(rustix::fs::OFlags::NONBLOCK) {
+            return Err(Errno::AGAIN);
+        }
+        std::thread::sleep(TICK);
+        Ok(())
+    }
+
+    /// The VMM has read `count` bytes. `None` if it must not be followed further.
+    fn give(
+        &self,
+        system: &impl System,
+        reader: &mut Reader,
+        message: &SocketMessage,
+        count: usize,
+        flags: i32,
+        waiting: &[u8],
+    ) -> Option<()> {
+        let peeks = flags & libc::MSG_PEEK != 0;
+        if let Incoming::Welcome(patched) = &mut reader.incoming {
+            let shown = patched.shown.get(patched.at..patched.at + count)?;
+            write(system, message, shown)?;
+            if peeks {
+                return Some(());
+            }
+            patched.at += count;
+            if patched.at == patched.shown.len() {
+                let hidden = patched.hidden;
+                reader.incoming = Incoming::default();
+                self.hide(hidden)?;
+            }
+        } else if !peeks
+            && let Some(header) = reader.incoming.given(count, waiting)
+            && !self.pending().answered(&header)
+        {
+            // It asks in calls that are not seen, so that nobody knows where its messages end.
+            self.close();
+        }
+        if !peeks {
+            self.pending().silent = false;
+        }
+        Some(())
+    }
+
+    /// Takes bytes out of the stream that are there.
+    fn hide(&self, mut count: usize) -> Option<()> {
+        while count > 0 {
+            let (bytes, _) = self.take(count.min(HEADER_SIZE * 64)).ok()?;
+            count = count.checked_sub(bytes.len()).filter(|_| !bytes.is_empty())?;
+        }
+        Some(())
+    }
+
+    /// Reads on in an answer to us. Returns whether it is complete; if not, there is nothing more now.
+    fn swallow(&self, reader: &mut Reader) -> Answer<bool> {
+        let Incoming::Ours(reply) = &mut reader.incoming else { return Ok(true) };
+        while !reply.is_complete() {
+            match self.take(reply.wanted(4096)) {
+                Ok((bytes, _)) if bytes.is_empty() => return Ok(false),
+                Ok((bytes, fds)) => reply.add(&bytes, fds),
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if let Incoming::Ours(reply) = std::mem::take(&mut reader.incoming) {
+            self.pending().deliver(reply);
+            self.news.notify_all();
+        }
+        Ok(true)
+    }
+
+    /// Takes what is for us, and nothing else. Never waits.
+    fn pump(&self, reader: &mut Reader) -> Pumped {
+        loop {
+            match &reader.incoming {
+                Incoming::Ours(_) => match self.swallow(reader) {
+                    Ok(true) => {}
+                    Ok(false) => return Pumped::Dry,
+                    Err(_) => return Pumped::Ended,
+                },
+                // An error would be the VMM's to hear of, and an end as well.
+                Incoming::Header(_) if self.waiting() == 0 => return Pumped::Dry,
+                Incoming::Header(read) if read.is_empty() => {
+                    let mut start = [0; HEADER_SIZE];
+                    let waiting = match self.peek(&mut start, RecvFlags::DONTWAIT) {
+                        Ok([]) => return Pumped::Ended,
+                        Ok(waiting) => waiting,
+                        Err(Errno::AGAIN | Errno::INTR) => return Pumped::Dry,
+                        Err(_) => return Pumped::Theirs,
+                    };
+                    let next = reader.incoming.decide(waiting, &*self.pending());
+                    let Next::Ours(header) = next else { return Pumped::Theirs };
+                    reader.incoming = Incoming::Ours(Reply::new(&header));
+                }
+                _ => return Pumped::Theirs,
+            }
+        }
+    }
+
+    /// Asks the server something of our own. `None` if it does not answer by the deadline, or nothing may
+    /// be asked.
+    pub(super) fn ask(&self, command: Command, body: &[u8], deadline: Instant) -> Option<Reply> {
+        if self.is_passing() || !self.pending().may_ask() {
+            return None;
+        }
+        let mut writer = self.writer.take_when(deadline, |writer| writer.outgoing.at_boundary())?;
+        let id = self.post(&mut writer, command, body, deadline)?;
+        drop(writer);
+        self.wait(id, deadline)
+    }
+
+    /// Likewise, between two messages of the VMM and with the turn to send.
+    pub(super) fn ask_between(
+        &self,
+        writer: &mut Writer,
+        command: Command,
+        body: &[u8],
+        deadline: Instant,
+    ) -> Option<Reply> {
+        if self.is_passing() || !self.pending().may_ask() {
+            return None;
+        }
+        let id = self.post(writer, command, body, deadline)?;
+        self.wait(id, deadline)
+    }
+
+    /// Sends a command of ours, between two messages of the VMM. What the socket has no room for is owed.
+    pub(super) fn post(
+        &self,
+        writer: &mut Writer,
+        command: Command,
+        body: &[u8],
+        deadline: Instant,
+    ) -> Option<MessageId> {
+        if !writer.outgoing.at_boundary() || !self.is_itself() {
+            return None;
+        }
+        self.pay(writer, deadline).ok().filter(|()| writer.owed.is_empty())?;
+        let id = self.pending().ask(command)?;
+        let kind = MessageKind::Command { no_reply: false };
+        let body_size = u32::try_from(body.len()).ok()?;
+        let header = Header { id, command: command.code(), body_size, kind };
+        writer.owed = [&header.to_bytes(), body].concat();
+        let whole = writer.owed.len();
+        let paid = self.pay(writer, deadline);
+        if writer.owed.len() == whole {
+            // Not a byte of it is out.
+            writer.owed.clear();
+            self.pending().forget(id);
+            return None;
+        }
+        if paid.is_err() {
+            self.close();
+        }
+        Some(id)
+    }
+
+    /// Sends what is owed, as far as the socket has room for it before the deadline.
+    fn pay(&self, writer: &mut Writer, deadline: Instant) -> Answer<()> {
+        while !writer.owed.is_empty() {
+            match send(&self.socket, &writer.owed, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(());
+                    }
+                    self.poll(PollFlags::OUT, left)?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for an answer. Whoever waits reads for all that wait, as far as the VMM does not.
+    fn wait(&self, id: MessageId, deadline: Instant) -> Option<Reply> {
+        loop {
+            let mut pending = self.pending();
+            if let Some(reply) = pending.take(id) {
+                return Some(reply);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_passing() {
+                pending.abandon(id);
+                pending.silent = true;
+                return None;
+            }
+            if pending.watched {
+                self.sleep(pending, left.min(TICK));
+                continue;
+            }
+            pending.watched = true;
+            drop(pending);
+            let pumped = self.watch(left);
+            let mut pending = self.pending();
+            pending.watched = false;
+            self.news.notify_all();
+            match pumped {
+                Pumped::Dry => {}
+                Pumped::Theirs => self.sleep(pending, left.min(TICK)),
+                Pumped::Ended => {
+                    pending.abandon(id);
+                    pending.closed = true;
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn sleep(&self, pending: MutexGuard<'_, Pending>, limit: Duration) {
+        drop(self.news.wait_timeout(pending, limit).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Takes what is there for us, or waits a while for something to come.
+    fn watch(&self, left: Duration) -> Pumped {
+        let before = self.poll(PollFlags::IN, left.min(TICK));
+        let over = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        let over = before.is_ok_and(|events| events.intersects(over));
+        // Reading is the VMM's while it does.
+        let Some(mut reader) = self.reader.try_take() else { return Pumped::Theirs };
+        match self.pump(&mut reader) {
+            Pumped::Dry if over && self.waiting() == 0 => Pumped::Ended,
+            pumped => pumped,
+        }
+    }
+
+    fn poll(&self, events: PollFlags, limit: Duration) -> Answer<PollFlags> {
+        let mut fds = [PollFd::new(&self.socket, events)];
+        let limit = Timespec::try_from(limit).ok();
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(fds[0].revents()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Bytes that can be read.
+    fn waiting(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.socket).unwrap_or(0)
+    }
+
+    /// Whether our descriptor is what it was: the VMM may have closed numbers that are not its own.
+    fn is_itself(&self) -> bool {
+        rustix::fs::fstat(&self.socket)
+            .is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.identity)
+    }
+
+    /// Looks at what waits in the socket.
+    fn peek<'a>(&self, data: &'a mut [u8], flags: RecvFlags) -> Answer<&'a [u8]> {
+        let (count, _) = recv(&self.socket, &mut *data, flags | RecvFlags::PEEK)?;
+        Ok(&data[..count.min(data.len())])
+    }
+
+    /// Takes bytes out of the socket, with descriptors. Never waits.
+    fn take(&self, most: usize) -> Answer<(Vec<u8>, Vec<OwnedFd>)> {
+        let mut data = vec![0; most];
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let room = &mut [IoSliceMut::new(&mut data)];
+        let got = recvmsg(&self.socket, room, &mut control, flags)?;
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        data.truncate(got.bytes);
+        Ok((data, fds))
+    }
+}
+
+/// As many as the kernel sends at once (`SCM_MAX_FD`).
+const MOST_FDS: usize = 253;
+
+/// Reads some of a message's data. Returns whether it is there.
+pub(super) fn read(
+    system: &impl System,
+    message: &SocketMessage,
+    at: usize,
+    mut data: &mut [u8],
+) -> bool {
+    for extent in &message.part(at, data.len()).extents {
+        let (some, rest) = data.split_at_mut(extent.len);
+        if system.read_memory(extent.address, some).is_err() {
+            return false;
+        }
+        data = rest;
+    }
+    data.is_empty()
+}
+
+/// Writes the beginning of a message's room.
+fn write(system: &impl System, message: &SocketMessage, mut data: &[u8]) -> Option<()> {
+    for extent in &message.part(0, data.len()).extents {
+        let (some, rest) = data.split_at(extent.len);
+        system.write_memory(extent.address, some).ok()?;
+        data = rest;
+    }
+    Some(())
+}
