@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::descriptors::Descriptors;
 use crate::device::Devices;
 use crate::kvm::Vms;
+use crate::sigbus::Signals;
 use crate::status::{FailOpen, Status};
 use crate::stream::Streams;
 use crate::system::{Answer, System};
@@ -22,6 +23,7 @@ pub(crate) struct Shim<S> {
     pub(crate) devices: Devices,
     pub(crate) vms: Vms,
     pub(crate) streams: Streams,
+    pub(crate) signals: Signals,
     pub(crate) status: Status,
 }
 
@@ -33,6 +35,7 @@ impl<S: System> Shim<S> {
             devices: Devices::default(),
             vms: Vms::default(),
             streams: Streams::default(),
+            signals: Signals::default(),
             status,
         }
     }

@@ -42,14 +42,25 @@ pub trait VectorFile {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vectors(pub [[u8; 32]; 16]);
 
-/// `None` where the caller does not know them. Shared, because most instructions leave them alone.
-impl VectorFile for Option<Arc<Vectors>> {
+/// Shared, because most instructions leave them alone.
+impl VectorFile for Arc<Vectors> {
     fn get(&self, number: usize) -> Option<&[u8]> {
-        self.as_ref()?.0.get(number).map(<[u8; 32]>::as_slice)
+        self.0.get(number).map(<[u8; 32]>::as_slice)
     }
 
     fn get_mut(&mut self, number: usize) -> Option<&mut [u8]> {
-        Arc::make_mut(self.as_mut()?).0.get_mut(number).map(<[u8; 32]>::as_mut_slice)
+        Arc::make_mut(self).0.get_mut(number).map(<[u8; 32]>::as_mut_slice)
+    }
+}
+
+/// `None` where the caller does not know them.
+impl<V: VectorFile> VectorFile for Option<V> {
+    fn get(&self, number: usize) -> Option<&[u8]> {
+        self.as_ref()?.get(number)
+    }
+
+    fn get_mut(&mut self, number: usize) -> Option<&mut [u8]> {
+        self.as_mut()?.get_mut(number)
     }
 }
 

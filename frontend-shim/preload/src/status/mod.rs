@@ -121,4 +121,8 @@ pub(crate) enum FailOpen {
     TooManyMappings,
     /// A VFIO device does not tell what is needed.
     DeviceUnreadable,
+    /// An access to a BAR that does not decode was made by an instruction that is not known here.
+    SigbusInstruction,
+    /// Accesses to a BAR are refused again and again although it decodes.
+    SigbusRepeats,
 }

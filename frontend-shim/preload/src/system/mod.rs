@@ -2,15 +2,19 @@
 
 #[cfg(not(test))]
 mod real;
-mod sockets;
+mod signals;
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
+use crate::sigbus::{Action, Change};
+
 #[cfg(not(test))]
 pub(crate) use real::Real;
-pub(crate) use sockets::{Extent, PageWords, SocketMessage, SocketReceived};
+pub(crate) use signals::SignalFunctions;
+#[cfg(not(test))]
+pub(crate) use signals::{Start, from_c, from_set, to_c, to_set};
 
 /// A result as the C library gives it.
 pub(crate) type Answer<T> = Result<T, Errno>;
@@ -131,28 +135,20 @@ pub(crate) trait System: Send + Sync + 'static {
         Err(Errno::NOSYS)
     }
 
-    /// A descriptor of our own for what a descriptor of the VMM's refers to.
-    fn keep(&self, fd: RawFd) -> Answer<OwnedFd> {
-        let _ = fd;
+    /// `sigaction`. Returns what was before. Safe in a signal handler.
+    fn signal_action(&self, signal: i32, new: Option<Action>) -> Answer<Action> {
+        let _ = (signal, new);
         Err(Errno::NOSYS)
     }
 
-    /// `sendmsg` with the VMM's own data.
-    fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
-        let _ = (fd, message, flags);
+    /// `pthread_sigmask`. Returns the mask before. Safe in a signal handler.
+    fn signal_mask(&self, change: Option<Change>) -> Answer<u64> {
+        let _ = change;
         Err(Errno::NOSYS)
     }
 
-    /// `recvmsg` into the VMM's own memory.
-    fn recvmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<SocketReceived> {
-        let _ = (fd, message, flags);
-        Err(Errno::NOSYS)
-    }
-
-    /// A page of memory for the rest of the process's life, at a place of its own or instead of the one
-    /// at `over`: a file's first, which can't shrink, or zeros.
-    fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {
-        let _ = (file, over);
+    /// `sigpending`. Safe in a signal handler.
+    fn signals_pending(&self) -> Answer<u64> {
         Err(Errno::NOSYS)
     }
 }
