@@ -48,18 +48,48 @@ pub fn with_failpoints() -> Option<PathBuf> {
 /// # Panics
 /// If it can't be built.
 pub fn build_for_benchmark() {
-    if std::env::var_os("BARKEEP_BIN").is_some() {
-        return;
+    if std::env::var_os("BARKEEP_BIN").is_none() {
+        build(&["--package", "barkeep-backend", "--bin", "barkeep"]);
     }
+}
+
+/// The library that is preloaded, brought up to date with the tree; or the one that `BARKEEP_PRELOAD`
+/// names.
+///
+/// # Panics
+/// If it can't be built.
+#[must_use]
+pub fn preload_for_benchmark() -> PathBuf {
+    if let Some(path) = std::env::var_os("BARKEEP_PRELOAD") {
+        return path.into();
+    }
+    build(&["--package", "barkeep-preload", "--lib"]).join("libbarkeep_preload.so")
+}
+
+/// The library that lies beneath it when its cost is measured.
+///
+/// # Panics
+/// If it can't be built.
+#[must_use]
+pub fn beneath_for_benchmark() -> PathBuf {
+    let folder = build(&["--package", "barkeep-tests", "--example", "preload_beneath"]);
+    folder.join("examples/libpreload_beneath.so")
+}
+
+/// Builds something as this benchmark was built. Returns the folder in which it is.
+fn build(what: &[&str]) -> PathBuf {
     let program = std::env::current_exe().expect("a benchmark has a path");
     // target/PROFILE/deps/BENCH
-    let target = program.ancestors().nth(3).expect("benchmarks are in target/PROFILE/deps");
+    let folder = program.ancestors().nth(2).expect("benchmarks are in target/PROFILE/deps");
+    let target = folder.parent().expect("a target folder");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        .args(["build", "--release", "--quiet", "--package", "barkeep-backend", "--bin", "barkeep"])
+        .args(["build", "--release", "--quiet"])
+        .args(what)
         .arg("--target-dir")
         .arg(target)
         .status()
         .expect("cargo starts");
-    assert!(status.success(), "barkeep does not build");
+    assert!(status.success(), "{what:?} does not build");
+    folder.to_owned()
 }

@@ -40,6 +40,8 @@ pub(crate) fn crowd() -> Outcome {
     let (machine, _) = Machine::new(&socket(), number(3, 2), READS)?;
     let vcpu = machine.vm.vcpu(0)?;
     let id = machine.proxy.read(CONFIG, 0, 4)?;
+    machine.enable(true)?;
+    machine.enable(false)?;
     let stop = AtomicBool::new(false);
     let (good, values) = std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
