@@ -115,11 +115,9 @@ impl<S: System> Shim<S> {
     ///
     /// The kernel's.
     pub(crate) fn close(&self, fd: RawFd) -> Answer<()> {
-        let was = self.shielded(|| self.forget(fd)).flatten();
+        self.shielded(|| self.closed(self.forget(fd)));
         // The number is gone whatever the kernel answers, but for one that was not open.
-        let answer = self.system.close(fd);
-        self.shielded(|| self.closed(was));
-        answer
+        self.system.close(fd)
     }
 
     /// `close_range`.
@@ -129,18 +127,10 @@ impl<S: System> Shim<S> {
     /// The kernel's.
     pub(crate) fn close_range(&self, first: u32, last: u32, flags: i32) -> Answer<()> {
         // With a flag nothing is closed, or in a copy of the table that is the thread's own.
-        let forgotten =
-            self.shielded(|| if flags == 0 { self.forget_range(first, last) } else { Vec::new() });
-        let answer = self.system.close_range(first, last, flags);
-        self.shielded(|| {
-            for (fd, was) in forgotten.into_iter().flatten() {
-                match answer {
-                    Ok(()) => self.closed(Some(was)),
-                    Err(_) => self.remember(fd, was),
-                }
-            }
-        });
-        answer
+        if flags == 0 {
+            self.shielded(|| self.forget_range(first, last));
+        }
+        self.system.close_range(first, last, flags)
     }
 
     /// `dup`, `dup2`, `dup3`, and the commands of `fcntl` that do the same.
@@ -158,11 +148,7 @@ impl<S: System> Shim<S> {
         self.shielded(|| match answer {
             Ok(new) if new != fd => self.duplicated(fd, new, was),
             Ok(_) => {}
-            Err(_) => {
-                if let (Some(to), Some(was)) = (over, was) {
-                    self.remember(to, was);
-                }
-            }
+            Err(_) => self.remember(over, was),
         });
         answer
     }
@@ -179,17 +165,18 @@ impl<S: System> Shim<S> {
         self.descriptors.clear(fd)
     }
 
-    fn forget_range(&self, first: u32, last: u32) -> Vec<(RawFd, Descriptor)> {
-        let limit = u32::try_from(LIMIT).unwrap_or(u32::MAX);
-        let forget = |fd| {
-            let fd = RawFd::try_from(fd).ok()?;
-            Some((fd, self.forget(fd)?))
-        };
-        (first.min(limit)..last.saturating_add(1).min(limit)).filter_map(forget).collect()
+    fn forget_range(&self, first: u32, last: u32) {
+        let used = u32::try_from(self.descriptors.used.load(Ordering::Acquire)).unwrap_or(u32::MAX);
+        for fd in first..last.saturating_add(1).min(used) {
+            if let Ok(fd) = RawFd::try_from(fd) {
+                self.closed(self.forget(fd));
+            }
+        }
     }
 
     /// A descriptor that was forgotten is open after all.
-    fn remember(&self, fd: RawFd, was: Descriptor) {
+    fn remember(&self, fd: Option<RawFd>, was: Option<Descriptor>) {
+        let Some((fd, was)) = fd.zip(was) else { return };
         self.descriptors.set(fd, was);
         if let Descriptor::Device(device) = was {
             self.device_opened(device, fd);
@@ -213,7 +200,7 @@ impl<S: System> Shim<S> {
         self.closed(was);
     }
 
-    /// A descriptor was closed: tells those who know the thing, if it was the last.
+    /// A descriptor is closed, or about to be: tells those who know the thing, if it was the last.
     fn closed(&self, was: Option<Descriptor>) {
         let Some(was) = was else { return };
         if self.descriptors.another(-1, was).is_some() {
@@ -222,7 +209,7 @@ impl<S: System> Shim<S> {
         match was {
             Descriptor::Vm(vm) => self.vm_closed(vm),
             Descriptor::Vcpu(vcpu) => self.vcpu_closed(vcpu),
-            Descriptor::Device(device) => self.device_closed(device),
+            Descriptor::Device(_) => self.device_closed(),
             Descriptor::Stream(stream) => self.stream_closed(stream),
         }
     }

@@ -135,7 +135,7 @@ impl<S: System> Shim<S> {
 
     fn drop_taken(&self, taken: Option<Taken<'_>>) {
         let Some(Taken { writing, .. }) = taken else { return };
-        self.devices.retire(&writing);
+        self.retire(&writing);
     }
 
     fn mapped(
@@ -155,7 +155,7 @@ impl<S: System> Shim<S> {
             if let Some(Backing::Bar { device, bar, offset }) = backing {
                 self.put_mapping(&BarMapping { device, bar, start, len, offset }, &writing);
             }
-            self.devices.retire(&writing);
+            self.retire(&writing);
         }
         if backing == Some(Backing::Vcpu) {
             self.vcpu_mapped(request.fd, start, len);
@@ -191,7 +191,7 @@ impl<S: System> Shim<S> {
             let offset = old.offset + (request.address - old.start) as u64;
             self.put_part(&BarMapping { start, len: new_len, offset, ..old }, &writing);
         }
-        self.devices.retire(&writing);
+        self.retire(&writing);
     }
 
     /// Adds as much of a mapping as lies in its BAR.

@@ -109,15 +109,6 @@ impl Devices {
         // What a panic left half done was never more than one entry behind.
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Makes room for other devices where nothing refers to one any more.
-    fn retire(&self, writing: &Writing<'_>) {
-        for (id, device) in self.table.all() {
-            if device.source().is_none() && !self.mappings.any_of(id) {
-                device.leave(writing);
-            }
-        }
-    }
 }
 
 impl<S: System> Shim<S> {
@@ -206,7 +197,7 @@ impl<S: System> Shim<S> {
         let writing = self.devices.hold();
         if let Some(found) = self.devices.table.get(device) {
             found.gone(&writing);
-            self.devices.retire(&writing);
+            self.retire(&writing);
         }
         self.publish_windows(&writing);
     }
@@ -230,10 +221,9 @@ impl<S: System> Shim<S> {
     }
 
     /// The last descriptor of a device was closed.
-    pub(crate) fn device_closed(&self, device: u32) {
+    pub(crate) fn device_closed(&self) {
         let writing = self.devices.hold();
-        self.devices.retire(&writing);
-        let _ = device;
+        self.retire(&writing);
         self.publish_windows(&writing);
     }
 
@@ -272,6 +262,16 @@ impl<S: System> Shim<S> {
         match found.source()? {
             Source::Vfio(_) => Some(found.placements()),
             Source::VfioUser(stream) => self.user_placements(stream),
+        }
+    }
+
+    /// Makes room for other devices where nothing refers to one any more.
+    fn retire(&self, writing: &Writing<'_>) {
+        for (id, device) in self.devices.table.all() {
+            if device.source().is_none() && !self.devices.mappings.any_of(id) {
+                device.leave(writing);
+                self.status.device_went(id.0);
+            }
         }
     }
 

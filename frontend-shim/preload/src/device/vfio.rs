@@ -51,8 +51,14 @@ impl<S: System> Shim<S> {
         let power = found.power().is_some_and(|power| overlaps(power, power + 2));
         if overlaps(command, command + 2) || overlaps(config::BARS, config::BARS_END) || power {
             let writing = self.devices.hold();
+            let before = found.decoded();
             self.refresh(id, &writing);
             self.publish_windows(&writing);
+            let came_back = found.decoded() && !before;
+            drop(writing);
+            if came_back {
+                self.decode_came_back(id);
+            }
         }
     }
 
@@ -117,7 +123,11 @@ impl<S: System> Shim<S> {
             u32::try_from(bar).ok().and_then(|bar| self.region(fd, bar)).unwrap_or_default()
         });
         let config = region.offset;
-        let power = self.power_register(fd, config);
+        let mut header = [0; HEADER];
+        if self.system.pread(fd, &mut header, config) != Ok(HEADER) {
+            return self.status.fail_open(FailOpen::DeviceUnreadable);
+        }
+        let power = self.power_register(fd, config, &header);
         let mut writing = self.devices.hold();
         if matches!(self.descriptors.get(fd), Some(Descriptor::Device(_))) {
             return;
@@ -127,9 +137,11 @@ impl<S: System> Shim<S> {
         };
         if let Some(device) = self.devices.table.get(id) {
             device.set_power(power);
+            let ids = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+            self.status.device_came(id.0, &format!("vfio {:04x}:{:04x}", ids & 0xffff, ids >> 16));
             if !self.descriptors.set(fd, Descriptor::Device(id.0)) {
                 device.gone(&writing);
-                self.devices.retire(&writing);
+                self.retire(&writing);
                 self.status.fail_open(FailOpen::TooManyDescriptors);
             }
         }
@@ -158,15 +170,13 @@ impl<S: System> Shim<S> {
         Some(Region { size: long(16), offset: long(24) })
     }
 
-    fn power_register(&self, fd: RawFd, config: u64) -> Option<u8> {
-        let mut header = [0; HEADER];
-        let whole = self.system.pread(fd, &mut header, config) == Ok(HEADER);
+    fn power_register(&self, fd: RawFd, config: u64, header: &[u8; HEADER]) -> Option<u8> {
         let byte = |at: u8| {
             let mut data = [0];
             let read = self.system.pread(fd, &mut data, config.checked_add(at.into())?);
             (read == Ok(1)).then_some(data[0])
         };
-        whole.then(|| config::power_register(&header, byte)).flatten()
+        config::power_register(header, byte)
     }
 }
 

@@ -5,16 +5,19 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::RawFd;
 
-use super::{keeping_errno, nothing, number, real, shim};
+use super::{keeping_errno, nothing, number, real, real_for_allocator, shim};
 use crate::Shim;
-use crate::system::{Answer, Duplicate, Real, System};
+use crate::system::{Answer, Duplicate, Kernel, Real, System};
 
 #[unsafe(no_mangle)]
 extern "C-unwind" fn close(fd: c_int) -> c_int {
     match ours(fd) {
         Some(shim) => nothing(keeping_errno(|| shim.close(fd))),
-        // SAFETY: the caller's own argument, to the function that it meant.
-        None => unsafe { (real().close)(fd) },
+        None => match real_for_allocator() {
+            // SAFETY: the caller's own argument, to the function that it meant.
+            Some(real) => unsafe { (real.close)(fd) },
+            None => nothing(Kernel.close(fd)),
+        },
     }
 }
 

@@ -4,9 +4,9 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::{address, guarded, keeping_errno, nothing, real, shim};
+use super::{address, guarded, keeping_errno, nothing, real, real_for_allocator, shim};
 use crate::descriptors::Descriptor;
-use crate::system::{Mmap, Mremap, System};
+use crate::system::{Answer, Kernel, Mmap, Mremap, Real, System};
 
 #[unsafe(no_mangle)]
 extern "C" fn mmap64(
@@ -21,7 +21,7 @@ extern "C" fn mmap64(
     let request = Mmap { address, len, protection, flags, fd, offset };
     place(match shim() {
         Some(shim) => keeping_errno(|| shim.mmap(request)),
-        None => real().mmap(request),
+        None => before(|system| system.mmap(request), |kernel| kernel.mmap(request)),
     })
 }
 
@@ -41,7 +41,10 @@ extern "C" fn mmap(
 extern "C" fn munmap(start: *mut c_void, len: usize) -> c_int {
     nothing(match shim() {
         Some(shim) => keeping_errno(|| shim.munmap(start.addr(), len)),
-        None => real().munmap(start.addr(), len),
+        None => before(
+            |system| system.munmap(start.addr(), len),
+            |kernel| kernel.munmap(start.addr(), len),
+        ),
     })
 }
 
@@ -58,7 +61,7 @@ extern "C" fn mremap(
     let request = Mremap { address, len, new_len, flags, new_address };
     place(match shim() {
         Some(shim) => keeping_errno(|| shim.mremap(request)),
-        None => real().mremap(request),
+        None => before(|system| system.mremap(request), |kernel| kernel.mremap(request)),
     })
 }
 
@@ -78,7 +81,15 @@ extern "C-unwind" fn pwrite(fd: c_int, data: *const c_void, len: usize, offset: 
     pwrite64(fd, data, len, offset)
 }
 
-fn place(answer: crate::system::Answer<usize>) -> *mut c_void {
+/// Does what is asked for before our constructor ran.
+fn before<T>(
+    next: impl FnOnce(&Real) -> Answer<T>,
+    kernel: impl FnOnce(&Kernel) -> Answer<T>,
+) -> Answer<T> {
+    real_for_allocator().map_or_else(|| kernel(&Kernel), next)
+}
+
+fn place(answer: Answer<usize>) -> *mut c_void {
     // The kernel made it out of nothing that is known here.
     std::ptr::with_exposed_provenance_mut(address(answer))
 }

@@ -30,6 +30,8 @@ pub(crate) fn shim() -> Option<&'static Shim<Real>> {
 
 /// Begins to step in. The constructor does it once; a second one is dropped.
 pub(crate) fn install(shim: Shim<Real>) -> &'static Shim<Real> {
+    // For those who come with no shim of their own in hand.
+    let _ = real();
     SHIM.get_or_init(|| shim)
 }
 
@@ -37,6 +39,12 @@ pub(crate) fn install(shim: Shim<Real>) -> &'static Shim<Real> {
 /// libraries may run before ours.
 pub(crate) fn real() -> &'static Real {
     REAL.get_or_init(|| Real::find().expect("the C library defines what it declares"))
+}
+
+/// Likewise for what an allocator may call. It may do so inside of a lookup, which allocates, and must
+/// not begin another one then: `None` stands for the kernel itself.
+pub(crate) fn real_for_allocator() -> Option<&'static Real> {
+    REAL.get()
 }
 
 /// Does something of ours around a C function that is the VMM's. A panic is a bug of ours, which the

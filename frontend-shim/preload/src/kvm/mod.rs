@@ -28,19 +28,8 @@ use std::time::Instant;
 use barkeep_shim::x86::XsaveLayout;
 
 use crate::Shim;
-use crate::descriptors::Descriptor;
 use crate::device::DeviceId;
-use crate::status::FailOpen;
-use crate::system::{Answer, System};
-
-use arrivals::Arrivals;
-use tables::{Entry, Table, Vcpu};
-use vm::Vm;
-
-/// VMs at the same time, in steps of 64.
-const VMS: usize = 16;
-/// Virtual CPUs at the same time, likewise.
-const VCPUS: usize = 256;
+use crate::system::System;
 
 /// All VMs of the process.
 #[derive(Debug)]
@@ -64,46 +53,15 @@ impl Default for Vms {
 }
 
 impl<S: System> Shim<S> {
-    /// `ioctl` of the VMM with a request of KVM's (type `0xae`).
-    ///
-    /// # Errors
-    /// Those of `ioctl`.
-    pub(crate) fn kvm_ioctl(&self, fd: RawFd, request: u64, argument: usize) -> Answer<i32> {
-        // The kernel looks at no more of it.
-        #[expect(clippy::cast_possible_truncation, reason = "the kernel's own")]
-        let known = request as u32;
-        match (known, self.descriptors.get(fd)) {
-            (abi::RUN, Some(Descriptor::Vcpu(vcpu))) => self.vms.run(self, fd, vcpu, argument),
-            (abi::CREATE_VM, _) => {
-                let created = self.system.ioctl(fd, request, argument)?;
-                self.shielded(|| self.vm_created(created));
-                Ok(created)
-            }
-            (abi::CREATE_VCPU, Some(Descriptor::Vm(vm))) => {
-                let created = self.system.ioctl(fd, request, argument)?;
-                self.shielded(|| self.vcpu_created(vm, created));
-                Ok(created)
-            }
-            (
-                abi::SET_USER_MEMORY_REGION | abi::SET_USER_MEMORY_REGION2,
-                Some(Descriptor::Vm(number)),
-            ) if let Some(vm) = self.vms.vms.get(number) => {
-                let asked = (fd, request, argument);
-                let answer = self.shielded(|| vm.set_region(self, number, asked));
-                answer.unwrap_or_else(|| self.system.ioctl(fd, request, argument))
-            }
-            (abi::GET_DIRTY_LOG, Some(Descriptor::Vm(vm)))
-                if let Some(vm) = self.vms.vms.get(vm) =>
-            {
-                vm.slots().dirty_log(&self.system, fd, argument)
-            }
-            (abi::CLEAR_DIRTY_LOG, Some(Descriptor::Vm(vm)))
-                if let Some(vm) = self.vms.vms.get(vm) =>
-            {
-                vm.slots().clear_dirty_log(&self.system, fd, argument)
-            }
-            _ => self.system.ioctl(fd, request, argument),
-        }
+    /// The VMM made a device's BARs decode. Called on the thread that did, with no lock held.
+    pub(crate) fn decode_came_back(&self, device: DeviceId) {
+        let _ = device;
+    }
+
+    /// Whether a VM is the only one of the process.
+    pub(crate) fn is_only_vm(&self, vm: u32) -> bool {
+        let _ = vm;
+        true
     }
 
     /// Decode of a device came back by a write of the VMM to it, on the thread that made it. To be called

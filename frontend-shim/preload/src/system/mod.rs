@@ -1,6 +1,8 @@
 //! What lies underneath: the next definition of each function that is interposed.
 
 #[cfg(not(test))]
+mod kernel;
+#[cfg(not(test))]
 mod real;
 mod signals;
 
@@ -10,6 +12,8 @@ use rustix::io::Errno;
 
 use crate::sigbus::{Action, Change};
 
+#[cfg(not(test))]
+pub(crate) use kernel::Kernel;
 #[cfg(not(test))]
 pub(crate) use real::Real;
 pub(crate) use signals::SignalFunctions;
