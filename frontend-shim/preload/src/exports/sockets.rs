@@ -1,1 +1,145 @@
+#![expect(unsafe_code, reason = "symbols that take the place of the C library's")]
+
 //! Messages on sockets.
+
+use std::ffi::{c_int, c_void};
+
+use super::{keeping_errno, real, set_errno, shim};
+use crate::Shim;
+use crate::descriptors::Descriptor;
+use crate::system::{Answer, Extent, Real, SocketMessage, System};
+
+/// More pieces than a VERSION comes in.
+const PIECES: usize = 8;
+/// More are an error (`UIO_MAXIOV`).
+const MOST_PIECES: usize = 1024;
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn sendmsg(fd: c_int, message: *const libc::msghdr, flags: c_int) -> isize {
+    let answer = match shim() {
+        Some(shim) => match shim.descriptors.get(fd) {
+            Some(Descriptor::Stream(_)) => shielded(shim, || {
+                let (message, _) = read(shim, message, MOST_PIECES)?;
+                Some(shim.sendmsg(fd, &message, flags))
+            }),
+            // It may be the first of a connection.
+            None => shielded(shim, || {
+                let (message, _) = read(shim, message, PIECES)?;
+                shim.greet(fd, &message, flags)
+            }),
+            _ => None,
+        },
+        None => None,
+    };
+    match answer {
+        Some(answer) => length(answer),
+        // SAFETY: the caller's own arguments, to the function that it meant.
+        None => unsafe { (real().sendmsg)(fd, message, flags) },
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn recvmsg(fd: c_int, message: *mut libc::msghdr, flags: c_int) -> isize {
+    let answer = stream(fd).and_then(|shim| {
+        shielded(shim, || {
+            let (mut header, room) = read(shim, message, MOST_PIECES).map(|(m, h)| (h, m))?;
+            Some(shim.recvmsg(fd, &room, flags).map(|got| {
+                header.msg_namelen = got.name_len;
+                header.msg_controllen = got.control_len;
+                header.msg_flags = got.flags;
+                // SAFETY: the caller's own, which the function writes to.
+                unsafe { message.write(header) };
+                got.count
+            }))
+        })
+    });
+    match answer {
+        Some(answer) => length(answer),
+        // SAFETY: the caller's own arguments, to the function that it meant.
+        None => unsafe { (real().recvmsg)(fd, message, flags) },
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn send(fd: c_int, data: *const c_void, len: usize, flags: c_int) -> isize {
+    let answer = stream(fd)
+        .and_then(|shim| shielded(shim, || Some(shim.sendmsg(fd, &plain(data, len), flags))));
+    match answer {
+        Some(answer) => length(answer),
+        // SAFETY: the caller's own arguments, to the function that it meant.
+        None => unsafe { (real().send)(fd, data, len, flags) },
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C-unwind" fn recv(fd: c_int, data: *mut c_void, len: usize, flags: c_int) -> isize {
+    let answer = stream(fd).and_then(|shim| {
+        shielded(shim, || {
+            Some(shim.recvmsg(fd, &plain(data, len), flags).map(|got| got.count))
+        })
+    });
+    match answer {
+        Some(answer) => length(answer),
+        // SAFETY: the caller's own arguments, to the function that it meant.
+        None => unsafe { (real().recv)(fd, data, len, flags) },
+    }
+}
+
+/// The shim, if a descriptor is a connection.
+fn stream(fd: c_int) -> Option<&'static Shim<Real>> {
+    shim().filter(|shim| matches!(shim.descriptors.get(fd), Some(Descriptor::Stream(_))))
+}
+
+/// The answer to the VMM's call, or `None` if it is to go where it was meant to.
+fn shielded(
+    shim: &'static Shim<Real>,
+    call: impl FnOnce() -> Option<Answer<usize>>,
+) -> Option<Answer<usize>> {
+    let answer = || keeping_errno(|| Ok(shim.shielded(call).flatten()));
+    answer().ok().flatten()
+}
+
+fn length(answer: Answer<usize>) -> isize {
+    answer.map_or_else(
+        |error| {
+            set_errno(error.raw_os_error());
+            -1
+        },
+        usize::cast_signed,
+    )
+}
+
+fn plain(data: *const c_void, len: usize) -> SocketMessage {
+    SocketMessage { extents: vec![Extent { address: data.addr(), len }], ..SocketMessage::default() }
+}
+
+/// A message's header, and what it says, with at most so many pieces of data. `None` if it can't be
+/// read, which the kernel then says as well.
+fn read(
+    shim: &Shim<Real>,
+    message: *const libc::msghdr,
+    pieces: usize,
+) -> Option<(SocketMessage, libc::msghdr)> {
+    let mut header = [0; size_of::<libc::msghdr>()];
+    shim.system.read_memory(message.addr(), &mut header).ok()?;
+    // SAFETY: any bytes are a header: it has numbers and pointers alone, and padding.
+    let header = unsafe { std::mem::transmute::<[u8; size_of::<libc::msghdr>()], libc::msghdr>(header) };
+    if header.msg_iovlen > pieces {
+        return None;
+    }
+    let mut list = vec![0; header.msg_iovlen * size_of::<Extent>()];
+    shim.system.read_memory(header.msg_iov.addr(), &mut list).ok()?;
+    let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |word| usize::from_ne_bytes(*word));
+    let extents = list.chunks_exact(size_of::<Extent>()).map(|extent| {
+        let (address, len) = extent.split_at(size_of::<usize>());
+        Extent { address: word(address), len: word(len) }
+    });
+    let message = SocketMessage {
+        name: header.msg_name.addr(),
+        name_len: header.msg_namelen,
+        extents: extents.collect(),
+        control: header.msg_control.addr(),
+        control_len: header.msg_controllen,
+    };
+    Some((message, header))
+}

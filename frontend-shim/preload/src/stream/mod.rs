@@ -186,10 +186,10 @@ impl<S: System> Shim<S> {
         let access = RegionAccess { offset, region: u32::from(bar), count };
         if write {
             let body = RegionData { access, data }.to_bytes();
-            let reply = self.ask(&connection, Command::RegionWrite, &body)?;
+            let reply = self.ask_backend(&connection, Command::RegionWrite, &body)?;
             return reply.body().map(|_| ());
         }
-        let reply = self.ask(&connection, Command::RegionRead, &access.to_bytes())?;
+        let reply = self.ask_backend(&connection, Command::RegionRead, &access.to_bytes())?;
         let read = RegionData::parse(reply.body()?).ok()?;
         if read.access != access {
             return None;
@@ -215,11 +215,11 @@ impl<S: System> Shim<S> {
             return None;
         }
         let report = FaultReport { region: u32::from(bar), access, offset, size: 0 };
-        let reply = self.ask(&connection, Command::MemoryFault, &report.to_bytes())?;
+        let reply = self.ask_backend(&connection, Command::MemoryFault, &report.to_bytes())?;
         FaultVerdict::parse(reply.body()?).ok()
     }
 
-    fn ask(
+    fn ask_backend(
         &self,
         connection: &Connection,
         command: Command,
@@ -318,7 +318,7 @@ impl<S: System> Shim<S> {
     }
 
     /// If this is a VERSION on a socket that nothing is known of: sends it with ours in it.
-    fn greet(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Option<Answer<usize>> {
+    pub(crate) fn greet(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Option<Answer<usize>> {
         let len = message.len();
         let plain = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let flags = SendFlags::from_bits_retain(flags.cast_unsigned());
@@ -342,7 +342,7 @@ impl<S: System> Shim<S> {
             self.status.fail_open(FailOpen::TooManyStreams);
             return None;
         };
-        let answer = self.adopt(fd, stream, &hello, flags);
+        let answer = self.follow_connection(fd, stream, &hello, flags);
         if !matches!(answer, Some(Ok(())))
             && let Some(place) = self.streams.place(stream)
         {
@@ -351,7 +351,7 @@ impl<S: System> Shim<S> {
         Some(answer?.map(|()| len))
     }
 
-    fn adopt(&self, fd: RawFd, stream: u32, hello: &Hello, flags: SendFlags) -> Option<Answer<()>> {
+    fn follow_connection(&self, fd: RawFd, stream: u32, hello: &Hello, flags: SendFlags) -> Option<Answer<()>> {
         let socket = self.system.keep(fd).ok().filter(is_unix_stream)?;
         if !self.descriptors.set(fd, Descriptor::Stream(stream)) {
             self.status.fail_open(FailOpen::TooManyDescriptors);

@@ -4,7 +4,9 @@
 mod kernel;
 #[cfg(not(test))]
 mod real;
-mod signals;
+#[cfg(not(test))]
+mod real_sockets;
+mod sockets;
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
