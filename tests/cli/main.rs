@@ -1,5 +1,6 @@
 //! The binary `barkeep`, as an operator and a service manager see it.
 
+mod ctl;
 mod demo;
 mod idle;
 mod logs;
@@ -12,3 +13,4 @@ mod systemd;
 mod upgrade;
 mod usage;
 mod virtio;
+mod wrap;
