@@ -24,11 +24,10 @@ impl ClientPage {
         Self { heirs, writer: None }
     }
 
-    /// Goes on with that of a predecessor, who may have been in the middle of writing it.
-    pub(super) fn adopt(&mut self, file: OwnedFd) -> io::Result<()> {
-        let page = SharedPage::adopt(file, LENGTH)?;
-        self.writer = Some(DecodeWriter::new(page).ok_or(io::ErrorKind::InvalidData)?);
-        Ok(())
+    /// That of a predecessor, who may have been in the middle of writing it.
+    pub(super) fn adopt(file: OwnedFd) -> io::Result<Self> {
+        let writer = DecodeWriter::new(SharedPage::adopt(file, LENGTH)?);
+        Ok(Self { heirs: Heirs::Holder, writer: Some(writer.ok_or(io::ErrorKind::InvalidData)?) })
     }
 
     /// A descriptor to read it with.

@@ -26,9 +26,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, DeviceInfo, DmaMap, DmaUnmap, FaultReport, FaultVerdict, InfoQuery,
-    IrqInfo, Offer, RegionAccess, RegionData, RegionInfo, RegionState, RegionStateQuery, SetIrqs,
-    Version, WireError,
+    BarkeepExtensions, Command, DecodePageInfo, DecodePageQuery, DeviceInfo, DmaMap, DmaUnmap,
+    FaultReport, FaultVerdict, InfoQuery, IrqInfo, Offer, RegionAccess, RegionData, RegionInfo,
+    RegionState, RegionStateQuery, SetIrqs, Version, WireError,
 };
 
 use self::connection::{Connection, Reply};
@@ -436,6 +436,32 @@ impl Client {
         }
         let query = RegionStateQuery { region }.to_bytes();
         self.call(Command::RegionState, |out| out.extend(query), RegionState::parse)
+    }
+
+    /// A file that shows what the function decodes at any moment, and how many bytes of it there are to map
+    /// (extension `decode_page`): for `hypervisor::ReadOnlyWords` and a [`DecodeReader`]. It is of this session
+    /// alone.
+    ///
+    /// # Errors
+    /// [`ClientError::NotOffered`] when the server lacks the extension, and as for every request.
+    ///
+    /// [`DecodeReader`]: barkeep_protocol::page::decode::DecodeReader
+    pub fn decode_page(&self) -> Result<(DecodePageInfo, OwnedFd), ClientError> {
+        if !self.extensions.decode_page {
+            return Err(ClientError::NotOffered("decode_page"));
+        }
+        let query = DecodePageQuery.to_bytes();
+        let take = |reply: Reply<'_>| {
+            let info = DecodePageInfo::parse(reply.body)?;
+            Ok((info, reply.fds.into_iter().next()))
+        };
+        let body = |out: &mut Vec<u8>| out.extend(query);
+        let (info, file) = self.call_with_fds(Command::DecodePage, body, Vec::new(), take)?;
+        let Some(file) = file else {
+            self.connection.end();
+            return Err(ClientError::Protocol("a decode page without its file"));
+        };
+        Ok((info, file))
     }
 
     fn access(&self, region: u32, offset: u64, length: usize) -> Result<RegionAccess, ClientError> {

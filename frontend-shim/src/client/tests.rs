@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 
 use barkeep_protocol::transport::{Frame, Received, Receiver, Sender};
 use barkeep_protocol::wire::{Capabilities, Errno, MessageId, MessageKind};
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
 
@@ -253,5 +254,38 @@ fn a_backend_that_drips_bytes_gains_no_time() {
     let client = Client::connect(&script.path, Duration::from_millis(50)).unwrap();
     assert!(matches!(read(&client), Err(ClientError::Deadline(_))));
     drop(client);
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn a_decode_page_comes_with_its_file() {
+    let script = serve("page", |server| {
+        server.answer_version(&Version::proposal());
+        for with_file in [true, false] {
+            let request = server.request().unwrap();
+            assert_eq!(request.header.command, Command::DecodePage.code());
+            let body = DecodePageInfo { length: 4096 }.to_bytes();
+            let mut reply = Frame::reply(&request.header, body);
+            if with_file {
+                let file = memfd_create("page", MemfdFlags::CLOEXEC).unwrap();
+                reply = reply.with_fds(vec![file]);
+            }
+            server.send(reply);
+        }
+    });
+    let client = connect(&script);
+    let (info, _file) = client.decode_page().unwrap();
+    assert_eq!(info.length, 4096);
+    assert!(matches!(client.decode_page(), Err(ClientError::Protocol(_))));
+    assert!(client.is_dead());
+    script.thread.join().unwrap();
+}
+
+#[test]
+fn a_server_without_decode_pages_is_not_asked() {
+    let script = serve("no-page", |server| server.answer_version(&plain()));
+    let client = connect(&script);
+    assert!(matches!(client.decode_page(), Err(ClientError::NotOffered("decode_page"))));
+    assert!(!client.is_dead());
     script.thread.join().unwrap();
 }

@@ -11,10 +11,11 @@ mod tests;
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
+use std::slice;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, FsWord, SealFlags, fcntl_get_seals, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 
@@ -24,6 +25,8 @@ use super::PAGE_SIZE;
 /// How often a probe that was interrupted is tried again.
 const PROBE_ATTEMPTS: u32 = 64;
 
+/// `HUGETLBFS_MAGIC` of `<linux/magic.h>`.
+const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 /// [`PAGE_SIZE`] for host addresses.
 const PAGE_BYTES: usize = 4096;
 
@@ -369,6 +372,38 @@ impl Drop for HostMapping {
         // SAFETY: the range is exactly our own mapping, and `&mut self` proves that nobody uses it.
         let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
         debug_assert!(result.is_ok(), "munmap of a mapping of ours: {result:?}");
+    }
+}
+
+/// Memory that another process writes and this one only reads, as words that are each looked at once.
+#[derive(Debug)]
+pub struct ReadOnlyWords {
+    memory: HostMapping,
+}
+
+impl ReadOnlyWords {
+    /// Maps `len` bytes of a memory file from its start, whose length can't shrink any more.
+    ///
+    /// # Errors
+    /// EINVAL if it could shrink, is too short, or is no memory file; else what mmap says.
+    pub fn map(file: impl AsFd, len: u64) -> io::Result<ReadOnlyWords> {
+        let seals = fcntl_get_seals(&file)?;
+        // Pages of hugetlbfs can be punched out all the same, and the pool need not have others then.
+        if !seals.contains(SealFlags::SHRINK) || fstatfs(&file)?.f_type == HUGETLBFS_MAGIC {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(ReadOnlyWords { memory: HostMapping::from_fd(file, 0, len, false)? })
+    }
+}
+
+impl AsRef<[AtomicU64]> for ReadOnlyWords {
+    /// For relaxed loads alone: other accesses need not be possible in memory that is mapped so.
+    fn as_ref(&self) -> &[AtomicU64] {
+        let words = self.memory.len / size_of::<AtomicU64>();
+        // SAFETY: the mapping has this length, is aligned to a page and stays until `self` is dropped. It
+        // is nobody else's, so that it stays readable, and its file can't shrink. All bit patterns are
+        // words, and whoever else accesses them does it in other processes.
+        unsafe { slice::from_raw_parts(self.memory.base.as_ptr().cast(), words) }
     }
 }
 

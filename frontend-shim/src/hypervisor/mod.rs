@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 pub use crate::address::GuestAddress;
 pub use crate::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault};
-pub use memory::{AccessError, HostMapping, Protection};
+pub use memory::{AccessError, HostMapping, Protection, ReadOnlyWords};
 
 /// Size and alignment of everything a memory slot is made of.
 pub const PAGE_SIZE: u64 = 4096;

@@ -9,10 +9,11 @@
 //! - The odd sequence is stored before a release fence, the words behind it. A reader that loads one of
 //!   these words and then passes its acquire fence therefore finds at least the odd sequence behind it,
 //!   and tries again.
-//! - The even sequence is stored with release and loaded with acquire: who has it sees all words of its
-//!   state, or later ones, and the latter is the case above.
+//! - The even sequence is stored with release, and loaded before an acquire fence: who has it sees all
+//!   words of its state, or later ones, and the latter is the case above.
 //!
-//! All accesses are atomic, so that none is a data race, between processes as between threads. The
+//! All accesses are atomic, so that none is a data race, between processes as between threads. Loads are
+//! relaxed, with fences of their own, since only those may be used on memory that is mapped read-only. The
 //! counters lie outside of the sequence: each is true by itself, and counting disturbs no reader.
 //!
 //! A writer that dies in the middle leaves an odd sequence, and readers give up after a bounded number
@@ -255,7 +256,9 @@ impl<W: AsRef<[AtomicU64]>> DecodeReader<W> {
     /// Moves with every write, so that what was read is still shown as long as it has not: one load.
     /// None while a write is not complete.
     pub fn sequence(&self) -> Option<u64> {
-        let sequence = page(&self.words)?[at::SEQUENCE].load(Ordering::Acquire);
+        let sequence = page(&self.words)?[at::SEQUENCE].load(Ordering::Relaxed);
+        // What is read behind this is of this state or a later one.
+        fence(Ordering::Acquire);
         (sequence & 1 == 0).then_some(sequence)
     }
 
@@ -272,8 +275,10 @@ impl<W: AsRef<[AtomicU64]>> DecodeReader<W> {
     fn consistent<T>(&self, load: impl Fn(&Words) -> T) -> Option<T> {
         let page = page(&self.words)?;
         for _ in 0..ATTEMPTS {
-            let before = page[at::SEQUENCE].load(Ordering::Acquire);
+            let before = page[at::SEQUENCE].load(Ordering::Relaxed);
             if before & 1 == 0 {
+                // What is loaded below is of this state or a later one.
+                fence(Ordering::Acquire);
                 let loaded = load(page);
                 // What was loaded above was stored before the sequence below, or that one differs.
                 fence(Ordering::Acquire);

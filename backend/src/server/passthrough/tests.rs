@@ -1,5 +1,6 @@
 use std::os::fd::OwnedFd;
 
+use barkeep_protocol::page::decode::Space;
 use barkeep_protocol::wire::{
     BarkeepExtensions, DmaAccess, DmaMap, FaultAccess, FaultReport, FaultVerdict, InfoQuery,
     IrqAction, IrqData, IrqInfo, RegionAccess, RegionFlags, RegionInfo, RegionState,
@@ -10,7 +11,7 @@ use rustix::io::Errno;
 
 use super::{PassthroughFunction, RequestError};
 use crate::devices::passthrough::MapBars;
-use crate::devices::passthrough::fake::{Fake, config};
+use crate::devices::passthrough::fake::{BAR_SIZE, Fake, config};
 use crate::server::served::{Reply, Served};
 
 fn served() -> (Fake, PassthroughFunction) {
@@ -176,4 +177,34 @@ fn requests_that_make_no_sense_are_refused() {
     let info = |index| answer(|reply| function.irq_info(InfoQuery { index, argsz: 16 }, reply));
     assert_eq!(errno(info(5)), Some(Errno::INVAL));
     assert_eq!(IrqInfo::parse(&info(1).unwrap().0).unwrap().count, 8);
+}
+
+#[test]
+fn what_is_shown_of_the_device_is_what_its_registers_say() {
+    let (fake, mut function) = served();
+    let bar0 = |function: &PassthroughFunction| {
+        let bar = function.decode_state().bars[0].expect("it has BAR 0");
+        assert_eq!((bar.size, bar.space), (BAR_SIZE, Space::Memory));
+        (bar.address, bar.decodes)
+    };
+    assert_eq!(bar0(&function), (0, false));
+    write(&mut function, 7, 0x10, &0xfea0_0000u32.to_le_bytes());
+    assert_eq!(bar0(&function), (0xfea0_0000, false));
+    write(&mut function, 7, 4, &[2, 0]);
+    assert_eq!(bar0(&function), (0xfea0_0000, true));
+    // Behind our back: the next request tells.
+    fake.state().config[4] = 0;
+    let _ = read(&mut function, 0, 0);
+    assert_eq!(bar0(&function), (0xfea0_0000, false));
+    assert_eq!(function.completions().reads_ur, 1);
+    let before = function.decode_state().epoch;
+    write(&mut function, 7, 4, &[2, 0]);
+    assert!(function.decode_state().epoch > before);
+    fake.state().unplugged = true;
+    let _ = read(&mut function, 0, 0);
+    assert_eq!(bar0(&function), (0xfea0_0000, false), "gone from where it was");
+    fake.state().unplugged = false;
+    function.client_left();
+    assert!(!bar0(&function).1);
+    assert_eq!(function.decode_state().bars[1..], [None; 5]);
 }

@@ -20,7 +20,7 @@ use crate::server::event_loop::Source;
 use crate::server::function::Recorded;
 use crate::server::served::ServedFunction;
 use crate::state::{
-    Activity, FdKey, Heirs, Holder, Journal, Part, PreviousEnd, Recovered, SectionError, SectionId,
+    Activity, FdKey, Holder, Journal, Part, PreviousEnd, Recovered, SectionError, SectionId,
     StateError, StateFile,
 };
 
@@ -193,13 +193,16 @@ impl Legacy {
             Twin::Open(key) => Some(self.fds.remove(&FdKey(key)).ok_or(Unusable::NoTwin)?),
             Twin::None | Twin::Closed => None,
         };
+        let mut page = None;
+        if saved.has_page() {
+            page = Some(self.page().ok_or(Unusable::NoPage)?);
+            recorder.inherit_page();
+        }
         let client = self.client.take().ok_or(Unusable::NoTwin)?;
-        let page = if saved.has_page() { Some(self.page().ok_or(Unusable::NoPage)?) } else { None };
         let deadline = Instant::now() + HANDSHAKE_TIME;
         let mut session = Session::inherited(client, twin, saved, deadline);
         if let Some(page) = page {
-            session.adopt_page(page).map_err(|_| Unusable::NoPage)?;
-            recorder.inherit_page();
+            session.set_page(page);
             self.fds.remove(&PAGE_KEY);
         }
         let committed = session.commit(recorder, served, None, None);
@@ -227,14 +230,14 @@ impl Legacy {
     }
 
     /// The page that the client has, if it was kept.
-    fn page(&self) -> Option<OwnedFd> {
-        self.fds.get(&PAGE_KEY)?.try_clone().ok()
+    fn page(&self) -> Option<ClientPage> {
+        let file = self.fds.get(&PAGE_KEY)?.try_clone().ok()?;
+        ClientPage::adopt(file).ok()
     }
 
     /// A client whose session is lost sees that on its page as well.
     fn end_page(&self, function: &ServedFunction) {
-        let mut page = ClientPage::new(Heirs::Holder);
-        if self.page().is_some_and(|file| page.adopt(file).is_ok()) {
+        if let Some(mut page) = self.page() {
             page.show(function.0.as_ref());
         }
     }

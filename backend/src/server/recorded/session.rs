@@ -12,6 +12,7 @@ use super::quarantine;
 use super::recorder::{Arrived, Attempt, Message, Recorder};
 use super::saved_session::{SavedSession, Twin};
 use crate::server::commands::Commands;
+use crate::server::decode_page::ClientPage;
 use crate::server::desk::{Desk, Handled, State};
 use crate::server::event_loop::{Epoll, Interest, Source, Token};
 use crate::server::served::Served;
@@ -92,8 +93,8 @@ impl Session {
     }
 
     /// Goes on with the page that the client has of a predecessor.
-    pub(super) fn adopt_page(&mut self, file: OwnedFd) -> io::Result<()> {
-        self.desk.page.adopt(file)
+    pub(super) fn set_page(&mut self, page: ClientPage) {
+        self.desk.page = page;
     }
 
     /// Makes everything true at once, and then shows it to a client that has a page: before it hears of

@@ -1,7 +1,8 @@
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::*;
 
@@ -205,4 +206,22 @@ fn of_a_device_only_our_own_protection_is_known() {
     device.protect(0, 0x1000, Protection::ReadOnly).unwrap();
     assert!(device.probe(0, false));
     assert!(!device.probe(0, true));
+}
+
+#[test]
+fn words_of_another_process_are_read_where_its_file_cant_shrink() {
+    let file = memfd_create("words", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&file, PAGE_SIZE).unwrap();
+    let refused = |file: &OwnedFd, len| ReadOnlyWords::map(file, len).is_err();
+    assert!(refused(&file, PAGE_SIZE), "it could shrink");
+    fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+    assert!(refused(&file, 0) && refused(&file, 2 * PAGE_SIZE), "it is not so long");
+    let words = ReadOnlyWords::map(&file, PAGE_SIZE).unwrap();
+    assert_eq!(words.as_ref().len() as u64 * 8, PAGE_SIZE);
+    rustix::io::pwrite(&file, &7u64.to_ne_bytes(), 16).unwrap();
+    assert_eq!(words.as_ref()[2].load(Ordering::Relaxed), 7);
+    let mut device = std::fs::File::open("/dev/zero").map(OwnedFd::from).unwrap();
+    assert!(refused(&device, PAGE_SIZE), "not a memory file");
+    device = std::fs::File::open("/proc/self/exe").map(OwnedFd::from).unwrap();
+    assert!(refused(&device, PAGE_SIZE), "not a memory file");
 }

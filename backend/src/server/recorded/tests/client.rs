@@ -32,6 +32,8 @@ pub(super) struct Client {
     asked: Option<MessageId>,
     id: u16,
     replies: Vec<Result<Vec<u8>, Errno>>,
+    /// Descriptors of the last one that had some.
+    fds: Vec<OwnedFd>,
     /// Memory that is not shared.
     unshared: Vec<u8>,
     address: u64,
@@ -74,6 +76,7 @@ impl Client {
             asked: None,
             id: 0,
             replies: Vec::new(),
+            fds: Vec::new(),
             unshared,
             address,
         }
@@ -82,6 +85,16 @@ impl Client {
     /// Those to steps of which none has failed.
     pub(super) fn replies(&self) -> Vec<Vec<u8>> {
         self.replies.iter().map(|reply| reply.clone().unwrap()).collect()
+    }
+
+    /// How many there were, unless one is due.
+    pub(super) fn answered(&self) -> Option<usize> {
+        self.asked.is_none().then_some(self.replies.len())
+    }
+
+    /// The descriptor that came last with a reply.
+    pub(super) fn fd(&self) -> Option<&OwnedFd> {
+        self.fds.last()
     }
 
     pub(super) fn last(&self) -> Result<Vec<u8>, Errno> {
@@ -168,6 +181,9 @@ impl Client {
             return;
         }
         self.steps.pop_front();
+        if !fds.is_empty() {
+            self.fds = fds;
+        }
         self.replies.push(Ok(body));
     }
 

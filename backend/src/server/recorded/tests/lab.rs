@@ -165,7 +165,7 @@ impl Lab {
 
     /// Of those, the function's own.
     pub(super) fn kept(&self) -> Vec<FdKey> {
-        self.held().into_iter().filter(|key| key.0 < 1 << 33).collect()
+        self.held().into_iter().filter(|key| (1 << 32..1 << 33).contains(&key.0)).collect()
     }
 
     /// Signals the first descriptor that the function has kept.

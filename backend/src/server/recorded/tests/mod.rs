@@ -5,6 +5,7 @@ mod deaths;
 mod fragile;
 mod hostile;
 mod lab;
+mod page;
 mod talk;
 mod windows;
 
