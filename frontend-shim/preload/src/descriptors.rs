@@ -165,7 +165,8 @@ impl<S: System> Shim<S> {
         self.descriptors.clear(fd)
     }
 
-    fn forget_range(&self, first: u32, last: u32) {
+    /// Forgets all descriptors from one to another, both of which are closed as well.
+    pub(crate) fn forget_range(&self, first: u32, last: u32) {
         let used = u32::try_from(self.descriptors.used.load(Ordering::Acquire)).unwrap_or(u32::MAX);
         for fd in first..last.saturating_add(1).min(used) {
             if let Ok(fd) = RawFd::try_from(fd) {

@@ -5,7 +5,7 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::RawFd;
 
-use super::{keeping_errno, nothing, number, real, real_for_allocator, shim};
+use super::{guarded, keeping_errno, nothing, number, real, real_for_allocator, shim};
 use crate::Shim;
 use crate::system::{Answer, Duplicate, Kernel, Real, System};
 
@@ -27,6 +27,15 @@ extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
         Some(shim) => keeping_errno(|| shim.close_range(first, last, flags)),
         None => real().close_range(first, last, flags),
     })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn closefrom(first: c_int) {
+    guarded(|shim| shim.forget_range(first.max(0).unsigned_abs(), u32::MAX));
+    if let Some(closefrom) = real().closefrom {
+        // SAFETY: the caller's own argument, to the function that it meant.
+        unsafe { closefrom(first) }
+    }
 }
 
 #[unsafe(no_mangle)]

@@ -19,6 +19,7 @@ type MremapCall =
     unsafe extern "C" fn(*mut c_void, usize, usize, c_int, *mut c_void) -> *mut c_void;
 type Close = unsafe extern "C-unwind" fn(c_int) -> c_int;
 type CloseRange = unsafe extern "C" fn(c_uint, c_uint, c_int) -> c_int;
+type Closefrom = unsafe extern "C" fn(c_int);
 type Dup = unsafe extern "C" fn(c_int) -> c_int;
 type Dup2 = unsafe extern "C" fn(c_int, c_int) -> c_int;
 type Dup3 = unsafe extern "C" fn(c_int, c_int, c_int) -> c_int;
@@ -36,6 +37,8 @@ pub(crate) struct Real {
     pub(crate) close: Close,
     /// C libraries before 2.34 have none.
     pub(crate) close_range: Option<CloseRange>,
+    /// Likewise.
+    pub(crate) closefrom: Option<Closefrom>,
     pub(crate) dup: Dup,
     pub(crate) dup2: Dup2,
     pub(crate) dup3: Dup3,
@@ -69,6 +72,7 @@ impl Real {
             mremap: next!(c"mremap" as MremapCall)?,
             close: next!(c"close" as Close)?,
             close_range: next!(c"close_range" as CloseRange),
+            closefrom: next!(c"closefrom" as Closefrom),
             dup: next!(c"dup" as Dup)?,
             dup2: next!(c"dup2" as Dup2)?,
             dup3: next!(c"dup3" as Dup3)?,
