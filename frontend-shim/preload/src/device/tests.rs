@@ -111,7 +111,7 @@ impl System for Fake {
                 assert_eq!(argument[..4], [32, 0, 0, 0]);
                 let index = argument[8];
                 let size = match index {
-                    0..6 => device.sizes[usize::from(index)],
+                    0..=5 => device.sizes[usize::from(index)],
                     7 => device.config.len() as u64,
                     _ => return Err(Errno::INVAL),
                 };

@@ -89,11 +89,18 @@ pub(crate) fn address(answer: Answer<usize>) -> usize {
 }
 
 pub(crate) fn errno() -> c_int {
+    let place = errno_place();
     // SAFETY: the place is this thread's own for as long as the thread lives.
-    unsafe { *libc::__errno_location() }
+    unsafe { *place }
 }
 
 pub(crate) fn set_errno(errno: c_int) {
+    let place = errno_place();
     // SAFETY: the place is this thread's own for as long as the thread lives.
-    unsafe { *libc::__errno_location() = errno };
+    unsafe { *place = errno };
+}
+
+fn errno_place() -> *mut c_int {
+    // SAFETY: it only tells a place.
+    unsafe { libc::__errno_location() }
 }

@@ -18,7 +18,7 @@ impl System for Kernel {
         // SAFETY: the caller asks for it, and vouches for what it maps over.
         let answer =
             unsafe { libc::syscall(libc::SYS_mmap, address, len, protection, flags, fd, offset) };
-        checked(answer).map(c_long::cast_unsigned).map(|address| address as usize)
+        placed(answer)
     }
 
     fn munmap(&self, address: usize, len: usize) -> Answer<()> {
@@ -32,7 +32,7 @@ impl System for Kernel {
         // SAFETY: the caller asks for it, and vouches for what it moves and maps over.
         let answer =
             unsafe { libc::syscall(libc::SYS_mremap, address, len, new_len, flags, new_address) };
-        checked(answer).map(c_long::cast_unsigned).map(|address| address as usize)
+        placed(answer)
     }
 
     fn close(&self, fd: RawFd) -> Answer<()> {
@@ -40,6 +40,11 @@ impl System for Kernel {
         let answer = unsafe { libc::syscall(libc::SYS_close, fd) };
         checked(answer).map(drop)
     }
+}
+
+fn placed(answer: c_long) -> Answer<usize> {
+    // As wide as an address, and no number.
+    checked(answer).map(|address| usize::from_ne_bytes(address.to_ne_bytes()))
 }
 
 fn checked(answer: c_long) -> Answer<c_long> {
