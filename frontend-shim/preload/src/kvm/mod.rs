@@ -102,7 +102,7 @@ impl<S: System> Shim<S> {
     pub(crate) fn vm_closed(&self, vm: u32) {
         if let Some(vm) = self.vms.vms.get(vm) {
             vm.open.store(false, Ordering::Release);
-            vm.free_if_unused();
+            self.free_if_unused(vm);
         }
     }
 
@@ -113,7 +113,7 @@ impl<S: System> Shim<S> {
         vcpu.state().free();
         if let Some(vm) = self.vms.vms.get(vm) {
             vm.vcpus.fetch_sub(1, Ordering::AcqRel);
-            vm.free_if_unused();
+            self.free_if_unused(vm);
         }
     }
 
@@ -126,6 +126,13 @@ impl<S: System> Shim<S> {
         self.vms.vms.lose_all();
     }
 
+    /// Lets another VM have the entry, if nothing in this process refers to this one any more.
+    fn free_if_unused(&self, vm: &Vm) {
+        if vm.is_unused() && vm.state().free() {
+            self.status.vm_gone();
+        }
+    }
+
     fn vm_created(&self, fd: RawFd) {
         if !self.system.link(fd).is_ok_and(|link| link == b"anon_inode:kvm-vm") {
             return;
@@ -136,8 +143,9 @@ impl<S: System> Shim<S> {
         vm.begin();
         if !self.descriptors.set(fd, Descriptor::Vm(number)) {
             vm.state().free();
-            self.status.fail_open(FailOpen::TooManyDescriptors);
+            return self.status.fail_open(FailOpen::TooManyDescriptors);
         }
+        self.status.vm_made();
     }
 
     fn vcpu_created(&self, vm: u32, fd: RawFd) {

@@ -30,8 +30,11 @@ impl Use {
         self.0.load(Ordering::Acquire) == Self::TAKEN
     }
 
-    pub(super) fn free(&self) {
-        self.0.store(Self::FREE, Ordering::Release);
+    /// Returns false if it was not in use.
+    pub(super) fn free(&self) -> bool {
+        let swapped =
+            self.0.compare_exchange(Self::TAKEN, Self::FREE, Ordering::AcqRel, Ordering::Relaxed);
+        swapped.is_ok()
     }
 
     fn take(&self) -> bool {

@@ -63,11 +63,9 @@ impl Vm {
         self.open.store(true, Ordering::Release);
     }
 
-    /// Whether nothing in this process refers to it any more, and if so another VM may have the entry.
-    pub(super) fn free_if_unused(&self) {
-        if !self.open.load(Ordering::Acquire) && self.vcpus.load(Ordering::Acquire) == 0 {
-            self.state.free();
-        }
+    /// Whether nothing in this process refers to it any more.
+    pub(super) fn is_unused(&self) -> bool {
+        !self.open.load(Ordering::Acquire) && self.vcpus.load(Ordering::Acquire) == 0
     }
 
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {

@@ -1,0 +1,295 @@
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use kvm_bindings::{
+    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+};
+use rustix::io::Errno;
+
+use super::kernel::{Do, Done};
+use super::world::*;
+use crate::device::{BarAddress, BarMapping, Decode, DeviceId};
+use crate::kvm::abi;
+use crate::kvm::slots::Region;
+use crate::status::Count;
+
+const ONES: u32 = u32::MAX;
+
+fn in_bar(offset: u64) -> BarAddress {
+    BarAddress { device: DEVICE, bar: 2, offset: 0x10000 + offset }
+}
+
+#[test]
+fn an_exit_that_is_the_vmms_costs_no_other_system_call() {
+    let world = World::new();
+    world.around.kernel.state().calls.clear();
+    assert_eq!(world.does(&[Do::Port]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_IO);
+    assert_eq!(world.does(&[Do::Read(0xd000_0000)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+    assert_eq!(world.around.kernel.state().calls, [(world.vcpu, abi::RUN); 2]);
+}
+
+#[test]
+fn an_access_to_a_bar_that_is_off_is_an_unsupported_request_that_the_vmm_never_sees() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR + 0x10), Do::Write(BAR + 0x20, 5), Do::Port]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_IO);
+    assert_eq!(world.done(), [Done::Read(ONES), Done::Written]);
+    assert!(!world.kernel_has(BAR_SLOT));
+    let completed = &world.around.devices().completed;
+    let written = (in_bar(0x20), true, vec![5, 0, 0, 0]);
+    assert_eq!(*completed, [(in_bar(0x10), false, vec![0xff; 4]), written]);
+    let counts = [Count::FaultsLocated, Count::SlotsSuspended, Count::SlotsRestored];
+    assert_eq!(counts.map(|count| world.count(count)), [1, 1, 0]);
+}
+
+#[test]
+fn a_slot_comes_back_when_the_bar_decodes_again() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    world.decode(Decode::On);
+    // The exit that shows it is the VMM's: it has the mapping.
+    assert_eq!(world.does(&[Do::Read(BAR + 4), Do::Read(BAR + 8), Do::Port]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+    assert!(world.kernel_has(BAR_SLOT));
+    assert_eq!(world.around.kernel.slots(world.vm)[1], bar());
+    assert_eq!(world.run(), Ok(0));
+    assert_eq!(world.done()[2], Done::Live);
+    assert_eq!(world.count(Count::SlotsRestored), 1);
+}
+
+#[test]
+fn all_parts_of_a_bar_are_suspended_together_and_nothing_else() {
+    let world = World::new();
+    let smm = Region { slot: BAR_SLOT | 1 << 16, ..bar() };
+    world.set(smm).unwrap();
+    let other = Region { slot: 8, guest: BAR + 0x10_0000, host: BAR_HOST + 0x10_0000, ..bar() };
+    world.around.devices().mappings.push(BarMapping {
+        device: DeviceId(4),
+        bar: 0,
+        start: usize::try_from(other.host).unwrap(),
+        len: usize::try_from(other.size).unwrap(),
+        offset: 0,
+    });
+    world.around.devices().decode.insert((4, 0), Decode::Off);
+    world.set(other).unwrap();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    let has = |slot: u32| world.kernel_has(slot);
+    assert_eq!((has(BAR_SLOT), has(smm.slot), has(8), has(0)), (false, false, true, true));
+}
+
+#[test]
+fn a_suspended_slot_counts_in_its_own_address_space_only() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    world.around.kernel.state().vcpus.get_mut(&world.vcpu).unwrap().in_smm = true;
+    assert_eq!(world.does(&[Do::Read(BAR)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+}
+
+#[test]
+fn an_exit_that_reaches_out_of_a_suspended_slot_is_the_vmms() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    let last = BAR + BAR_SIZE - 4;
+    assert_eq!(world.does(&[Do::Read(last), Do::Read(last + 2)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+    assert_eq!(world.around.devices().completed.len(), 1);
+}
+
+#[test]
+fn a_fault_that_kvm_reports_is_located_by_its_report() {
+    let world = World::new();
+    world.around.kernel.state().registers_unreadable = true;
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Reported { flags: 0, address: BAR }, Do::Port]), Ok(0));
+    assert!(!world.kernel_has(BAR_SLOT));
+}
+
+#[test]
+fn a_report_that_is_not_about_a_bar_goes_to_the_vmm_untouched() {
+    let private = u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE);
+    for (flags, address) in [(private, BAR), (1, BAR), (0, RAM)] {
+        let world = World::new();
+        world.decode(Decode::Off);
+        assert_eq!(world.does(&[Do::Reported { flags, address }]), Err(Errno::FAULT));
+        assert_eq!(world.exit_reason(), KVM_EXIT_MEMORY_FAULT);
+        let words = world.around.kernel.run_words(world.vcpu);
+        assert_eq!(words[4..7], [flags, address, 4096]);
+        assert!(world.kernel_has(BAR_SLOT));
+    }
+}
+
+#[test]
+fn a_fault_in_ram_goes_to_the_vmm() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    let ram = world.around.kernel.slots(world.vm)[0].host;
+    world.around.kernel.state().refusing.push(ram + PAGE..ram + 2 * PAGE);
+    assert_eq!(world.does(&[Do::Read(PAGE)]), Err(Errno::FAULT));
+    assert_eq!(world.exit_reason(), 0);
+}
+
+#[test]
+fn a_fault_of_a_vm_without_bars_is_none_of_our_business() {
+    let world = World::empty();
+    world.set(ram()).unwrap();
+    let ram = world.around.kernel.slots(world.vm)[0].host;
+    world.around.kernel.state().refusing.push(ram..ram + PAGE);
+    world.around.kernel.state().calls.clear();
+    assert_eq!(world.does(&[Do::Read(0)]), Err(Errno::FAULT));
+    assert_eq!(world.around.kernel.state().calls, [(world.vcpu, abi::RUN)]);
+}
+
+#[test]
+fn a_fault_without_a_place_suspends_the_bars_that_are_off() {
+    let world = World::new();
+    let on = Region { slot: 8, guest: BAR + 0x10_0000, host: BAR_HOST + 0x10_0000, ..bar() };
+    world.around.devices().mappings.push(BarMapping {
+        device: DeviceId(4),
+        bar: 0,
+        start: usize::try_from(on.host).unwrap(),
+        len: usize::try_from(on.size).unwrap(),
+        offset: 0,
+    });
+    world.set(on).unwrap();
+    world.decode(Decode::Off);
+    world.around.kernel.state().registers_unreadable = true;
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    assert_eq!(world.done(), [Done::Read(ONES)]);
+    assert!(world.kernel_has(8));
+}
+
+#[test]
+fn memory_that_refuses_although_the_bar_decodes_ends_in_the_vmms_hands() {
+    for decode in [Decode::On, Decode::Unknown] {
+        let world = World::new();
+        world.decode(Decode::Off);
+        world.around.devices().decode.insert((DEVICE.0, 2), decode);
+        assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
+        assert!(world.kernel_has(BAR_SLOT));
+        assert_eq!(world.count(Count::FailOpens), 1);
+        let calls = &world.around.kernel.state().calls;
+        let runs = calls.iter().filter(|(_, request)| *request == abi::RUN).count();
+        assert_eq!(runs, 65, "bounded");
+    }
+}
+
+#[test]
+fn faults_with_signals_between_them_are_bounded_too() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    world.around.devices().decode.insert((DEVICE.0, 2), Decode::On);
+    world.around.kernel.state().signals = Some((8, 0));
+    assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::INTR));
+    let signals = (1..100).find(|_| world.run() == Err(Errno::FAULT));
+    assert_eq!(signals, Some(8));
+}
+
+#[test]
+fn another_exit_in_between_is_progress() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    world.around.devices().decode.insert((DEVICE.0, 2), Decode::On);
+    world.around.kernel.state().signals = Some((60, 0));
+    for _ in 0..3 {
+        assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::INTR));
+        world.around.kernel.state().vcpus.get_mut(&world.vcpu).unwrap().todo.clear();
+        assert_eq!(world.does(&[Do::Port]), Ok(0));
+    }
+}
+
+#[test]
+fn a_signal_is_told_to_the_vmm_with_the_exit_completed() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Fail(Errno::INTR)]), Err(Errno::INTR));
+    assert_eq!(world.done(), [Done::Read(ONES)]);
+}
+
+#[test]
+fn a_slot_that_the_kernel_does_not_delete_leaves_the_fault_to_the_vmm() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    world.around.kernel.state().next_slot_error = Some(Errno::NOMEM);
+    assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
+    assert!(world.kernel_has(BAR_SLOT));
+    assert_eq!(world.count(Count::FailOpens), 1);
+    // And the next one may go better.
+    assert_eq!(world.does(&[Do::Port]), Ok(0));
+}
+
+#[test]
+fn a_slot_that_the_kernel_does_not_take_back_stays_suspended_and_the_vmm_completes() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    world.decode(Decode::On);
+    world.around.kernel.state().next_slot_error = Some(Errno::NOMEM);
+    assert_eq!(world.does(&[Do::Read(BAR)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+    assert!(!world.kernel_has(BAR_SLOT));
+    assert_eq!(world.does(&[Do::Read(BAR)]), Ok(0));
+    assert!(world.kernel_has(BAR_SLOT));
+}
+
+#[test]
+fn an_exit_in_the_window_of_a_bar_without_a_slot_is_an_unsupported_request_while_it_is_off() {
+    let world = World::new();
+    world.set(Region { size: 0, ..bar() }).unwrap();
+    world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+    for (decode, reason, done) in [
+        (Decode::Off, KVM_EXIT_IO, 1),
+        (Decode::On, KVM_EXIT_MMIO, 1),
+        (Decode::Unknown, KVM_EXIT_MMIO, 1),
+    ] {
+        world.around.devices().decode.insert((DEVICE.0, 2), decode);
+        world.around.kernel.state().vcpus.get_mut(&world.vcpu).unwrap().todo.clear();
+        assert_eq!(world.does(&[Do::Read(BAR + 8), Do::Port]), Ok(0));
+        assert_eq!((world.exit_reason(), world.around.devices().completed.len()), (reason, done));
+    }
+}
+
+#[test]
+fn an_exit_while_the_vmm_still_puts_the_bar_back_is_an_unsupported_request() {
+    let world = World::new();
+    world.set(Region { size: 0, ..bar() }).unwrap();
+    world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+    std::thread::scope(|scope| {
+        let writes = || world.vms.arrivals.begin(DEVICE, Instant::now());
+        scope.spawn(writes).join().unwrap();
+    });
+    // Not forwarded: the backend would answer, and it is not to be asked yet.
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Write(BAR, 1), Do::Port]), Ok(0));
+    assert_eq!(world.done(), [Done::Read(ONES), Done::Written]);
+    assert!(world.around.devices().completed.is_empty());
+    assert_eq!((world.count(Count::UrReads), world.count(Count::UrWrites)), (1, 1));
+}
+
+#[test]
+fn the_thread_that_wrote_ends_it_by_running_its_own_virtual_cpu() {
+    let world = World::new();
+    world.set(Region { size: 0, ..bar() }).unwrap();
+    world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+    world.vms.arrivals.begin(DEVICE, Instant::now());
+    assert_eq!(world.does(&[Do::Read(BAR)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+}
+
+#[test]
+fn without_a_run_structure_everything_is_the_vmms() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    let (_, vcpu) = world.vms.vcpus.iter().next().unwrap();
+    vcpu.unmapped(world.around.kernel.run_area(world.vcpu), 4096);
+    assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
+    vcpu.mapped(world.around.kernel.run_area(world.vcpu), 12288);
+    assert_eq!(world.does(&[Do::Port]), Ok(0));
+    assert_eq!(world.done(), [Done::Read(ONES)]);
+    assert_eq!(vcpu.vm.load(Ordering::Relaxed), world.number);
+}
