@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use crate::device::DeviceId;
 
-/// A thread that never runs a virtual CPU may write too. The VMM has put the BARs back by then.
-const LIMIT: Duration = Duration::from_millis(100);
+/// Should the virtual CPU never run again. The VMM has put the BARs back by then.
+const LIMIT: Duration = Duration::from_secs(1);
 
 /// Threads that do it at the same time. One more is too many to be followed.
 const THREADS: usize = 16;
@@ -42,7 +42,7 @@ struct Arrival {
 }
 
 impl Arrivals {
-    /// A device decodes again after a write that this thread makes for the guest.
+    /// A device may decode again after a write that this thread makes for the guest.
     pub(super) fn begin(&self, device: DeviceId, now: Instant) {
         let since = self.nanoseconds(now);
         for entry in &self.entries {
@@ -108,7 +108,8 @@ impl Arrival {
     }
 }
 
-fn this_thread() -> usize {
+/// What tells threads apart.
+pub(super) fn this_thread() -> usize {
     THREAD.with(|here| std::ptr::from_ref(here).addr())
 }
 

@@ -64,13 +64,19 @@ impl<S: System> Shim<S> {
         true
     }
 
-    /// Decode of a device came back by a write of the VMM to it, on the thread that made it. To be called
-    /// when the write is done, without a lock.
-    pub(crate) fn decode_came_back(&self, device: DeviceId) {
-        if self.vms.vms.iter().next().is_none() {
-            return;
+    /// The VMM is about to write to the configuration of a device that does not decode. To be called on
+    /// the thread that writes, before the write: from then on the device may decode for everybody, while
+    /// the VMM has not put its BARs back.
+    pub(crate) fn decode_may_come_back(&self, device: DeviceId) {
+        let thread = arrivals::this_thread();
+        let runs = |vcpu: &Vcpu| vcpu.thread.load(Ordering::Relaxed) == thread;
+        if self.vms.vcpus.iter().any(|(_, vcpu)| runs(vcpu)) {
+            self.vms.arrivals.begin(device, Instant::now());
         }
-        self.vms.arrivals.begin(device, Instant::now());
+    }
+
+    /// A device decodes after such a write. To be called without a lock.
+    pub(crate) fn decode_came_back(&self, device: DeviceId) {
         for (number, vm) in self.vms.vms.iter() {
             vm.restore_device(self, number, device);
         }

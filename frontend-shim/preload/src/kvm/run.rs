@@ -11,6 +11,7 @@ use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN};
 use rustix::io::Errno;
 
 use super::around::Around;
+use super::arrivals::this_thread;
 use super::run_area::{MmioExit, RunArea};
 use super::slots::{Place, Slot};
 use super::stopped::{Stopped, xsave_layout};
@@ -43,6 +44,7 @@ impl Vms {
         self.arrivals.end();
         let enter = || around.system().ioctl(fd, abi::RUN.into(), argument);
         let Some(vcpu) = self.vcpus.get(vcpu) else { return enter() };
+        vcpu.thread.store(this_thread(), Ordering::Relaxed);
         loop {
             let answer = enter();
             let Some(run) = vcpu.run() else { return answer };

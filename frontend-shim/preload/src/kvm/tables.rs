@@ -98,6 +98,8 @@ pub(super) struct Vcpu {
     state: Use,
     /// Number of its VM.
     pub(super) vm: AtomicU32,
+    /// Who ran it last.
+    pub(super) thread: AtomicUsize,
     /// Where the VMM has its `struct kvm_run`; 0 for nowhere.
     run: AtomicUsize,
     run_len: AtomicUsize,
@@ -117,6 +119,7 @@ impl Vcpu {
     /// Begins anew, for another virtual CPU.
     pub(super) fn begin(&self, vm: u32) {
         self.vm.store(vm, Ordering::Relaxed);
+        self.thread.store(0, Ordering::Relaxed);
         self.run.store(0, Ordering::Release);
         self.progress();
     }

@@ -110,8 +110,6 @@ fn clear_dirty_log(world: &World, slot: u32, first: u64, count: u32) -> Answer<i
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
-
     #[test]
     fn the_vmm_can_not_tell_whether_slots_were_suspended(
         steps in prop::collection::vec(step(), 1..40),
