@@ -5,9 +5,12 @@
 
 //! The library's beginning and end, and the forks between them.
 
+use std::cell::RefCell;
 use std::panic::catch_unwind;
+use std::sync::MutexGuard;
 
 use crate::Shim;
+use crate::device::Turn;
 use crate::exports::{install, shim};
 use crate::status::{FailOpen, QUIET, Status};
 use crate::system::Real;
@@ -33,8 +36,12 @@ extern "C" fn begin() {
             return;
         }
         let Some(real) = Real::find() else { return };
-        install(Shim::new(real, status()));
-        follow_forks();
+        let shim = install(Shim::new(real, status()));
+        shim.at_home();
+        if shim.sigbus_install().is_err() {
+            shim.status.fail_open(FailOpen::NoHandler);
+        }
+        follow_forks(shim);
     });
 }
 
@@ -62,21 +69,37 @@ extern "C" fn end() {
     }
 }
 
-fn follow_forks() {
+fn follow_forks(shim: &Shim<Real>) {
     // SAFETY: the functions are there as long as the process: what is preloaded is never unloaded.
     let refused = unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
-    if refused != 0
-        && let Some(shim) = shim()
-    {
+    if refused != 0 {
         shim.status.fail_open(FailOpen::Forks);
     }
 }
 
-unsafe extern "C" fn before() {}
+thread_local! {
+    /// What the thread that forks holds meanwhile: in the child there is nobody else to let go of it.
+    static HELD: RefCell<Option<MutexGuard<'static, Turn>>> = const { RefCell::new(None) };
+}
 
-unsafe extern "C" fn in_parent() {}
+unsafe extern "C" fn before() {
+    let Some(shim) = shim() else { return };
+    shim.shielded(|| HELD.set(Some(shim.devices.hold())));
+}
 
+unsafe extern "C" fn in_parent() {
+    let Some(shim) = shim() else { return };
+    shim.shielded(|| HELD.take());
+}
+
+/// The child has the devices and their mappings. VMs and connections are its parent's.
 unsafe extern "C" fn in_child() {
     let Some(shim) = shim() else { return };
-    shim.shielded(|| shim.status.forked());
+    shim.shielded(|| {
+        shim.status.forked();
+        shim.kvm_forked();
+        shim.streams.forked();
+        shim.at_home();
+        HELD.take();
+    });
 }

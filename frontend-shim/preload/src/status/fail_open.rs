@@ -27,6 +27,8 @@ reasons! {
     TooManyDescriptors => "a descriptor's number is too high to be followed",
     /// There is no page that other processes can read.
     NoPage => "no page for barkeep ctl wrap-status",
+    /// There is no handler of `SIGBUS`.
+    NoHandler => "a SIGBUS about a BAR can't be received",
     /// Forks go unseen.
     Forks => "a child that is forked will be counted as its parent",
     /// Our own code has panicked.
