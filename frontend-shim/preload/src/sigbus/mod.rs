@@ -30,7 +30,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) use self::action::Action;
 use self::action::Chained;
 pub(crate) use self::mask::Change;
-#[cfg(not(test))]
 pub(crate) use self::mask::{Inherited, inherited};
 use crate::Shim;
 use crate::system::{Answer, System};

@@ -19,8 +19,9 @@ pub(crate) use kernel::Kernel;
 #[cfg(not(test))]
 pub(crate) use real::Real;
 pub(crate) use signals::SignalFunctions;
+pub(crate) use signals::to_set;
 #[cfg(not(test))]
-pub(crate) use signals::{Start, from_c, from_set, to_c, to_set};
+pub(crate) use signals::{Start, from_c, from_set, to_c};
 
 /// A result as the C library gives it.
 pub(crate) type Answer<T> = Result<T, Errno>;

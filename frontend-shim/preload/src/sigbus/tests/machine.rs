@@ -48,7 +48,9 @@ impl Program {
             libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, -1, 0)
         };
         assert_ne!(code, libc::MAP_FAILED);
-        let bytes = assemble(instruction, code as u64).unwrap();
+        // Of two encodings, the newer one for the registers that only it has.
+        let assemble = |vex| assemble(instruction, code as u64, vex);
+        let bytes = assemble(true).or_else(|_| assemble(false)).unwrap();
         assert!(bytes.len() <= PAGE);
         // SAFETY: the mapping is as long.
         unsafe { code.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
@@ -72,8 +74,9 @@ impl Drop for Program {
     }
 }
 
-fn assemble(instruction: Code, at: u64) -> Result<Vec<u8>, IcedError> {
+fn assemble(instruction: Code, at: u64, vex: bool) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
+    a.set_prefer_vex(vex);
     for saved in [rbx, rbp, r12, r13, r14, r15] {
         a.push(saved)?;
     }
@@ -85,8 +88,6 @@ fn assemble(instruction: Code, at: u64) -> Result<Vec<u8>, IcedError> {
         a.mov(register, qword_ptr(rdi + offset))?;
     }
     a.mov(rdi, qword_ptr(rdi + GENERAL + 8 * 7))?;
-    // Of two encodings, the newer one for the registers that only it has.
-    a.set_prefer_vex(widest() < 64);
     instruction(&mut a)?;
     a.xchg(qword_ptr(rsp), rdi)?;
     for (register, offset) in general() {

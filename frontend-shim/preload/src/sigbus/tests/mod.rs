@@ -2,11 +2,12 @@
 //! the kernel refuses those to a device that does not decode.
 #![expect(unsafe_code, reason = "makes accesses that raise signals")]
 
+mod allocations;
 mod children;
+mod genuine;
 mod instructions;
 mod machine;
-mod masks;
-mod memory;
+mod stubborn;
 
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};

@@ -1,0 +1,333 @@
+//! A `SIGBUS` that is not about a BAR does what it does without us.
+
+use std::ffi::{c_int, c_void};
+
+use super::children::{End, Mode, Process, Status, as_shipped, log, process, wrapped};
+use crate::sigbus::{Action, Change, SIGBUS};
+
+const KILLED: Status = Status::Killed(SIGBUS);
+const EXITED: Status = Status::Exited(0);
+const INFO: c_int = libc::SA_SIGINFO;
+const USR1: u64 = 1 << (libc::SIGUSR1 - 1);
+
+/// Both ways end the same, and so, with so many lines in their log.
+#[track_caller]
+fn same(status: Status, lines: usize, scenario: fn(&Process)) -> String {
+    let expected = as_shipped(scenario);
+    let End { status: found, log } = &expected;
+    assert_eq!((*found, log.lines().count()), (status, lines), "as shipped: {log}");
+    assert_eq!(wrapped(scenario), expected);
+    expected.log
+}
+
+fn kill() {
+    // SAFETY: of this process itself.
+    unsafe { libc::kill(libc::getpid(), SIGBUS) };
+}
+
+fn raise() {
+    // SAFETY: of this thread itself.
+    unsafe { libc::raise(SIGBUS) };
+}
+
+fn ignore(process: &Process) {
+    process.action(Some(Action { handler: libc::SIG_IGN, ..Action::DEFAULT }));
+}
+
+#[test]
+fn a_fault_ends_a_process_that_does_nothing_about_it() {
+    same(KILLED, 0, |process| drop(process.touch(0)));
+    same(KILLED, 0, |process| {
+        ignore(process);
+        process.touch(0);
+    });
+}
+
+#[test]
+fn a_fault_calls_the_handler_with_what_the_kernel_says() {
+    let log = same(EXITED, 2, |process| {
+        process.handle(INFO, USR1, Mode::Mend);
+        log(&format!("read {}", process.touch(2)));
+    });
+    // BUS_ADRERR, the page, and the mask: SIGBUS and SIGUSR1.
+    assert_eq!(log, "handler 7 2 Some(2) 0 mask 0x240 stack false\nread 0\n");
+    same(Status::Exited(7), 1, |process| {
+        process.handle(0, 0, Mode::Exit);
+        process.touch(0);
+    });
+}
+
+#[test]
+fn a_fault_ends_a_thread_that_blocks_the_signal() {
+    same(KILLED, 0, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        process.block(SIGBUS);
+        process.touch(0);
+    });
+    same(KILLED, 1, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        process.block(SIGBUS);
+        process.thread(|| {
+            log(&format!("inherited {}", process.is_blocked(SIGBUS)));
+            process.touch(0);
+        });
+    });
+    same(EXITED, 2, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        process.block(SIGBUS);
+        process.thread(|| {
+            process.unblock(SIGBUS);
+            process.touch(0);
+        });
+        log(&format!("still {}", process.is_blocked(SIGBUS)));
+    });
+}
+
+#[test]
+fn a_handler_is_called_once_if_it_asked_for_that() {
+    same(KILLED, 2, |process| {
+        process.handle(INFO | libc::SA_RESETHAND, 0, Mode::Mend);
+        process.touch(0);
+        log(&format!("{:?}", process.action(None).handler));
+        process.touch(1);
+    });
+}
+
+#[test]
+fn a_fault_in_a_handler_is_for_it_again_only_if_it_asked_for_that() {
+    same(KILLED, 1, |process| {
+        process.handle(INFO, 0, Mode::Fault);
+        process.touch(0);
+    });
+    same(EXITED, 2, |process| {
+        process.handle(INFO | libc::SA_NODEFER, 0, Mode::Fault);
+        process.touch(0);
+    });
+    same(KILLED, 1, |process| {
+        process.handle(INFO | libc::SA_NODEFER, 1 << 6, Mode::Fault);
+        process.touch(0);
+    });
+}
+
+#[test]
+fn a_handler_runs_on_its_alternate_stack_if_there_is_one() {
+    fn with_stack(flags: c_int) {
+        const SIZE: usize = 1 << 16;
+        let memory = Box::leak(vec![0_u8; SIZE].into_boxed_slice()).as_mut_ptr();
+        let stack = libc::stack_t { ss_sp: memory.cast(), ss_flags: flags, ss_size: SIZE };
+        // SAFETY: the memory stays.
+        assert_eq!(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) }, 0);
+    }
+    let on = same(EXITED, 1, |process| {
+        with_stack(0);
+        process.handle(INFO | libc::SA_ONSTACK, 0, Mode::Mend);
+        process.touch(0);
+    });
+    assert!(on.ends_with("stack true\n"));
+    let off = same(EXITED, 1, |process| {
+        with_stack(0);
+        process.handle(INFO, 0, Mode::Mend);
+        process.touch(0);
+    });
+    assert!(off.ends_with("stack false\n"));
+    same(EXITED, 1, |process| {
+        process.handle(INFO | libc::SA_ONSTACK, 0, Mode::Mend);
+        process.touch(0);
+    });
+    // SS_AUTODISARM, twice: it is there again.
+    same(EXITED, 2, |process| {
+        with_stack(c_int::MIN);
+        process.handle(INFO | libc::SA_ONSTACK, 0, Mode::Mend);
+        process.touch(0);
+        process.touch(1);
+    });
+    same(EXITED, 2, |process| {
+        with_stack(0);
+        process.handle(INFO | libc::SA_ONSTACK | libc::SA_NODEFER, 0, Mode::Fault);
+        process.touch(0);
+    });
+}
+
+#[test]
+fn a_handler_changes_where_the_thread_goes_on_and_with_which_mask() {
+    same(Status::Exited(9), 2, |process| {
+        process.handle(INFO, 0, Mode::Leave);
+        process.touch(0);
+    });
+    let log = same(KILLED, 2, |process| {
+        process.handle(INFO, 0, Mode::BlockAfterwards);
+        process.touch(0);
+        log(&format!("blocked {}", process.is_blocked(SIGBUS)));
+        process.touch(1);
+    });
+    assert!(log.ends_with("blocked true\n"));
+}
+
+#[test]
+fn a_handler_that_gives_up_as_qemus_does_ends_the_process() {
+    same(KILLED, 1, |process| {
+        process.handle(INFO, 0, Mode::Reraise);
+        process.touch(0);
+    });
+    same(KILLED, 1, |process| {
+        process.handle(INFO, 0, Mode::Reraise);
+        raise();
+    });
+}
+
+#[test]
+fn a_sent_signal_does_what_the_disposition_says() {
+    for send in [
+        same(KILLED, 0, |_| kill()),
+        same(KILLED, 0, |_| raise()),
+        same(EXITED, 0, |process| {
+            ignore(process);
+            kill();
+            raise();
+        }),
+    ] {
+        assert_eq!(send, "");
+    }
+    let log = same(EXITED, 3, |process| {
+        process.handle(INFO, 0, Mode::Return);
+        kill();
+        raise();
+        let value = libc::sigval { sival_ptr: 77 as *mut c_void };
+        // SAFETY: of this process itself.
+        unsafe { libc::sigqueue(libc::getpid(), SIGBUS, value) };
+    });
+    // SI_USER, SI_TKILL, SI_QUEUE.
+    let codes: Vec<_> = log.lines().map(|line| &line[..20]).collect();
+    assert_eq!(codes, ["handler 7 0 None 0 m", "handler 7 -6 None 0 ", "handler 7 -1 None 77"]);
+}
+
+#[test]
+fn a_sent_signal_that_is_blocked_waits() {
+    for send in [kill, raise] {
+        // A closure can't be used: the scenario is a function of nothing but the process.
+        if send as usize == kill as fn() as usize {
+            same(EXITED, 3, |process| wait_for(process, kill));
+            same(KILLED, 1, |process| default_after(process, kill));
+        } else {
+            same(EXITED, 3, |process| wait_for(process, raise));
+            same(KILLED, 1, |process| default_after(process, raise));
+        }
+    }
+}
+
+fn wait_for(process: &Process, send: fn()) {
+    process.handle(INFO, 0, Mode::Return);
+    process.block(SIGBUS);
+    send();
+    log(&format!("pending {}", process.is_pending()));
+    process.mask(Some(Change { how: libc::SIG_SETMASK, set: 1 << 6 | USR1 }));
+    log(&format!("mask {:#x}", process.mask(None)));
+    process.mask(Some(Change { how: libc::SIG_SETMASK, set: 0 }));
+}
+
+fn default_after(process: &Process, send: fn()) {
+    process.block(SIGBUS);
+    send();
+    log(&format!("pending {}", process.is_pending()));
+    process.unblock(SIGBUS);
+}
+
+#[test]
+fn a_sent_signal_that_is_blocked_can_be_waited_for_and_read() {
+    let log = same(EXITED, 4, |process| {
+        process.handle(INFO, 0, Mode::Return);
+        process.block(SIGBUS);
+        let set = crate::system::to_set(1 << 6);
+        for send in [kill as fn(), raise] {
+            send();
+            // SAFETY: all zeros is a valid value.
+            let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+            // SAFETY: the pointers are valid.
+            let got = unsafe { libc::sigwaitinfo(&raw const set, &raw mut info) };
+            log(&format!("waited {got} {}", info.si_code));
+        }
+        // SAFETY: the set is valid.
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK) };
+        for send in [kill as fn(), raise] {
+            send();
+            let mut info = [0_u8; 128];
+            // SAFETY: the buffer is as long.
+            let got = unsafe { libc::read(fd, info.as_mut_ptr().cast(), info.len()) };
+            log(&format!("read {got} {:?}", &info[..12]));
+        }
+    });
+    assert!(log.starts_with("waited 7 0\nwaited 7 -6\n"), "{log}");
+}
+
+#[test]
+fn a_thread_that_wants_a_sent_signal_gets_it_while_another_blocks_it() {
+    same(EXITED, 2, |process| {
+        process.handle(INFO, 0, Mode::Return);
+        process.block(SIGBUS);
+        let (sent, received) = std::sync::mpsc::channel();
+        process.thread(move || {
+            process.unblock(SIGBUS);
+            kill();
+            // The kernel chooses; what it chose is done before this thread is in user space again, or
+            // soon after.
+            while process.is_pending() {}
+            sent.send(()).unwrap();
+        });
+        received.recv().unwrap();
+        log(&format!("blocked {}", process.is_blocked(SIGBUS)));
+    });
+}
+
+#[test]
+fn what_was_asked_for_is_told() {
+    same(EXITED, 6, |process| {
+        log(&format!("{:?}", process.action(None)));
+        process.handle(INFO | libc::SA_NODEFER | 0x400 | 0x100, u64::MAX, Mode::Return);
+        log(&format!("{:?}", process.action(None)));
+        ignore(process);
+        log(&format!("{:?}", process.action(Some(Action::DEFAULT))));
+        let before = process.mask(Some(Change { how: libc::SIG_BLOCK, set: 1 << 6 | USR1 }));
+        log(&format!("{before:#x} {:#x}", process.mask(None)));
+        let before = process.mask(Some(Change { how: libc::SIG_UNBLOCK, set: 1 << 6 }));
+        log(&format!("{before:#x} {:#x}", process.mask(None)));
+        let before = process.mask(Some(Change { how: libc::SIG_SETMASK, set: 1 << 6 }));
+        log(&format!("{before:#x} {:#x}", process.mask(None)));
+    });
+    let wrong = Change { how: 77, set: 1 << 6 };
+    let process = |wrapped: bool| {
+        let scenario: fn(&Process) = |process| {
+            let shim = process.bench.shim;
+            let wrong = Change { how: 77, set: 1 << 6 };
+            let answer = if process.wrapped {
+                shim.signal_mask(Some(wrong))
+            } else {
+                shim.system.functions.mask(Some(wrong))
+            };
+            log(&format!("{answer:?} {:#x}", process.mask(None)));
+        };
+        if wrapped { super::children::wrapped(scenario) } else { as_shipped(scenario) }
+    };
+    let _ = wrong;
+    assert_eq!(process(true), process(false));
+}
+
+#[test]
+fn a_process_that_starts_with_the_signal_blocked_or_ignored_goes_on_so() {
+    let end = super::children::wrapped(|_| {
+        let outer = process();
+        // Another start of the same: the handler is gone, and SIGBUS is what exec would leave.
+        let functions = outer.bench.shim.system.functions;
+        functions
+            .action(SIGBUS, Some(Action { handler: libc::SIG_IGN, ..Action::DEFAULT }))
+            .unwrap();
+        functions.mask(Some(Change { how: libc::SIG_BLOCK, set: 1 << 6 })).unwrap();
+        let bench = super::bench();
+        log(&format!(
+            "{} {:#x}",
+            bench.shim.signal_action(None).handler,
+            bench.shim.signal_mask(None).unwrap()
+        ));
+        log(&format!("{:#x}", bench.read::<u32>(0)));
+    });
+    assert_eq!(end, End { status: EXITED, log: "1 0x40\n0xffffffff\n".to_owned() });
+}
