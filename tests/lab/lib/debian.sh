@@ -79,3 +79,30 @@ debian_unpack() {
   done
   rm -rf "$tree"/usr/share/{bug,doc,doc-base,info,lintian,locale,man}
 }
+
+# run_by_own_loader DIR PROGRAM...: makes DIR/bin/PROGRAM, which runs the one unpacked into DIR/root. Such programs were
+# built against other libraries than this machine may have, so each runs through its own loader.
+run_by_own_loader() {
+  local dir=$1 program
+  shift
+  mkdir "$dir/bin"
+  for program; do
+    cat > "$dir/bin/$program" << 'END'
+#!/bin/sh
+root=$(dirname "$(readlink -f "$0")")/../root
+name=$(basename "$0")
+for folder in bin sbin libexec; do
+  [ ! -x "$root/usr/$folder/$name" ] || break
+done
+case $name in
+  qemu-system-*) set -- -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@" ;;
+esac
+for loader in "$root"/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 "$root"/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2; do
+  [ ! -x "$loader" ] || break
+done
+exec "$loader" --library-path "$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu" \
+  "$root/usr/$folder/$name" "$@"
+END
+    chmod +x "$dir/bin/$program"
+  done
+}

@@ -13,6 +13,7 @@ mod checks;
 mod console_peer;
 mod doorbell_server;
 mod edu;
+mod hammer;
 mod memory;
 mod mmio;
 mod net_peer;
@@ -45,6 +46,7 @@ use ensure;
 
 const USAGE: &str = "usage: lab-guest BOOT NONCE ROUNDS
        lab-guest worker edu|ivshmem INDEX PART ROUNDS
+       lab-guest hammer edu|ivshmem TOGGLES|until-told
        lab-guest doorbell-server SOCKET FILE VECTORS
        lab-guest net-peer ADDRESS
        lab-guest console-peer SOCKET";
@@ -69,6 +71,7 @@ fn run(arguments: &[&str]) -> Result<Next> {
         ["worker", kind, index, part, rounds] => {
             checks::many::work(kind, index.parse()?, part.parse()?, rounds.parse()?)?;
         }
+        ["hammer", kind, toggles] => hammer::run(kind, toggles)?,
         ["doorbell-server", socket, file, vectors] => {
             doorbell_server::serve(socket, file, vectors.parse()?)?;
         }
