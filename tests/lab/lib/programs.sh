@@ -34,3 +34,13 @@ build_static() {
     cargo build --release --target "$target" "$@" >&2 &&
     echo "$(target_directory)/$target/release"
 }
+
+# build_wrap: prints the directory of what runs in the guest of `wrap`.
+build_wrap() {
+  build_static -p barkeep-backend -p barkeep-tests --bin barkeep --bin lab-toggler --bin lab-guest
+}
+
+# build_preload: prints the path of the library. The dynamic loader takes it into a program, so it is built apart.
+build_preload() {
+  cargo build --release -p barkeep-preload >&2 && echo "$(target_directory)/release/libbarkeep_preload.so"
+}
