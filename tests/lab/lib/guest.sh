@@ -50,7 +50,7 @@ boot_nested() {
   shift
   : > "$work/$boot.results"
   timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
-    -accel tcg,thread=single -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
+    -accel "tcg,thread=${threads:-single}" -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
     -nodefaults -display none -no-reboot \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
     -device intel-iommu,intremap=on,caching-mode=on -device edu \
