@@ -66,15 +66,10 @@ impl Descriptors {
         Some(was)
     }
 
-    /// A descriptor that is this, if there is one.
-    pub(crate) fn find(&self, wanted: Descriptor) -> Option<RawFd> {
-        let numbers = 0..RawFd::try_from(LIMIT).unwrap_or(RawFd::MAX);
-        numbers.into_iter().find(|fd| self.get(*fd) == Some(wanted))
-    }
-
     /// Forgets all descriptors that are something, without a lock.
     pub(crate) fn forget(&self, what: impl Fn(Descriptor) -> bool) {
-        for fd in 0..RawFd::try_from(LIMIT).unwrap_or(RawFd::MAX) {
+        let used = self.used.load(Ordering::Acquire).min(LIMIT);
+        for fd in 0..RawFd::try_from(used).unwrap_or(RawFd::MAX) {
             if self.get(fd).is_some_and(&what) {
                 self.clear(fd);
             }

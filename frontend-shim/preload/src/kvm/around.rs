@@ -58,7 +58,7 @@ impl<S: System> Around for Shim<S> {
     }
 
     fn descriptor_of(&self, vm: u32) -> Option<RawFd> {
-        self.descriptors.find(Descriptor::Vm(vm))
+        self.descriptors.another(-1, Descriptor::Vm(vm))
     }
 
     fn mapping(&self, host: u64, len: u64) -> Option<BarMapping> {

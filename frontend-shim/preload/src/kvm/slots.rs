@@ -268,7 +268,7 @@ impl Slots {
 }
 
 fn write_filled(system: &impl System, address: usize, len: usize, fill: u8) -> Answer<()> {
-    let page = [fill; PAGE as usize];
+    let page = [fill; 4096];
     let mut done = 0;
     while done < len {
         let part = (len - done).min(page.len());

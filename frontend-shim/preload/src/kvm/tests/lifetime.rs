@@ -38,7 +38,7 @@ fn belief(shim: &Shim<Kernel>, vm: RawFd) -> Vec<Region> {
 /// As the hook of `close` does it.
 fn close(shim: &Shim<Kernel>, fd: RawFd) {
     let was = shim.descriptors.clear(fd).unwrap();
-    if shim.descriptors.find(was).is_none() {
+    if shim.descriptors.another(-1, was).is_none() {
         match was {
             Descriptor::Vm(vm) => shim.vm_closed(vm),
             Descriptor::Vcpu(vcpu) => shim.vcpu_closed(vcpu),
