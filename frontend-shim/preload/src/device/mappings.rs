@@ -17,13 +17,17 @@ pub(super) type Writing<'a> = MutexGuard<'a, super::Turn>;
 /// Which host memory is which part of which BAR.
 ///
 /// Readers take no lock, allocate nothing, and may be signal handlers. Each entry is a seqlock by
-/// itself: what is mapped before and after a change of other entries is found during it. Entries never
-/// overlap, but for a moment when one is split, and both say the same then.
+/// itself, and what is found in one is true. What is not found may have gone from an entry ahead of the
+/// reader to one behind it, which the number of changes tells. So what is mapped before and after a
+/// change is found during it. Entries never overlap, but for a moment when one is split, and both say
+/// the same then.
 #[derive(Debug)]
 pub(super) struct Mappings {
     entries: Box<[Entry]>,
     /// Entries from here on were never used.
     used: AtomicUsize,
+    /// Goes up before an entry is written.
+    changes: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -41,7 +45,7 @@ struct Entry {
 impl Default for Mappings {
     fn default() -> Self {
         let entries = (0..LIMIT).map(|_| Entry::default()).collect();
-        Self { entries, used: AtomicUsize::new(0) }
+        Self { entries, used: AtomicUsize::new(0), changes: AtomicUsize::new(0) }
     }
 }
 
@@ -53,7 +57,7 @@ impl Mappings {
 
     /// The mapping that has all bytes of a range. Safe in a signal handler.
     pub(super) fn within(&self, host: usize, len: usize) -> Option<BarMapping> {
-        self.all().find(|mapping| {
+        self.find(|mapping| {
             let before = host.checked_sub(mapping.start);
             before.is_some_and(|before| before < mapping.len && len <= mapping.len - before)
         })
@@ -61,11 +65,11 @@ impl Mappings {
 
     /// Whether a part of a range is mapped. Takes no lock.
     pub(super) fn overlaps(&self, start: usize, len: usize) -> bool {
-        self.all().any(|mapping| overlap(&mapping, start, len).is_some())
+        self.find(|mapping| overlap(mapping, start, len).is_some()).is_some()
     }
 
     pub(super) fn any_of(&self, device: DeviceId) -> bool {
-        self.all().any(|mapping| mapping.device == device)
+        self.find(|mapping| mapping.device == device).is_some()
     }
 
     /// Adds what does not overlap any other. False if there is no room.
@@ -73,7 +77,7 @@ impl Mappings {
     pub(super) fn insert(&self, mapping: &BarMapping, _: &Writing<'_>) -> bool {
         let free = |entry: &Entry| entry.len.load(Ordering::Relaxed) == 0;
         let Some(index) = self.entries.iter().position(free) else { return false };
-        self.entries[index].write(mapping);
+        self.write(&self.entries[index], mapping);
         // Readers that see the entry count see what is in it.
         self.used.fetch_max(index + 1, Ordering::Release);
         true
@@ -99,18 +103,33 @@ impl Mappings {
                 if after.is_some_and(|after| !self.insert(&after, writing)) {
                     room = Err(NoRoom);
                 }
-                entry.write(&BarMapping { len: before, ..whole });
+                self.write(entry, &BarMapping { len: before, ..whole });
             } else {
-                entry.write(&after.unwrap_or(BarMapping { len: 0, ..whole }));
+                self.write(entry, &after.unwrap_or(BarMapping { len: 0, ..whole }));
             }
             removed.push(piece);
         }
         (removed, room)
     }
 
-    fn all(&self) -> impl Iterator<Item = BarMapping> {
-        let used = self.used.load(Ordering::Acquire).min(LIMIT);
-        self.entries[..used].iter().filter_map(Entry::read)
+    fn find(&self, is_it: impl Fn(&BarMapping) -> bool) -> Option<BarMapping> {
+        for attempt in 0..SPINS + YIELDS {
+            let changes = self.changes.load(Ordering::Acquire);
+            let used = self.used.load(Ordering::Acquire).min(LIMIT);
+            let found = self.entries[..used].iter().filter_map(Entry::read).find(&is_it);
+            // Who has seen what an entry was changed to sees that it was.
+            fence(Ordering::Acquire);
+            if found.is_some() || self.changes.load(Ordering::Relaxed) == changes {
+                return found;
+            }
+            wait(attempt);
+        }
+        None
+    }
+
+    fn write(&self, entry: &Entry, mapping: &BarMapping) {
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        entry.write(mapping);
     }
 }
 
@@ -122,7 +141,7 @@ impl Entry {
     fn write(&self, mapping: &BarMapping) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
-        // A reader that sees one of the stores below sees the odd number as well.
+        // A reader that sees one of the stores below sees the odd number as well, and what came before.
         fence(Ordering::Release);
         self.start.store(mapping.start, Ordering::Relaxed);
         self.len.store(mapping.len, Ordering::Relaxed);
@@ -144,11 +163,7 @@ impl Entry {
                     return (mapping.len > 0).then_some(mapping);
                 }
             }
-            if attempt < SPINS {
-                hint::spin_loop();
-            } else {
-                thread::yield_now();
-            }
+            wait(attempt);
         }
         None
     }
@@ -161,6 +176,14 @@ impl Entry {
             len: self.len.load(Ordering::Relaxed),
             offset: self.offset.load(Ordering::Relaxed),
         }
+    }
+}
+
+fn wait(attempt: u32) {
+    if attempt < SPINS {
+        hint::spin_loop();
+    } else {
+        thread::yield_now();
     }
 }
 

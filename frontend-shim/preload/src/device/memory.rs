@@ -153,7 +153,7 @@ impl<S: System> Shim<S> {
             let writing = taken.map_or_else(|| self.devices.hold(), |taken| taken.writing);
             self.take_mappings(start, len, &writing);
             if let Some(Backing::Bar { device, bar, offset }) = backing {
-                self.put_mapping(&BarMapping { device, bar, start, len, offset }, &writing);
+                self.put_part(&BarMapping { device, bar, start, len, offset }, &writing);
             }
             self.retire(&writing);
         }
@@ -194,11 +194,14 @@ impl<S: System> Shim<S> {
         self.retire(&writing);
     }
 
-    /// Adds as much of a mapping as lies in its BAR.
+    /// Adds as much of a mapping as lies in its BAR, if it is known how long that is.
     fn put_part(&self, mapping: &BarMapping, writing: &Writing<'_>) {
         let placements = self.placements(mapping.device).unwrap_or_default();
         let size = placements.get(usize::from(mapping.bar)).map_or(0, |bar| bar.size);
-        let room = size.next_multiple_of(PAGE as u64).saturating_sub(mapping.offset);
+        let room = match size {
+            0 => u64::MAX,
+            size => whole_pages(size).saturating_sub(mapping.offset),
+        };
         let len = usize::try_from(room).unwrap_or(usize::MAX).min(mapping.len);
         if len > 0 {
             self.put_mapping(&BarMapping { len, ..*mapping }, writing);
@@ -211,4 +214,9 @@ fn pages(start: usize, len: usize) -> Option<usize> {
     let len = len.checked_next_multiple_of(PAGE).filter(|len| *len > 0)?;
     let end = start.checked_add(len);
     (start.is_multiple_of(PAGE) && end.is_some()).then_some(len)
+}
+
+/// A BAR's size may be whatever a device or backend says.
+fn whole_pages(size: u64) -> u64 {
+    size.checked_next_multiple_of(PAGE as u64).unwrap_or(u64::MAX)
 }

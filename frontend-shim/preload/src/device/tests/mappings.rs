@@ -97,7 +97,8 @@ fn what_stays_is_always_found_while_a_mapping_is_split() {
     let turn = Mutex::new(Turn::default());
     let done = AtomicBool::new(false);
     let begin = Barrier::new(3);
-    let place = |round: usize| 0x10_0000 + 0x4000 * (round % 16);
+    // Never the same twice, so that a reader can tell whether it was the place all the time.
+    let place = |round: usize| 0x10_0000 + 0x4000 * round;
     let current = AtomicUsize::new(place(0));
     let whole = |start| mapping(start, 0x3000, 0);
     assert!(mappings.insert(&whole(place(0)), &turn.lock().expect("nobody else has it")));

@@ -182,6 +182,8 @@ fn apply(model: &mut Model, call: &Call) {
     match *call {
         Call::Bar { at, pages, offset } => {
             clear(model, at, pages);
+            // What is behind the end of the BAR is none.
+            let pages = pages.min(256 - offset);
             model.extend((0..pages).map(|page| (at + page, offset + page)));
         }
         Call::Other { at, pages } | Call::Unmap { at, pages } => clear(model, at, pages),
