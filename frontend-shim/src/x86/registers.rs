@@ -35,6 +35,13 @@ pub trait VectorFile {
 
     /// Like [`get`](Self::get), to change it.
     fn get_mut(&mut self, number: usize) -> Option<&mut [u8]>;
+
+    /// Mask register `number` of AVX-512. `None` where it is not known, which makes every instruction with
+    /// a mask unsupported.
+    fn mask(&self, number: usize) -> Option<u64> {
+        let _ = number;
+        None
+    }
 }
 
 /// XMM0 to XMM15, or YMM0 to YMM15 where the processor has them: byte 0 is the least significant, an
@@ -61,6 +68,10 @@ impl<V: VectorFile> VectorFile for Option<V> {
 
     fn get_mut(&mut self, number: usize) -> Option<&mut [u8]> {
         self.as_mut()?.get_mut(number)
+    }
+
+    fn mask(&self, number: usize) -> Option<u64> {
+        self.as_ref()?.mask(number)
     }
 }
 

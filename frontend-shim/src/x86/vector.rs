@@ -31,6 +31,7 @@ pub(super) fn execute<B: Bus, V: VectorFile>(
 ) -> Result<(), Stop<B::Error>> {
     match i.encoding() {
         EncodingKind::Legacy | EncodingKind::VEX => {}
+        EncodingKind::EVEX if has_mask(i) => return masked(r, i, bus),
         EncodingKind::EVEX if is_plain(r, i) => {}
         _ => return Err(UNKNOWN.into()),
     }
@@ -100,11 +101,54 @@ pub(super) fn execute<B: Bus, V: VectorFile>(
     }
 }
 
-/// Whether an instruction of AVX-512 has none of what only these have: elements that a mask register
-/// leaves out, or one element in place of all. Its registers must be known to their ends.
+/// Whether an instruction of AVX-512 may be taken for what it would be without: its registers are known
+/// to their ends, and memory is as many elements as they have.
 fn is_plain<V: VectorFile>(r: &Registers<V>, i: &Instruction) -> bool {
-    let whole = r.vectors.get(0).is_some_and(|known| known.len() == 64);
-    whole && i.op_mask() == Register::None && !i.is_broadcast()
+    r.vectors.get(0).is_some_and(|known| known.len() == 64) && !i.is_broadcast()
+}
+
+fn has_mask(i: &Instruction) -> bool {
+    i.op_mask() != Register::None
+}
+
+/// A move to or from memory of those elements that a mask register tells. The others are not accessed,
+/// and in a register keep what they had, or become zero.
+fn masked<B: Bus, V: VectorFile>(
+    r: &mut Registers<V>,
+    i: &Instruction,
+    bus: &mut B,
+) -> Result<(), Stop<B::Error>> {
+    let (size, aligned) = match i.mnemonic() {
+        Mnemonic::Vmovdqu8 => (1, false),
+        Mnemonic::Vmovdqu16 => (2, false),
+        Mnemonic::Vmovdqu32 | Mnemonic::Vmovups => (4, false),
+        Mnemonic::Vmovdqu64 | Mnemonic::Vmovupd => (8, false),
+        Mnemonic::Vmovdqa32 | Mnemonic::Vmovaps => (4, true),
+        Mnemonic::Vmovdqa64 | Mnemonic::Vmovapd => (8, true),
+        _ => return Err(UNKNOWN.into()),
+    };
+    let mask = r.vectors.mask(i.op_mask().number()).ok_or(NO_VECTOR)?;
+    let load = i.op0_kind() == OpKind::Register;
+    let (memory, register) = if load { (1, i.op0_register()) } else { (0, i.op1_register()) };
+    if !is_plain(r, i) || !is_memory(i.op_kind(memory)) {
+        return Err(UNKNOWN.into());
+    }
+    let address = checked_address(r, i, memory, aligned)?;
+    let mut value = vector(r, register)?;
+    let elements = (0_u64..).step_by(size).zip(value[..register.size()].chunks_exact_mut(size));
+    for (number, (offset, element)) in elements.enumerate() {
+        let address = address.wrapping_add(offset);
+        match (mask >> number & 1 != 0, load) {
+            (true, true) => bus.read_bytes(address, element)?,
+            (true, false) => bus.write_bytes(address, element)?,
+            (false, true) if i.zeroing_masking() => element.fill(0),
+            (false, _) => {}
+        }
+    }
+    if load {
+        set_vector(r, i, register.size(), &value)?;
+    }
+    Ok(())
 }
 
 /// MOVSS and MOVSD: from memory the rest of the XMM register becomes zero; between registers it stays,

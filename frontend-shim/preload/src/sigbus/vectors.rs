@@ -24,6 +24,7 @@ const COMPACTED: usize = 520;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Layout {
     avx: Option<usize>,
+    opmask: Option<usize>,
     zmm_high: Option<usize>,
     zmm_upper: Option<usize>,
 }
@@ -41,6 +42,7 @@ pub(super) fn learn_layout() {
         let component = |number| known.then(|| offset(number)).flatten();
         Layout {
             avx: component(AVX),
+            opmask: component(OPMASK),
             zmm_high: component(ZMM_HIGH),
             zmm_upper: component(ZMM_UPPER),
         }
@@ -51,6 +53,7 @@ pub(super) fn learn_layout() {
 #[derive(Debug)]
 pub(super) struct FrameVectors {
     registers: [[u8; 64]; 32],
+    masks: [u64; 8],
     changed: u32,
     /// How much of a register there is, in bytes.
     width: usize,
@@ -79,15 +82,17 @@ impl FrameVectors {
         let whole = avx.is_some() && has(OPMASK) && has(ZMM_HIGH) && has(ZMM_UPPER);
         let layout = Layout {
             avx,
+            opmask: found.opmask.filter(|_| whole),
             zmm_high: found.zmm_high.filter(|_| whole),
             zmm_upper: found.zmm_upper.filter(|_| whole),
         };
         let width = match layout {
-            Layout { zmm_high: Some(_), zmm_upper: Some(_), .. } => 64,
+            Layout { opmask: Some(_), zmm_high: Some(_), zmm_upper: Some(_), .. } => 64,
             Layout { avx: Some(_), .. } => 32,
             _ => 16,
         };
-        let mut vectors = Self { registers: [[0; 64]; 32], changed: 0, width, layout };
+        let mut vectors =
+            Self { registers: [[0; 64]; 32], masks: [0; 8], changed: 0, width, layout };
         for part in vectors.parts().into_iter().flatten() {
             let Part { component, place, registers, bytes } = part;
             let saved = area.bytes.get(place)?;
@@ -96,6 +101,11 @@ impl FrameVectors {
                 for (register, value) in registers.zip(saved.chunks_exact(bytes.len())) {
                     vectors.registers[register][bytes.clone()].copy_from_slice(value);
                 }
+            }
+        }
+        if let Some(start) = layout.opmask.filter(|_| is_in_use(area, OPMASK)) {
+            for (mask, at) in vectors.masks.iter_mut().zip((start..).step_by(8)) {
+                *mask = quad(area.bytes, at)?;
             }
         }
         Some(vectors)
@@ -150,6 +160,10 @@ impl VectorFile for FrameVectors {
         let register = self.registers.get_mut(..count)?.get_mut(number)?;
         self.changed |= 1 << number;
         Some(&mut register[..self.width])
+    }
+
+    fn mask(&self, number: usize) -> Option<u64> {
+        self.masks.get(number).copied().filter(|_| self.width == 64)
     }
 }
 

@@ -28,7 +28,10 @@ fn start(bench: &Bench, rdi_at: usize) -> State {
     general[4] = 0;
     general[6] = (ordinary + 0x100) as u64;
     general[7] = bench.bar.wrapping_add(rdi_at) as u64;
-    State { vectors, general, flags: 0x202 }
+    let masks = std::array::from_fn(|number| {
+        0x8123_4567_89ab_cdef_u64.rotate_left(8 * u32::try_from(number).unwrap())
+    });
+    State { vectors, general, flags: 0x202, masks }
 }
 
 /// The pages before and after the BAR.
@@ -290,6 +293,30 @@ fn avx_512_moves_without_a_mask_complete() {
         ("vmovntdq to", |a| a.vmovntdq(zmmword_ptr(rdi), zmm16), ALL),
         ("vmovups to", |a| a.vmovups(zmmword_ptr(rdi), zmm1), ALL),
     ]);
+}
+
+#[test]
+fn avx_512_moves_with_a_mask_access_what_it_tells() {
+    if widest() < 64 {
+        return;
+    }
+    compare_all(&[
+        ("vmovdqu8", |a| a.vmovdqu8(zmm3.k1(), zmmword_ptr(rdi + 1)), ALL),
+        ("vmovdqu8 zeroing", |a| a.vmovdqu8(ymm3.k2().z(), ymmword_ptr(rdi + 1)), ALL),
+        ("vmovdqu16", |a| a.vmovdqu16(zmm30.k3(), zmmword_ptr(rdi)), ALL),
+        ("vmovdqu32", |a| a.vmovdqu32(xmm16.k4().z(), xmmword_ptr(rdi)), ALL),
+        ("vmovdqu64", |a| a.vmovdqu64(zmm17.k5(), zmmword_ptr(rdi)), ALL),
+        ("vmovups", |a| a.vmovups(ymm18.k6(), ymmword_ptr(rdi)), ALL),
+        ("vmovaps", |a| a.vmovaps(zmm18.k7().z(), zmmword_ptr(rdi)), ALL),
+        ("vmovdqu8 to", |a| a.vmovdqu8(zmmword_ptr(rdi).k1(), zmm16), ALL),
+        ("vmovdqa64 to", |a| a.vmovdqa64(zmmword_ptr(rdi).k2(), zmm16), ALL),
+    ]);
+    let bench = bench();
+    for at in [PAGES * PAGE - 20, 0_usize.wrapping_sub(20)] {
+        let across = start(&bench, at);
+        compare(&bench, "load", &across, |a| a.vmovdqu8(zmm3.k1(), zmmword_ptr(rdi)), ALL);
+        compare(&bench, "store", &across, |a| a.vmovdqu8(zmmword_ptr(rdi).k1(), zmm3), ALL);
+    }
 }
 
 #[test]

@@ -17,10 +17,13 @@ pub(super) struct State {
     pub(super) vectors: [[u8; 64]; 32],
     pub(super) general: [u64; 16],
     pub(super) flags: u64,
+    /// K0 to K7.
+    pub(super) masks: [u64; 8],
 }
 
 const GENERAL: usize = 64 * 32;
 const FLAGS: usize = GENERAL + 8 * 16;
+const MASKS: usize = FLAGS + 8;
 
 /// Widest vector registers that this processor has, in bytes.
 pub(super) fn widest() -> usize {
@@ -128,6 +131,11 @@ fn general() -> impl Iterator<Item = (AsmRegister64, usize)> {
 }
 
 fn vectors(a: &mut CodeAssembler, load: bool) -> Result<(), IcedError> {
+    if widest() == 64 && load {
+        for (number, mask) in (0..).zip([k0, k1, k2, k3, k4, k5, k6, k7]) {
+            a.kmovq(mask, qword_ptr(rdi + MASKS + 8 * number))?;
+        }
+    }
     let xmm = [
         xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13,
         xmm14, xmm15,

@@ -67,7 +67,7 @@ fn an_instruction_that_is_not_known_leaves_the_access_to_the_vmm() {
     fn run(process: &Process, code: Code) {
         let mut general = [0; 16];
         general[7] = process.bench.bar as u64;
-        let mut state = State { vectors: [[0; 64]; 32], general, flags: 2 };
+        let mut state = State { vectors: [[0; 64]; 32], general, flags: 2, masks: [0; 8] };
         let program = Program::new(code);
         log("before");
         program.run(&mut state);
