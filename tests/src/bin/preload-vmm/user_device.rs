@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::machine::Machine;
 use crate::proxy::{CONFIG, Proxy, REGION_STATE, words};
 use crate::raw;
-use crate::vm::{DATA, READS, WRITES};
+use crate::vm::{DATA, EXITS, READS, WRITES};
 use crate::{Outcome, say};
 
 /// The socket, and a second argument.
@@ -124,6 +124,10 @@ pub(crate) fn toggled() -> Outcome {
     const LIVE: u32 = 0x1234_5678;
     let (machine, _) = Machine::new(&socket(), number(3, 2), READS)?;
     let vcpus = [machine.vm.vcpu(0)?, machine.vm.vcpu(1)?];
+    // It only exits; what it toggles is what its thread does between two exits, as in QEMU.
+    let toggler = machine.vm.vcpu(2)?;
+    raw::put(machine.vm.memory + 0x2000, EXITS);
+    toggler.start_at(0x2000)?;
     machine.enable(true)?;
     raw::store(machine.bar.host, LIVE);
     let stop = AtomicBool::new(false);
@@ -147,11 +151,12 @@ pub(crate) fn toggled() -> Outcome {
             })
             .collect();
         for _ in 0..number(4, 300) {
-            // Somebody has read since.
             let before = counts[1].load(Ordering::SeqCst) + counts[2].load(Ordering::SeqCst);
+            toggler.run();
             machine.enable(false)?;
+            // Until somebody has read.
             while counts[1].load(Ordering::SeqCst) + counts[2].load(Ordering::SeqCst) == before {
-                std::thread::yield_now();
+                toggler.run();
             }
             machine.enable(true)?;
         }

@@ -43,6 +43,8 @@ pub(crate) fn kvm() -> Answer<i32> {
 pub(crate) struct Vm {
     pub(crate) fd: i32,
     pub(crate) run_size: usize,
+    /// Where the memory is that its program is in; 0 without.
+    pub(crate) memory: usize,
 }
 
 impl Vm {
@@ -52,7 +54,7 @@ impl Vm {
         let fd = raw::ioctl(kvm, KVM_CREATE_VM, 0)?;
         let run_size = raw::ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0)?;
         raw::close(kvm)?;
-        Ok(Self { fd, run_size: usize::try_from(run_size).unwrap_or(0) })
+        Ok(Self { fd, run_size: usize::try_from(run_size).unwrap_or(0), memory: 0 })
     }
 
     /// A VM with a program in its memory.
@@ -61,7 +63,7 @@ impl Vm {
         let memory = raw::anonymous(0x8000)?;
         raw::put(memory + 0x1000, program);
         vm.set_slot(0, 0, 0, 0x8000, memory)?;
-        Ok(vm)
+        Ok(Self { memory, ..vm })
     }
 
     pub(crate) fn set_slot(
@@ -92,8 +94,7 @@ impl Vm {
         sregs.cs.selector = 0;
         sregs.ds.base = DATA;
         raw::ioctl_with(fd, KVM_SET_SREGS, &mut sregs)?;
-        let mut regs = kvm_regs { rip: CODE, rflags: 2, ..Default::default() };
-        raw::ioctl_with(fd, KVM_SET_REGS, &mut regs)?;
+        vcpu.start_at(CODE)?;
         Ok(vcpu)
     }
 }
@@ -132,6 +133,12 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
+    /// Puts it at an address, with registers of 0.
+    pub(crate) fn start_at(&self, address: u64) -> Answer<()> {
+        let mut regs = kvm_regs { rip: address, rflags: 2, ..Default::default() };
+        raw::ioctl_with(self.fd, KVM_SET_REGS, &mut regs).map(drop)
+    }
+
     pub(crate) fn run(&self) -> Exit {
         let answer = raw::ioctl(self.fd, KVM_RUN, 0);
         let reason = raw::load(self.run + EXIT_REASON);
