@@ -488,6 +488,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Takes what is there for us, if the VMM does not read.
+    #[cfg(test)]
+    pub(super) fn look(&self) {
+        if let Some(mut reader) = self.reader.try_take() {
+            self.pump(&mut reader);
+        }
+    }
+
     /// Waits for an answer. Whoever waits reads for all that wait, as far as the VMM does not.
     fn wait(&self, id: MessageId, deadline: Instant) -> Option<Reply> {
         loop {

@@ -15,6 +15,9 @@ mod outgoing;
 mod pending;
 mod turn;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};

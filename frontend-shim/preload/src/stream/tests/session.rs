@@ -1,0 +1,263 @@
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use barkeep_protocol::wire::{
+    BarkeepExtensions, Command, FaultAccess, FaultVerdict, Header, Version,
+};
+use rustix::fs::fstat;
+use rustix::io::Errno;
+
+use super::server::{BAR_SIZE, BAR_START, Habits, Server};
+use super::{ASK, CONTROL, Vmm, YES, message, version};
+use crate::device::{Decode, DeviceId, Placement};
+use crate::status::Count;
+
+const GET_INFO: u16 = Command::GetInfo as u16;
+
+/// A VMM that has had its answer to VERSION and sent its next command, as QEMU does.
+fn session(habits: Habits) -> (Vmm, Server) {
+    let (vmm, socket) = Vmm::new();
+    let server = Server::start(socket, habits);
+    let hello = version(7);
+    assert_eq!(vmm.send(&hello), Ok(hello.len()));
+    let welcome = vmm.message();
+    let said = Version::parse(&welcome[16..]).unwrap();
+    assert_eq!(said.capabilities.barkeep, None);
+    assert_eq!(vmm.receive(100), Err(Errno::AGAIN));
+    assert_eq!(vmm.send(&message(8, GET_INFO, ASK, &[0; 16])), Ok(32));
+    assert_eq!(vmm.message(), message(8, GET_INFO, YES, &[]));
+    (vmm, server)
+}
+
+fn device(vmm: &Vmm, server: &Server) -> DeviceId {
+    let (device, bar, offset) = bar_file(vmm, server, BAR_START + 5).expect("the file of a BAR");
+    assert_eq!((bar, offset), (2, 5));
+    device
+}
+
+fn bar_file(vmm: &Vmm, server: &Server, offset: u64) -> Option<(DeviceId, u8, u64)> {
+    let stat = fstat(&server.bar).unwrap();
+    vmm.shim.user_bar_file((stat.st_dev, stat.st_ino), offset)
+}
+
+/// The commands that the server has got since, up to one of the VMM's with this id.
+fn commands_until(server: &Server, id: u16) -> Vec<Header> {
+    let headers = server.commands.iter().map(|(header, _)| header);
+    headers.take_while(|header| header.id.0 != id).collect()
+}
+
+#[test]
+fn a_device_says_what_it_is_before_the_vmms_second_message() {
+    let (vmm, server) = session(Habits::default());
+    device(&vmm, &server);
+    assert!(vmm.shim.has_user_bar_files());
+    assert_eq!(bar_file(&vmm, &server, BAR_START - 1), None);
+    assert_eq!(bar_file(&vmm, &server, BAR_START + BAR_SIZE), None);
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Off);
+    assert_eq!(vmm.shim.user_decode(0, 1), Decode::Unknown);
+    let placement = Placement { size: BAR_SIZE, address: 0xe000_0000, live: 0xe000_0000 };
+    assert_eq!(vmm.shim.user_placements(0).unwrap()[2], placement);
+    let asked: Vec<u16> = commands_until(&server, 8).iter().map(|header| header.command).collect();
+    assert_eq!(asked, [1, 5, 5, 5, 5, 5, 5, 0x8003]);
+    assert!(vmm.shim.system.received.lock().unwrap().is_empty());
+}
+
+#[test]
+fn the_backend_answers_for_a_bar_that_does_not_decode() {
+    let (vmm, server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    let mut data = [0; 4];
+    vmm.shim.complete(device, 2, 8, &mut data, false);
+    assert_eq!(data, [0xff; 4]);
+    vmm.shim.complete(device, 2, 8, &mut [1, 2], true);
+    let verdict = vmm.shim.verdict(device, 2, 0x1000, FaultAccess::READ);
+    assert_eq!(verdict, Some(FaultVerdict::UnsupportedRequest { epoch: 9 }));
+    let status = &vmm.shim.status;
+    let counts = [Count::Forwarded, Count::UrReads, Count::UrWrites].map(|it| status.get(it));
+    assert_eq!(counts, [3, 1, 1]);
+    assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
+    let asked = commands_until(&server, 9);
+    let last: Vec<u16> = asked.iter().rev().take(3).map(|header| header.command).collect();
+    assert_eq!(last, [0x8001, 10, 9]);
+    assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+}
+
+#[test]
+fn many_threads_ask_while_the_vmm_talks_and_reads() {
+    let (vmm, server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    let vmm = Arc::new(vmm);
+    let over = Arc::new(AtomicBool::new(false));
+    let askers: Vec<_> = (0..4)
+        .map(|_| {
+            let (vmm, over) = (Arc::clone(&vmm), Arc::clone(&over));
+            thread::spawn(move || {
+                let mut asked = 0;
+                while !over.load(Ordering::Relaxed) || asked < 20 {
+                    let mut data = [0; 8];
+                    vmm.shim.complete(device, 2, 0, &mut data, false);
+                    assert_eq!(data, [0xff; 8]);
+                    asked += 1;
+                }
+                asked
+            })
+        })
+        .collect();
+    for id in 100..400 {
+        let ask = message(id, Command::MigDataWrite.code(), ASK, &[3; 100]);
+        assert_eq!(vmm.send(&ask), Ok(ask.len()));
+        assert_eq!(vmm.message(), message(id, Command::MigDataWrite.code(), YES, &[]));
+    }
+    over.store(true, Ordering::Relaxed);
+    let asked: u64 = askers.into_iter().map(|asker| asker.join().unwrap()).sum();
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), asked);
+    assert_eq!(vmm.receive(1), Err(Errno::AGAIN));
+}
+
+#[test]
+fn a_silent_server_is_waited_for_once_and_asked_again_when_it_speaks() {
+    let (vmm, server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    server.habits.lock().unwrap().ignores = vec![Command::RegionRead];
+    let connection = vmm.shim.connection_of(vmm.fd).unwrap().1;
+    let soon = std::time::Instant::now();
+    assert!(connection.ask(Command::RegionRead, &[0; 16], soon).is_none());
+    assert!(connection.pending().silent);
+    // Without waiting.
+    let mut data = [0; 4];
+    vmm.shim.complete(device, 2, 8, &mut data, false);
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
+    // The VMM hears of it, and then so may we.
+    server.habits.lock().unwrap().ignores.clear();
+    assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
+    assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+    vmm.shim.complete(device, 2, 8, &mut data, false);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 1);
+}
+
+#[test]
+fn a_late_answer_to_us_never_reaches_the_vmm() {
+    let (vmm, mut server) = session(Habits::default());
+    device(&vmm, &server);
+    server.habits.lock().unwrap().ignores = vec![Command::RegionRead];
+    let connection = vmm.shim.connection_of(vmm.fd).unwrap().1;
+    commands_until(&server, 8);
+    let soon = std::time::Instant::now();
+    assert!(connection.ask(Command::RegionRead, &[0; 16], soon).is_none());
+    let (late, _) = server.commands.recv().unwrap();
+    server.socket.write_all(&message(late.id.0, late.command, YES, &[0; 20])).unwrap();
+    assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
+    assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+    assert!(!connection.pending().owes_us());
+}
+
+#[test]
+fn a_server_that_ends_holds_nobody_up() {
+    let (vmm, server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    server.habits.lock().unwrap().ignores = vec![Command::RegionRead];
+    let vmm = Arc::new(vmm);
+    let asker = thread::spawn({
+        let vmm = Arc::clone(&vmm);
+        move || {
+            let mut data = [0; 4];
+            vmm.shim.complete(device, 2, 8, &mut data, false);
+            data
+        }
+    });
+    commands_until(&server, 8);
+    server.commands.recv().unwrap();
+    server.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(asker.join().unwrap(), [0xff; 4]);
+    assert_eq!(vmm.receive(16), Ok(Vec::new()));
+}
+
+#[test]
+fn of_a_server_that_is_no_barkeep_only_the_files_are_known() {
+    let (vmm, server) = session(Habits { extensions: None, ..Habits::default() });
+    let device = device(&vmm, &server);
+    assert_eq!(vmm.shim.verdict(device, 2, 0, FaultAccess::empty()), None);
+    let mut data = [0; 2];
+    vmm.shim.complete(device, 2, 0, &mut data, false);
+    assert_eq!(data, [0xff; 2]);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
+    assert_eq!(vmm.shim.status.get(Count::UrReads), 1);
+}
+
+#[test]
+fn a_page_that_could_shrink_is_not_looked_at() {
+    let (vmm, _server) = session(Habits { unsealed: true, ..Habits::default() });
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
+    assert_eq!(vmm.shim.user_placements(0), None);
+}
+
+#[test]
+fn an_extension_that_the_server_has_not_is_not_used() {
+    let extensions = BarkeepExtensions { region_state: true, ..BarkeepExtensions::default() };
+    let (vmm, server) = session(Habits { extensions: Some(extensions), ..Habits::default() });
+    let device = device(&vmm, &server);
+    assert_eq!(vmm.shim.verdict(device, 2, 0, FaultAccess::READ), None);
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
+    assert!(commands_until(&server, 8).iter().all(|header| header.command < 0x8000));
+}
+
+#[test]
+fn a_server_that_does_not_introduce_itself_serves_the_vmm_as_before() {
+    let habits = Habits { ignores: vec![Command::GetRegionInfo], ..Habits::default() };
+    let (vmm, server) = session(habits);
+    assert_eq!(bar_file(&vmm, &server, BAR_START), None);
+    assert_eq!(vmm.shim.status.get(Count::FailOpens), 1);
+}
+
+#[test]
+fn a_closed_connection_is_let_go() {
+    let (vmm, server) = session(Habits::default());
+    device(&vmm, &server);
+    vmm.shim.stream_closed(0);
+    vmm.shim.descriptors.clear(vmm.fd);
+    assert!(!vmm.shim.has_user_bar_files());
+    assert_eq!(bar_file(&vmm, &server, BAR_START), None);
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
+    drop(vmm);
+    // Its last descriptor is gone: the server hears the end.
+    assert_eq!(server.commands.iter().last().unwrap().0.id.0, 8);
+}
+
+#[test]
+fn a_forked_child_leaves_connections_alone() {
+    let (vmm, server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    vmm.shim.streams.forked();
+    let mut data = [0; 4];
+    vmm.shim.complete(device, 2, 8, &mut data, false);
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
+    assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
+    assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+}
+
+#[test]
+fn a_vmm_that_answers_to_unseen_commands_is_not_asked_for_more() {
+    let (vmm, mut server) = session(Habits::default());
+    let device = device(&vmm, &server);
+    server.socket.write_all(&message(77, GET_INFO, YES, &[])).unwrap();
+    assert_eq!(vmm.message(), message(77, GET_INFO, YES, &[]));
+    vmm.shim.complete(device, 2, 0, &mut [0; 4], false);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
+}
+
+#[test]
+fn descriptors_of_the_vmm_travel_both_ways() {
+    let (vmm, mut server) = session(Habits::default());
+    let ask = message(9, Command::DmaMap.code(), ASK, &[0; 32]);
+    assert_eq!(vmm.send_message(&ask, CONTROL), Ok(ask.len()));
+    assert_eq!(vmm.message(), message(9, Command::DmaMap.code(), YES, &[]));
+    let fd = server.bar.try_clone().unwrap();
+    let reply = message(1, Command::DmaRead.code(), ASK, &[0; 16]);
+    super::server::send(&mut server.socket, &reply, Some(fd));
+    assert_eq!(vmm.message(), reply);
+    assert_eq!(vmm.shim.system.received.lock().unwrap().len(), 1);
+}
