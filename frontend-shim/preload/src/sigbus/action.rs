@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering, fence};
 
+use super::handler::discard_pending;
 use super::{BUS, Signals};
 use crate::Shim;
 use crate::system::System;
@@ -58,12 +59,16 @@ impl<S: System> Shim<S> {
     pub(crate) fn signal_action(&self, new: Option<Action>) -> Action {
         let Signals { chained, .. } = &self.signals;
         let Some(new) = new else { return chained.load() };
-        chained.replace(Action {
+        let before = chained.replace(Action {
             flags: new.flags & KNOWN_FLAGS | SA_RESTORER,
             mask: new.mask & !UNBLOCKABLE,
             restorer: chained.restorer.load(Ordering::Relaxed),
             ..new
-        })
+        });
+        if new.handler == libc::SIG_IGN {
+            discard_pending();
+        }
+        before
     }
 
     /// `signal` for `SIGBUS`. Returns the handler before.

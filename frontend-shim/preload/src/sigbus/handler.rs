@@ -208,6 +208,28 @@ fn keep_pending(arrived: &mut Arrived) {
     }
 }
 
+/// Takes away what this thread left pending, or the process: what is ignored from now on does not wait.
+pub(super) fn discard_pending() {
+    let set = BUS;
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let none = null_mut::<libc::siginfo_t>();
+    let errno = errno();
+    let wait = || {
+        // SAFETY: the pointers are valid, or null where that is allowed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigtimedwait,
+                &raw const set,
+                none,
+                &raw const now,
+                size_of::<u64>(),
+            )
+        }
+    };
+    while wait() == SIGBUS.into() {}
+    set_errno(errno);
+}
+
 fn send_to_thread(arrived: &Arrived) -> bool {
     let (process, thread) = (process(), thread());
     // SAFETY: the kernel's own information goes back to the kernel.

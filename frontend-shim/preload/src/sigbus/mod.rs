@@ -29,8 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use self::action::Action;
 use self::action::Chained;
-pub(crate) use self::mask::Change;
-pub(crate) use self::mask::{Inherited, inherited};
+#[cfg(not(test))]
+pub(crate) use self::mask::Inherited;
+pub(crate) use self::mask::{Change, inherited};
 use crate::Shim;
 use crate::system::{Answer, System};
 

@@ -45,7 +45,7 @@ fn ordinary(bench: &Bench) -> [Vec<u8>; 2] {
 fn fill_ordinary(bench: &Bench) {
     for start in [bench.bar - PAGE, bench.bar + PAGES * PAGE] {
         for at in 0..PAGE {
-            let value = u8::try_from(at * 11 & 0xff).unwrap();
+            let value = u8::try_from((at * 11) & 0xff).unwrap();
             // SAFETY: mapped.
             unsafe { ((start + at) as *mut u8).write_volatile(value) };
         }
