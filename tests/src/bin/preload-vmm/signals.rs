@@ -184,6 +184,19 @@ pub(crate) fn pending() -> Outcome {
     Ok(())
 }
 
+/// The same in a thread beside one that blocks it as well.
+pub(crate) fn pending_in_a_thread() -> Outcome {
+    raw::pthread_sigmask(SIG_BLOCK, Some(&[SIGBUS]))?;
+    std::thread::spawn(pending).join().unwrap_or(Err(0))?;
+    say("here", raw::sigpending().map(|set| raw::contains(&set, SIGBUS)));
+    Ok(())
+}
+
+pub(crate) fn waited_for_in_a_thread() -> Outcome {
+    raw::pthread_sigmask(SIG_BLOCK, Some(&[SIGBUS]))?;
+    std::thread::spawn(waited_for).join().unwrap_or(Err(0))
+}
+
 /// SIGBUS that is fetched instead of handled.
 pub(crate) fn waited_for() -> Outcome {
     raw::pthread_sigmask(SIG_BLOCK, Some(&[SIGBUS]))?;
