@@ -12,8 +12,11 @@ use std::sync::MutexGuard;
 use crate::Shim;
 use crate::device::Turn;
 use crate::exports::{install, shim};
-use crate::status::{FailOpen, QUIET, Status};
+use crate::status::{FailOpen, Status};
 use crate::system::Real;
+
+/// An operator's wish for no word on standard error: set, and not 0.
+const QUIET: &str = "BARKEEP_PRELOAD_QUIET";
 
 /// What `barkeep wrap` looks for: a library that exports it is this one.
 #[unsafe(export_name = "barkeep_preload_marker")]
@@ -65,7 +68,7 @@ fn is_another_copy_first() -> bool {
 
 extern "C" fn end() {
     if let Some(shim) = shim() {
-        shim.status.summary();
+        shim.status.say_summary();
     }
 }
 

@@ -46,6 +46,12 @@ impl Line {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn shown(self) -> String {
+        let line = self.finished();
+        String::from_utf8(line.bytes[..line.used].to_vec()).expect("UTF-8")
+    }
+
     fn bytes(mut self, bytes: &[u8]) -> Self {
         // The last byte is the line's end.
         let room = LENGTH - 1 - self.used;
@@ -59,5 +65,24 @@ impl Line {
         self.bytes[self.used] = b'\n';
         self.used += 1;
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_decimal() {
+        for number in [0, 9, 10, 1_234_567_890, u64::MAX] {
+            let line = Line::new().number(number).text(" of them");
+            assert_eq!(line.shown(), format!("barkeep: {number} of them\n"));
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_is_cut_off_and_still_a_line() {
+        let line = Line::new().text(&"x".repeat(2 * LENGTH)).number(7).shown();
+        assert_eq!((line.len(), line.ends_with("x\n")), (LENGTH, true));
     }
 }

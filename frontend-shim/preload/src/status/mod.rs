@@ -16,9 +16,6 @@ pub(crate) use fail_open::FailOpen;
 use line::Line;
 use memory::Memory;
 
-/// What the operator may turn off: the lines on standard error.
-pub(crate) const QUIET: &str = "BARKEEP_PRELOAD_QUIET";
-
 /// Counters and log of a process.
 #[derive(Debug)]
 pub(crate) struct Status {
@@ -28,7 +25,6 @@ pub(crate) struct Status {
 
 impl Status {
     /// A page that other processes can find. Where the kernel refuses one, only this process has it.
-    #[cfg_attr(test, expect(dead_code, reason = "the library's beginning is no part of its tests"))]
     pub(crate) fn shared(quiet: bool) -> Result<Self, Errno> {
         Ok(Self::on(Memory::shared()?, quiet))
     }
@@ -86,18 +82,24 @@ impl Status {
     }
 
     /// Says in one line what was done, if this process ever had a VM.
-    pub(crate) fn summary(&self) {
-        if self.page.vms_ever() == 0 {
-            return;
+    #[cfg_attr(test, expect(dead_code, reason = "the library's end is no part of its tests"))]
+    pub(crate) fn say_summary(&self) {
+        if let Some(line) = self.summary() {
+            self.say(line);
         }
-        let mut line = Line::new().number(self.page.vms_ever()).text(" VM");
-        if self.page.vms_ever() != 1 {
-            line = line.text("s");
-        }
-        for count in Count::ALL {
-            line = line.text(", ").number(self.get(count)).text(" ").text(count.text());
-        }
-        self.say(line);
+    }
+
+    fn summary(&self) -> Option<Line> {
+        let vms = self.page.vms_ever();
+        let vms = match vms {
+            0 => return None,
+            1 => Line::new().text("1 VM"),
+            _ => Line::new().number(vms).text(" VMs"),
+        };
+        let count = |line: Line, count: Count| {
+            line.text(", ").number(self.get(count)).text(" ").text(count.text())
+        };
+        Some(Count::ALL.into_iter().fold(vms, count))
     }
 
     fn say(&self, line: Line) {
