@@ -226,7 +226,7 @@ pub(super) fn discard_pending() {
             )
         }
     };
-    while wait() == SIGBUS.into() {}
+    while wait() == i64::from(SIGBUS) {}
     set_errno(errno);
 }
 
