@@ -48,10 +48,6 @@ impl RunArea {
             .then_some(RunArea { address })
     }
 
-    pub(super) fn address(self) -> usize {
-        self.address
-    }
-
     pub(super) fn exit_reason(self) -> u32 {
         self.u32(EXIT_REASON).load(Ordering::Relaxed)
     }
