@@ -54,10 +54,13 @@ impl<S: System> Shim<S> {
             let before = found.decoded();
             self.refresh(id, &writing);
             self.publish_windows(&writing);
-            let came_back = found.decoded() && !before;
+            let (came_back, went) = (found.decoded() && !before, before && !found.decoded());
             drop(writing);
             if came_back {
                 self.decode_came_back(id);
+            }
+            if went {
+                self.decode_went(id);
             }
         }
     }

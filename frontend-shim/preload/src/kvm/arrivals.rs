@@ -108,6 +108,29 @@ impl Arrival {
     }
 }
 
+/// How often devices have stopped to decode.
+#[derive(Debug)]
+pub(super) struct Losses([AtomicU64; DEVICES]);
+
+/// Devices that are told apart. Of more than that some are counted together.
+const DEVICES: usize = 256;
+
+impl Default for Losses {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+impl Losses {
+    pub(super) fn of(&self, device: DeviceId) -> u64 {
+        self.0[device.0 as usize % DEVICES].load(Ordering::Acquire)
+    }
+
+    pub(super) fn add(&self, device: DeviceId) {
+        self.0[device.0 as usize % DEVICES].fetch_add(1, Ordering::AcqRel);
+    }
+}
+
 /// What tells threads apart.
 pub(super) fn this_thread() -> usize {
     THREAD.with(|here| std::ptr::from_ref(here).addr())

@@ -29,7 +29,17 @@ use barkeep_shim::x86::XsaveLayout;
 
 use crate::Shim;
 use crate::device::DeviceId;
-use crate::system::System;
+use crate::status::FailOpen;
+use crate::system::{Answer, System};
+
+use arrivals::{Arrivals, Losses};
+use tables::{Entry, Table, Vcpu};
+use vm::Vm;
+
+/// VMs at the same time, in steps of 64.
+const VMS: usize = 16;
+/// Virtual CPUs at the same time, likewise.
+const VCPUS: usize = 256;
 
 /// All VMs of the process.
 #[derive(Debug)]
@@ -37,6 +47,7 @@ pub(crate) struct Vms {
     vms: Table<Vm>,
     vcpus: Table<Vcpu>,
     arrivals: Arrivals,
+    losses: Losses,
     /// Where KVM puts the vector registers.
     xsave: OnceLock<XsaveLayout>,
 }
@@ -47,6 +58,7 @@ impl Default for Vms {
             vms: Table::new(VMS),
             vcpus: Table::new(VCPUS),
             arrivals: Arrivals::default(),
+            losses: Losses::default(),
             xsave: OnceLock::new(),
         }
     }
@@ -80,6 +92,12 @@ impl<S: System> Shim<S> {
         for (number, vm) in self.vms.vms.iter() {
             vm.restore_device(self, number, device);
         }
+    }
+
+    /// A device stopped to decode by a write of the VMM. To be called on the thread that made it, right
+    /// after the write: the VMM takes the BARs away next.
+    pub(crate) fn decode_went(&self, device: DeviceId) {
+        self.vms.losses.add(device);
     }
 
     /// Whether a VM is the only one of the process.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use barkeep_protocol::wire;
 use barkeep_shim::GuestAddress;
-use barkeep_shim::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault};
+use barkeep_shim::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated};
 use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN};
 use rustix::io::Errno;
 
@@ -15,7 +15,7 @@ use super::arrivals::this_thread;
 use super::run_area::{MmioExit, RunArea};
 use super::slots::{Place, Slot};
 use super::stopped::{Stopped, xsave_layout};
-use super::tables::Vcpu;
+use super::tables::{Handed, Vcpu};
 use super::vm::Vm;
 use super::{Vms, abi};
 use crate::device::{BarAddress, BarMapping, Decode};
@@ -45,6 +45,9 @@ impl Vms {
         let enter = || around.system().ioctl(fd, abi::RUN.into(), argument);
         let Some(vcpu) = self.vcpus.get(vcpu) else { return enter() };
         vcpu.thread.store(this_thread(), Ordering::Relaxed);
+        if let Some(handed) = vcpu.take_handed() {
+            let _ = around.shielded(|| self.check(around, vcpu, handed));
+        }
         loop {
             let answer = enter();
             let Some(run) = vcpu.run() else { return answer };
@@ -74,9 +77,9 @@ impl Vms {
         let Some(vm) = self.vms.get(number) else { return Next::Vmm };
         let address = run.mmio_address();
         let exit = if vm.may_have_suspended(address) {
-            around.shielded(|| self.suspended_or_window(around, number, vm, run))
+            around.shielded(|| self.suspended_or_window(around, vcpu, (number, vm), run))
         } else if let Some(place) = around.window_at(number, address) {
-            around.shielded(|| self.window(around, place, run))
+            around.shielded(|| self.window(around, vcpu, place, run))
         } else {
             return Next::Vmm;
         };
@@ -86,8 +89,8 @@ impl Vms {
     fn suspended_or_window<A: Around>(
         &self,
         around: &A,
-        number: u32,
-        vm: &Vm,
+        vcpu: &Vcpu,
+        (number, vm): (u32, &Vm),
         run: RunArea,
     ) -> Next {
         let exit = run.mmio();
@@ -96,7 +99,7 @@ impl Vms {
         let Some(Slot { region, place: Place::Suspended(bar), .. }) = slot else {
             drop(slots);
             let place = around.window_at(number, exit.address);
-            return place.map_or(Next::Vmm, |place| self.window(around, place, run));
+            return place.map_or(Next::Vmm, |place| self.window(around, vcpu, place, run));
         };
         let last = exit.address.saturating_add(exit.len as u64 - 1);
         if !region.contains(last) {
@@ -110,14 +113,15 @@ impl Vms {
             }
             Decode::On => {
                 vm.restore(around, number, &mut slots, region.slot);
-                Next::Vmm
+                drop(slots);
+                self.hand(vcpu, region.in_bar(&bar, exit.address), exit)
             }
             Decode::Unknown => Next::Vmm,
         }
     }
 
     /// An exit in the window of a BAR that has no slot there.
-    fn window<A: Around>(&self, around: &A, place: BarAddress, run: RunArea) -> Next {
+    fn window<A: Around>(&self, around: &A, vcpu: &Vcpu, place: BarAddress, run: RunArea) -> Next {
         match around.decode(place.device, place.bar) {
             Decode::Off => {
                 complete(around, place, run, run.mmio());
@@ -134,7 +138,34 @@ impl Vms {
                 }
                 Next::Enter
             }
-            Decode::On | Decode::Unknown => Next::Vmm,
+            Decode::On => self.hand(vcpu, place, run.mmio()),
+            Decode::Unknown => Next::Vmm,
+        }
+    }
+
+    /// The VMM completes an exit, since the BAR decodes. By the time that it does, it may not any more.
+    fn hand(&self, vcpu: &Vcpu, place: BarAddress, exit: MmioExit) -> Next {
+        if !exit.write {
+            vcpu.hand(Handed { place, len: exit.len, losses: self.losses.of(place.device) });
+        }
+        Next::Vmm
+    }
+
+    /// The VMM has completed a read. Where the BAR was lost to it meanwhile, it has found nothing there
+    /// and made that a 0.
+    fn check<A: Around>(&self, around: &A, vcpu: &Vcpu, handed: Handed) {
+        let Some(run) = vcpu.run() else { return };
+        let Handed { place, len, losses } = handed;
+        if run.exit_reason() != KVM_EXIT_MMIO
+            || run.mmio().data[..len].iter().any(|byte| *byte != 0)
+        {
+            return;
+        }
+        let lost = self.losses.of(place.device) != losses
+            || around.decode(place.device, place.bar) == Decode::Off;
+        if lost {
+            run.set_mmio_data([0xff; 8]);
+            around.status().count(Count::UrReads);
         }
     }
 
@@ -162,7 +193,7 @@ impl Vms {
             let is_bar = |slot: &Slot| bars.iter().any(|(bar, _)| bar == slot);
             stopped.map_or_else(FaultPlace::Unknown, |stopped| stopped.find(is_bar))
         };
-        if reported && !self.is_about(&place, space, &slots, &bars) {
+        if !is_about_a_bar(&place, space, &slots, &bars) {
             return Next::Vmm;
         }
         let fault = MemoryFault { place, private: false };
@@ -182,22 +213,28 @@ impl Vms {
         }
         Next::Enter
     }
+}
 
-    /// Whether a fault can be about a BAR: it is in one, or in what was one a moment ago.
-    fn is_about(
-        &self,
-        place: &FaultPlace,
-        space: u32,
-        slots: &[Slot],
-        bars: &[(Slot, BarMapping)],
-    ) -> bool {
-        let FaultPlace::Reported(access) = place else { return true };
-        let here =
-            |slot: &&Slot| slot.region.space() == space && slot.region.contains(access.address.0);
-        match slots.iter().find(here) {
-            Some(slot) => !slot.is_installed() || bars.iter().any(|(bar, _)| bar == slot),
-            None => true,
+/// Whether a fault can be about a BAR: it is in one, or in what was one a moment ago.
+fn is_about_a_bar(
+    place: &FaultPlace,
+    space: u32,
+    slots: &[Slot],
+    bars: &[(Slot, BarMapping)],
+) -> bool {
+    match place {
+        FaultPlace::Reported(access) => {
+            let here = |slot: &&Slot| {
+                slot.region.space() == space && slot.region.contains(access.address.0)
+            };
+            slots
+                .iter()
+                .find(here)
+                .is_none_or(|slot| !slot.is_installed() || bars.iter().any(|(bar, _)| bar == slot))
         }
+        // Every access of the instruction is to RAM, which refuses for reasons of its own.
+        FaultPlace::Unknown(Unlocated::NoSlot(_)) => false,
+        _ => true,
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use barkeep_shim::fault::ProgressGuard;
 
 use super::run_area::RunArea;
+use crate::device::BarAddress;
 
 const CHUNK: usize = 64;
 
@@ -91,6 +92,16 @@ impl<T: Entry> Table<T> {
     }
 }
 
+/// A read of a BAR that decoded, which the VMM was given to complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Handed {
+    pub(super) place: BarAddress,
+    /// In bytes.
+    pub(super) len: usize,
+    /// How often the device had stopped to decode by then.
+    pub(super) losses: u64,
+}
+
 /// A virtual CPU.
 #[derive(Debug, Default)]
 #[repr(align(64))]
@@ -105,6 +116,9 @@ pub(super) struct Vcpu {
     run_len: AtomicUsize,
     /// Whether `guard` has faults after which nothing else happened.
     stands: AtomicBool,
+    /// Whether there is something in `handed`.
+    handing: AtomicBool,
+    handed: Mutex<Option<Handed>>,
     /// Those faults. Only the thread in `KVM_RUN` takes it.
     guard: Mutex<ProgressGuard>,
 }
@@ -121,6 +135,7 @@ impl Vcpu {
         self.vm.store(vm, Ordering::Relaxed);
         self.thread.store(0, Ordering::Relaxed);
         self.run.store(0, Ordering::Release);
+        self.take_handed();
         self.progress();
     }
 
@@ -151,6 +166,21 @@ impl Vcpu {
             self.stands.store(false, Ordering::Relaxed);
             self.guard.lock().unwrap_or_else(PoisonError::into_inner).progress();
         }
+    }
+
+    /// Notes a read that the VMM completes before it runs this virtual CPU again.
+    pub(super) fn hand(&self, handed: Handed) {
+        *self.handed.lock().unwrap_or_else(PoisonError::into_inner) = Some(handed);
+        self.handing.store(true, Ordering::Relaxed);
+    }
+
+    /// That read, once.
+    pub(super) fn take_handed(&self) -> Option<Handed> {
+        if !self.handing.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.handing.store(false, Ordering::Relaxed);
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Lets a fault be noted.

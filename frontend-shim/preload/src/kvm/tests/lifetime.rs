@@ -1,9 +1,11 @@
 use std::os::fd::RawFd;
+use std::time::Instant;
 
 use super::kernel::{DEV_KVM, Do, Kernel};
 use super::world::{PAGE, ram, words};
 use crate::Shim;
 use crate::descriptors::Descriptor;
+use crate::device::DeviceId;
 use crate::kvm::abi;
 use crate::kvm::slots::Region;
 use crate::status::Status;
@@ -57,6 +59,37 @@ fn vms_and_virtual_cpus_are_followed_from_their_creation() {
     assert!(shim.vms.vcpus.get(0).unwrap().run().is_some());
     shim.system.state().vcpus.get_mut(&vcpu).unwrap().todo.push_back(Do::Port);
     assert_eq!(shim.ioctl(vcpu, abi::RUN.into(), 0), Ok(0));
+}
+
+#[test]
+fn a_run_structure_may_be_unmapped_and_mapped_again() {
+    let shim = shim();
+    let vm = create_vm(&shim);
+    let vcpu = create_vcpu(&shim, vm);
+    let area = shim.system.run_area(vcpu);
+    let entry = shim.vms.vcpus.get(0).unwrap();
+    shim.unmapped(area + 12288, 4096);
+    assert!(entry.run().is_some());
+    shim.unmapped(area + 8192, 4096);
+    assert!(entry.run().is_none());
+    shim.vcpu_mapped(vcpu, area, 12288);
+    assert!(entry.run().is_some());
+}
+
+#[test]
+fn only_a_thread_that_runs_a_virtual_cpu_begins_an_arrival() {
+    let shim = shim();
+    let vm = create_vm(&shim);
+    let vcpu = create_vcpu(&shim, vm);
+    let (device, now) = (DeviceId(1), Instant::now());
+    shim.decode_may_come_back(device);
+    assert!(!shim.vms.arrivals.has(device, now));
+    shim.system.state().vcpus.get_mut(&vcpu).unwrap().todo.extend([Do::Port; 2]);
+    assert_eq!(shim.ioctl(vcpu, abi::RUN.into(), 0), Ok(0));
+    shim.decode_may_come_back(device);
+    assert!(shim.vms.arrivals.has(device, now));
+    assert_eq!(shim.ioctl(vcpu, abi::RUN.into(), 0), Ok(0));
+    assert!(!shim.vms.arrivals.has(device, now));
 }
 
 #[test]

@@ -19,6 +19,11 @@ fn in_bar(offset: u64) -> BarAddress {
     BarAddress { device: DEVICE, bar: 2, offset: 0x10000 + offset }
 }
 
+fn runs(world: &World) -> usize {
+    let calls = &world.around.kernel.state().calls;
+    calls.iter().filter(|(_, request)| *request == abi::RUN).count()
+}
+
 #[test]
 fn an_exit_that_is_the_vmms_costs_no_other_system_call() {
     let world = World::new();
@@ -121,6 +126,7 @@ fn a_report_that_is_not_about_a_bar_goes_to_the_vmm_untouched() {
         assert_eq!(world.exit_reason(), KVM_EXIT_MEMORY_FAULT);
         let words = world.around.kernel.run_words(world.vcpu);
         assert_eq!(words[4..7], [flags, address, 4096]);
+        assert_eq!(runs(&world), 1);
         assert!(world.kernel_has(BAR_SLOT));
     }
 }
@@ -132,7 +138,8 @@ fn a_fault_in_ram_goes_to_the_vmm() {
     let ram = world.around.kernel.slots(world.vm)[0].host;
     world.around.kernel.state().refusing.push(ram + PAGE..ram + 2 * PAGE);
     assert_eq!(world.does(&[Do::Read(PAGE)]), Err(Errno::FAULT));
-    assert_eq!(world.exit_reason(), 0);
+    assert_eq!((world.exit_reason(), runs(&world)), (0, 1), "at once");
+    assert!(world.kernel_has(BAR_SLOT));
 }
 
 #[test]
@@ -174,9 +181,7 @@ fn memory_that_refuses_although_the_bar_decodes_ends_in_the_vmms_hands() {
         assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
         assert!(world.kernel_has(BAR_SLOT));
         assert_eq!(world.count(Count::FailOpens), 1);
-        let calls = &world.around.kernel.state().calls;
-        let runs = calls.iter().filter(|(_, request)| *request == abi::RUN).count();
-        assert_eq!(runs, 65, "bounded");
+        assert_eq!(runs(&world), 65, "bounded");
     }
 }
 
@@ -269,6 +274,28 @@ fn an_exit_while_the_vmm_still_puts_the_bar_back_is_an_unsupported_request() {
     assert_eq!(world.done(), [Done::Read(ONES), Done::Written]);
     assert!(world.around.devices().completed.is_empty());
     assert_eq!((world.count(Count::UrReads), world.count(Count::UrWrites)), (1, 1));
+}
+
+#[test]
+fn a_read_that_the_vmm_lost_on_its_way_is_an_unsupported_request() {
+    for (lost, off, value, read) in
+        [(true, false, 0, ONES), (false, true, 0, ONES), (false, false, 0, 0), (true, true, 5, 5)]
+    {
+        let world = World::new();
+        world.set(Region { size: 0, ..bar() }).unwrap();
+        world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+        assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+        // The VMM finds nothing there, or a value.
+        let (_, vcpu) = world.vms.vcpus.iter().next().unwrap();
+        vcpu.run().unwrap().set_mmio_data([value, 0, 0, 0, 9, 9, 9, 9]);
+        if lost {
+            world.vms.losses.add(DEVICE);
+        }
+        world.decode(if off { Decode::Off } else { Decode::On });
+        assert_eq!(world.run(), Ok(0));
+        assert_eq!(world.done(), [Done::Read(read)]);
+        assert_eq!(world.count(Count::UrReads), u64::from(read == ONES));
+    }
 }
 
 #[test]
