@@ -23,14 +23,17 @@ fn json_of(message: &[u8]) -> String {
 fn what_qemu_proposes_gets_one_more_member_and_stays_as_it_is_otherwise() {
     let hello = Hello::with_ours(&message(7, VERSION, ASK, &data(0, QEMU))).unwrap();
     let ours = r#""barkeep":{"memory_fault":true,"region_state":true,"decode_page":true},"#;
-    let expected = QEMU.replacen(r#""capabilities": {"#, &format!(r#""capabilities": {{{ours}"#), 1);
+    let expected =
+        QEMU.replacen(r#""capabilities": {"#, &format!(r#""capabilities": {{{ours}"#), 1);
     assert_eq!(json_of(&hello.bytes), expected);
     assert_eq!(hello.bytes, message(7, VERSION, ASK, &data(0, &expected)));
 }
 
 #[test]
 fn a_proposal_without_capabilities_gets_them() {
-    for json in ["{}", " { } ", r#"{"capabilities":{}}"#, r#"{"x": "}\"{", "y": [1, {"capabilities": 2}]}"#] {
+    for json in
+        ["{}", " { } ", r#"{"capabilities":{}}"#, r#"{"x": "}\"{", "y": [1, {"capabilities": 2}]}"#]
+    {
         let hello = Hello::with_ours(&message(7, VERSION, ASK, &data(1, json))).unwrap();
         let version = Version::parse(&hello.bytes[16..]).unwrap();
         assert_eq!(version.capabilities.barkeep, Some(BarkeepExtensions::all()), "{json}");
@@ -78,9 +81,18 @@ fn what_is_no_plain_version_is_left_alone() {
 fn our_object_is_cut_out_of_the_answer_wherever_it_stands() {
     let ours = r#""barkeep" : {"memory_fault":true, "decode_page":true}"#;
     let cases = [
-        (format!(r#"{{"capabilities":{{{ours},"max_msg_fds":8}}}}"#), r#"{"capabilities":{"max_msg_fds":8}}"#),
-        (format!(r#"{{"capabilities":{{"max_msg_fds":8 , {ours} }}}}"#), r#"{"capabilities":{"max_msg_fds":8 }}"#),
-        (format!(r#"{{"a":[1,"}}"],"capabilities":{{"b":"\"",{ours},"c":1.50}},"z":2}}"#), r#"{"a":[1,"}"],"capabilities":{"b":"\"","c":1.50},"z":2}"#),
+        (
+            format!(r#"{{"capabilities":{{{ours},"max_msg_fds":8}}}}"#),
+            r#"{"capabilities":{"max_msg_fds":8}}"#,
+        ),
+        (
+            format!(r#"{{"capabilities":{{"max_msg_fds":8 , {ours} }}}}"#),
+            r#"{"capabilities":{"max_msg_fds":8 }}"#,
+        ),
+        (
+            format!(r#"{{"a":[1,"}}"],"capabilities":{{"b":"\"",{ours},"c":1.50}},"z":2}}"#),
+            r#"{"a":[1,"}"],"capabilities":{"b":"\"","c":1.50},"z":2}"#,
+        ),
         (format!(r#"{{"capabilities":{{ {ours} }}}}"#), r#"{"capabilities":{  }}"#),
     ];
     let extensions =

@@ -153,10 +153,8 @@ impl Vmm {
         self.shim.system.place(0, data);
         // In two pieces, as any VMM may.
         let cut = data.len() / 3;
-        let extents = vec![
-            Extent { address: 0, len: cut },
-            Extent { address: cut, len: data.len() - cut },
-        ];
+        let extents =
+            vec![Extent { address: 0, len: cut }, Extent { address: cut, len: data.len() - cut }];
         let message = SocketMessage {
             extents,
             control,

@@ -47,8 +47,7 @@ enum FromServer {
 
 fn from_server() -> impl Strategy<Value = FromServer> {
     prop_oneof![
-        (0_usize..300, any::<bool>())
-            .prop_map(|(len, with_fd)| FromServer::Reply { len, with_fd }),
+        (0_usize..300, any::<bool>()).prop_map(|(len, with_fd)| FromServer::Reply { len, with_fd }),
         (0_usize..300).prop_map(|len| FromServer::Command { len }),
         (0_usize..300).prop_map(|len| FromServer::Ours { len }),
         Just(FromServer::Ours { len: 100_000 }),

@@ -30,11 +30,7 @@ pub(super) struct Habits {
 
 impl Default for Habits {
     fn default() -> Self {
-        Self {
-            extensions: Some(BarkeepExtensions::all()),
-            ignores: Vec::new(),
-            unsealed: false,
-        }
+        Self { extensions: Some(BarkeepExtensions::all()), ignores: Vec::new(), unsealed: false }
     }
 }
 
@@ -154,7 +150,8 @@ fn page(unsealed: bool) -> OwnedFd {
         writer.show(&state, || {});
     }
     drop(writer);
-    let bytes: Vec<u8> = words.into_iter().flat_map(|word| word.into_inner().to_ne_bytes()).collect();
+    let bytes: Vec<u8> =
+        words.into_iter().flat_map(|word| word.into_inner().to_ne_bytes()).collect();
     let file = memfd_create("page", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&file, LENGTH as u64).unwrap();
     rustix::io::pwrite(&file, &bytes, 0).unwrap();
