@@ -8,6 +8,7 @@
 mod clients;
 mod config_space;
 mod decode;
+mod decode_page;
 mod device_info;
 mod dirty_pages;
 mod dma;

@@ -72,21 +72,24 @@ fn the_lower_minor_version_is_spoken() {
 fn extensions_are_answered_to_those_who_propose_them() {
     let backend = Backend::serve(&["edu"]);
     for (proposed, answered) in [
-        (json!({"memory_fault": true, "region_state": true}), [true, true]),
-        (json!({"memory_fault": true}), [true, false]),
-        (json!({"region_state": true, "of_tomorrow": true}), [false, true]),
-        (json!({"memory_fault": false, "region_state": false}), [false, false]),
-        (json!({}), [false, false]),
+        (json!({"memory_fault": true, "region_state": true}), [true, true, false]),
+        (json!({"memory_fault": true}), [true, false, false]),
+        (json!({"region_state": true, "of_tomorrow": true}), [false, true, false]),
+        (json!({"memory_fault": false, "region_state": false}), [false, false, false]),
+        (json!({"decode_page": true}), [false, false, true]),
+        (json!({"decode_page": false, "region_state": true}), [false, true, false]),
+        (json!({}), [false, false, false]),
     ] {
         let proposal = json!({"capabilities": {"barkeep": proposed}}).to_string();
         let mut peer = Peer::connect(backend.socket());
         let (_, answer) = negotiate(&mut peer, &version_body(0, 2, &proposal));
-        let [memory_fault, region_state] = answered;
-        assert_eq!(
-            answer["capabilities"]["barkeep"],
-            json!({"memory_fault": memory_fault, "region_state": region_state}),
-            "{proposal}"
-        );
+        let [memory_fault, region_state, decode_page] = answered;
+        let mut expected = json!({"memory_fault": memory_fault, "region_state": region_state});
+        // Clients from before it find what they did.
+        if decode_page {
+            expected["decode_page"] = json!(true);
+        }
+        assert_eq!(answer["capabilities"]["barkeep"], expected, "{proposal}");
     }
 }
 

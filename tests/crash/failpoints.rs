@@ -97,6 +97,11 @@ fn registers_survive_a_death_at_every_point() {
 }
 
 #[test]
+fn what_a_decode_page_shows_survives_a_death_at_every_point() {
+    every_point_is_survived(&sessions::SHOWN);
+}
+
+#[test]
 fn interrupts_survive_a_death_at_every_point() {
     every_point_is_survived(&sessions::INTERRUPTS);
 }

@@ -16,6 +16,7 @@ mod full;
 mod guest;
 mod hopeless;
 mod kills;
+mod page;
 mod random;
 mod recovery;
 mod script;

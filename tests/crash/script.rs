@@ -35,7 +35,7 @@ impl Script {
     pub(crate) fn greeted(socket: &Path) -> Self {
         let mut script = Self::over(Peer::connect(socket));
         let json = r#"{"capabilities":{"max_msg_fds":16,
-            "barkeep":{"memory_fault":true,"region_state":true}}}"#;
+            "barkeep":{"memory_fault":true,"region_state":true,"decode_page":true}}}"#;
         script.call(command::VERSION, &version_body(0, 2, json));
         script
     }

@@ -53,6 +53,11 @@ fn registers_survive_kills_at_random_instants() {
 }
 
 #[test]
+fn what_a_decode_page_shows_survives_kills_at_random_instants() {
+    survive(&sessions::SHOWN, number_of_kills() / 4);
+}
+
+#[test]
 fn interrupts_survive_kills_at_random_instants() {
     survive(&sessions::INTERRUPTS, number_of_kills() / 4);
 }

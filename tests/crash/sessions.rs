@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use barkeep_tests::edu::at;
 use barkeep_tests::event_counter::EventCounter;
 use barkeep_tests::memory::sealed;
+use barkeep_tests::peer::decode_page::DecodePage;
 use barkeep_tests::peer::message::{Payload, command, u32_at};
 use barkeep_tests::peer::requests::{
-    CONFIG, access, dma_map, dma_unmap, feature, info, irq, migration, pci, region_info, set_irqs,
-    write,
+    CONFIG, access, decode_page, dma_map, dma_unmap, feature, info, irq, migration, pci,
+    region_info, set_irqs, write,
 };
 use barkeep_tests::supervised::Supervised;
 use barkeep_tests::virtio::Load;
@@ -32,6 +33,7 @@ pub(crate) struct Session {
 
 pub(crate) const REGISTERS: Session =
     Session { name: "registers", device: |_| "edu".into(), run: registers };
+pub(crate) const SHOWN: Session = Session { name: "shown", device: |_| "edu".into(), run: shown };
 pub(crate) const INTERRUPTS: Session =
     Session { name: "interrupts", device: |_| "edu".into(), run: interrupts };
 pub(crate) const MEMORY: Session =
@@ -70,6 +72,26 @@ fn described(script: &mut Script) {
 fn enable(script: &mut Script) {
     script.write_u32(CONFIG, pci::BAR0, 0xfe00_0000);
     script.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE | pci::BUS_MASTER);
+}
+
+/// What a decode page shows is as true as an answer.
+fn shown(run: &Supervised) -> Vec<Answer> {
+    let mut script = Script::greeted(run.socket(0));
+    script.call(command::DECODE_PAGE, &decode_page(16, 0));
+    let page = DecodePage::map(script.fds.pop().expect("the page's file"));
+    for round in 1..4 {
+        script.write_u32(CONFIG, pci::BAR0, round << 20);
+        assert_eq!(page.bar(0).address, u64::from(round) << 20);
+        script.set_config_u16(pci::COMMAND, pci::MEMORY_SPACE);
+        assert_eq!(page.bar(0).decoded_at, u64::from(round) << 20);
+        assert_eq!(script.read_u32(0, at::IDENTIFICATION), 0x0100_00ed);
+        assert!(page.bar(0).decodes);
+        script.set_config_u16(pci::COMMAND, 0);
+        assert!(!page.bar(0).decodes);
+        assert_eq!(script.read_u32(0, at::IDENTIFICATION), u32::MAX);
+    }
+    script.call(command::DECODE_PAGE, &decode_page(16, 0));
+    script.notes()
 }
 
 fn registers(run: &Supervised) -> Vec<Answer> {

@@ -9,6 +9,7 @@ mod disconnects;
 mod floods;
 mod garbage;
 mod order;
+mod page;
 mod revoked;
 mod rows;
 mod sizes;

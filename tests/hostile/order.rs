@@ -16,6 +16,7 @@ fn anything_before_version_ends_the_session() {
         (command::REGION_READ, access(7, 0, 4)),
         (command::RESET, vec![]),
         (command::REGION_STATE, info(56, 0)),
+        (command::DECODE_PAGE, barkeep_tests::peer::requests::decode_page(16, 0)),
         (command::DEVICE_FEATURE, get_state.concat()),
         (0, vec![]),
         (u16::MAX, vec![0; 100]),

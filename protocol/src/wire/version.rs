@@ -96,8 +96,15 @@ pub struct BarkeepExtensions {
     pub memory_fault: bool,
     /// Decode, epoch and counters of a region may be asked for.
     pub region_state: bool,
-    /// A page of memory may be had that shows what the function decodes.
+    /// A page of memory may be had that shows what the function decodes. Named only where it is: clients
+    /// from before it named two members, and get two.
+    #[serde(skip_serializing_if = "is_false")]
     pub decode_page: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl BarkeepExtensions {

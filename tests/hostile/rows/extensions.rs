@@ -1,7 +1,7 @@
-//! MEMORY_FAULT and REGION_STATE.
+//! MEMORY_FAULT, REGION_STATE and DECODE_PAGE.
 
 use barkeep_tests::peer::message::{Payload, command::*};
-use barkeep_tests::peer::requests::{memory_fault, region_state};
+use barkeep_tests::peer::requests::{decode_page, memory_fault, region_state};
 use rustix::io::Errno;
 
 use crate::table::{Expect, Row, msg, refused, row};
@@ -48,7 +48,29 @@ pub(crate) fn rows() -> Vec<Row> {
             ("REGION_STATE: region 2^32 - 1", region_state(56, 0, u32::MAX)),
         ],
     ));
+    rows.extend(refused(
+        DECODE_PAGE,
+        Errno::INVAL,
+        [
+            ("DECODE_PAGE: argsz 0", decode_page(0, 0)),
+            ("DECODE_PAGE: argsz 15", decode_page(15, 0)),
+            ("DECODE_PAGE: flag bit 0", decode_page(16, 1)),
+            ("DECODE_PAGE: all flags", decode_page(16, u32::MAX)),
+            ("DECODE_PAGE: 7 bytes", decode_page(16, 0)[..7].to_vec()),
+            ("DECODE_PAGE: 9 bytes", [decode_page(16, 0), vec![0]].concat()),
+            ("DECODE_PAGE: empty", vec![]),
+        ],
+    ));
     rows.extend([
+        row(
+            "DECODE_PAGE: argsz 2^32 - 1",
+            [msg(DECODE_PAGE, decode_page(u32::MAX, 0)).expects(Expect::Payload(16))],
+        ),
+        row(
+            "DECODE_PAGE that was not negotiated",
+            [msg(DECODE_PAGE, decode_page(16, 0)).fails(Errno::NOTSUP)],
+        )
+        .plain(),
         row(
             "MEMORY_FAULT: a size of 2^64 - 1",
             [msg(MEMORY_FAULT, memory_fault(0, 0, BAR - 1, u64::MAX)).expects(Expect::Payload(16))],

@@ -2,7 +2,8 @@
 
 use barkeep_tests::peer::message::{COMMAND, ERROR, NO_REPLY, REPLY, command::*, header, message};
 use barkeep_tests::peer::requests::{
-    access, dma_map, dma_unmap, info, irq, memory_fault, region_info, region_state, set_irqs, write,
+    access, decode_page, dma_map, dma_unmap, info, irq, memory_fault, region_info, region_state,
+    set_irqs, write,
 };
 use rustix::io::Errno;
 
@@ -25,6 +26,7 @@ fn served() -> Vec<(&'static str, u16, Vec<u8>)> {
         ("RESET", RESET, vec![]),
         ("MEMORY_FAULT", MEMORY_FAULT, memory_fault(1, 0, 0, 0)),
         ("REGION_STATE", REGION_STATE, region_state(56, 0, 0)),
+        ("DECODE_PAGE", DECODE_PAGE, decode_page(16, 0)),
     ]
 }
 

@@ -26,6 +26,7 @@ pub mod command {
     pub const MIG_DATA_WRITE: u16 = 18;
     pub const MEMORY_FAULT: u16 = 0x8001;
     pub const REGION_STATE: u16 = 0x8002;
+    pub const DECODE_PAGE: u16 = 0x8003;
 }
 
 /// Flags of a header: type Command.

@@ -1,5 +1,6 @@
 //! A client that says whatever a test wants said.
 
+pub mod decode_page;
 pub mod message;
 pub mod requests;
 
@@ -230,7 +231,7 @@ impl Peer {
     /// Negotiates version 0.2 with every extension.
     pub fn greet(&mut self) {
         let json = r#"{"capabilities":{"max_msg_fds":16,
-            "barkeep":{"memory_fault":true,"region_state":true}}}"#;
+            "barkeep":{"memory_fault":true,"region_state":true,"decode_page":true}}}"#;
         let _ = self.call(command::VERSION, &version_body(0, 2, json)).success();
     }
 }

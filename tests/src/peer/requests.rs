@@ -118,6 +118,12 @@ pub fn region_state(argsz: u32, flags: u32, region: u32) -> Vec<u8> {
     Payload::new().u32(argsz).u32(flags).u32(region).u32(0).done()
 }
 
+/// The payload of a request for the decode page.
+#[must_use]
+pub fn decode_page(argsz: u32, flags: u32) -> Vec<u8> {
+    Payload::new().u32(argsz).u32(flags).done()
+}
+
 impl Peer {
     /// Reads `count` bytes of a region.
     pub fn read(&mut self, region: u32, offset: u64, count: u32) -> Vec<u8> {
