@@ -6,7 +6,8 @@
 //!
 //! As in the VMM without us, a slot that comes back while an instruction is half way can make KVM
 //! finish it in memory that it began as MMIO: the two halves of an access across a page, or of a
-//! read-modify-write, may then go different ways.
+//! read-modify-write, may then go different ways. And an instruction that KVM's emulator does not know,
+//! such as a load into an AVX register, ends the VM where there is no slot, be it suspended or deleted.
 
 mod abi;
 mod around;
@@ -157,10 +158,16 @@ impl<S: System> Shim<S> {
         }
     }
 
+    /// What had this number before was closed without our hearing of it.
+    fn forget_stale(&self, fd: RawFd) {
+        self.forget_range(fd.unsigned_abs(), fd.unsigned_abs());
+    }
+
     fn vm_created(&self, fd: RawFd) {
         if !self.system.link(fd).is_ok_and(|link| link == b"anon_inode:kvm-vm") {
             return;
         }
+        self.forget_stale(fd);
         let Some((number, vm)) = self.vms.vms.take() else {
             return self.status.fail_open(FailOpen::TooManyVms);
         };
@@ -173,6 +180,7 @@ impl<S: System> Shim<S> {
     }
 
     fn vcpu_created(&self, vm: u32, fd: RawFd) {
+        self.forget_stale(fd);
         let Some((number, vcpu)) = self.vms.vcpus.take() else {
             return self.status.fail_open(FailOpen::TooManyVms);
         };

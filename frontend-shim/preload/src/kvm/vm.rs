@@ -4,6 +4,8 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rustix::io::Errno;
+
 use super::around::Around;
 use super::slots::{Place, Region, Slot, Slots};
 use super::tables::{Entry, Use};
@@ -95,7 +97,10 @@ impl Vm {
     ) -> Answer<i32> {
         let forward = || around.system().ioctl(fd, request, argument);
         let mut bytes = [0; Region::SIZE];
-        if around.system().read_memory(argument, &mut bytes).is_err() {
+        if let Err(error) = around.system().read_memory(argument, &mut bytes) {
+            if error != Errno::FAULT {
+                around.status().fail_open(FailOpen::MemoryUnreadable);
+            }
             return forward();
         }
         let asked = Region::from_bytes(&bytes);

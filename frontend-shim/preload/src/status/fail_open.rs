@@ -45,6 +45,8 @@ reasons! {
     SlotNotSuspended => "KVM refuses to delete a slot",
     /// KVM refuses to take a slot back.
     SlotNotRestored => "KVM refuses to take a slot back",
+    /// What the VMM asks KVM for can't be read, for no fault of its own.
+    MemoryUnreadable => "this process may not read its own memory by process_vm_readv",
     /// A virtual CPU fails again and again, whatever is done.
     NoProgress => "KVM_RUN fails without end",
 

@@ -127,6 +127,16 @@ fn a_vm_lasts_as_long_as_its_virtual_cpus() {
 }
 
 #[test]
+fn a_vm_that_was_closed_unseen_goes_when_its_number_is_used_again() {
+    let shim = shim();
+    let vm = create_vm(&shim);
+    let was = shim.descriptors.clear(vm).unwrap();
+    shim.descriptors.set(vm + 1, was);
+    assert_eq!(create_vm(&shim), vm + 1);
+    assert_eq!(shim.vms.vms.iter().count(), 1);
+}
+
+#[test]
 fn virtual_cpus_come_and_go_without_end() {
     let shim = shim();
     let vm = create_vm(&shim);
