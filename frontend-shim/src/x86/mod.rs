@@ -1,10 +1,10 @@
 //! x86-64 instructions in software: what guests and drivers access devices with.
 //!
-//! [`execute`] is one instruction at once, on what a [`Bus`] calls memory: a process whose own access to a
+//! [`execute()`] is one instruction at once, on what a [`Bus`] calls memory: a process whose own access to a
 //! device was refused completes it so, in its signal handler. Where the access has to leave for somebody
 //! else to complete, there is more around it. The software hypervisor executes whole guests, and a
 //! hypervisor that can't complete an access to a device has that one instruction completed here; both do
-//! it through [`PendingInstruction`] or the [`Execution`] under it: what memory is, a [`Memory`] says, and
+//! it through `PendingInstruction` or the `Execution` under it: what memory is, a `Memory` says, and
 //! an access to what is not RAM stops the instruction until the caller has completed it. Privilege
 //! levels, interrupts and exceptions are left out; an instruction that is not known is unsupported, never
 //! a guess.

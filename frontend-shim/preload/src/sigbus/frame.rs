@@ -115,15 +115,19 @@ impl Frame {
     /// look as it should.
     pub(super) fn area(&mut self) -> Option<Area<'_>> {
         let context = self.context.as_ptr();
-        // SAFETY: as in `register`.
-        let start = unsafe { addr_of!((*context).uc_mcontext.fpregs).read() }.cast::<u8>();
+        // SAFETY: the frame is there for as long as `self`.
+        let start = unsafe { addr_of!((*context).uc_mcontext.fpregs) };
+        // SAFETY: likewise; nothing else refers to it.
+        let start = unsafe { start.read() }.cast::<u8>();
         if start.is_null() {
             return None;
         }
         // SAFETY: where there is an area at all, it has at least FXSAVE's part.
         let fxsave = unsafe { std::slice::from_raw_parts_mut(start, FXSAVE) };
-        // SAFETY: as in `register`.
-        let flags = unsafe { addr_of!((*context).uc_flags).read() };
+        // SAFETY: as above.
+        let flags = unsafe { addr_of!((*context).uc_flags) };
+        // SAFETY: as above.
+        let flags = unsafe { flags.read() };
         if flags & UC_FP_XSTATE == 0 || word(fxsave, MAGIC1)? != MAGIC1_VALUE {
             return Some(Area { bytes: fxsave, features: 0 });
         }

@@ -311,11 +311,16 @@ fn thread() -> c_int {
 }
 
 fn errno() -> c_int {
-    // SAFETY: the place is this thread's own for as long as the thread lives.
-    unsafe { *libc::__errno_location() }
+    // SAFETY: it is this thread's own, for as long as the thread lives.
+    unsafe { *errno_place() }
 }
 
 fn set_errno(errno: c_int) {
-    // SAFETY: the place is this thread's own for as long as the thread lives.
-    unsafe { *libc::__errno_location() = errno };
+    // SAFETY: as in `errno`.
+    unsafe { *errno_place() = errno };
+}
+
+fn errno_place() -> *mut c_int {
+    // SAFETY: every thread has one.
+    unsafe { libc::__errno_location() }
 }

@@ -3,7 +3,7 @@
 //! The handler is ours from the beginning to the end of the process, and every thread can be reached by
 //! it. What the VMM asks for, a disposition and masks, is kept beside, told when it asks, and done for
 //! every `SIGBUS` that is not about a BAR: [`Shim::signal_action`] and [`Shim::signal_mask`] stand in
-//! for the kernel's calls, and the [handler](handler) for the kernel where it delivers a signal.
+//! for the kernel's calls, and the [`handler`] for the kernel where it delivers a signal.
 //!
 //! Where this differs from a process without it:
 //! - A system call that a sent `SIGBUS` interrupts is restarted, whether or not the VMM's handler

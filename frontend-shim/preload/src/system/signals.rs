@@ -32,29 +32,35 @@ pub(crate) struct SignalFunctions {
     pub(crate) pthread_sigmask: SigMask,
     pub(crate) signal: Signal,
     pub(crate) sysv_signal: Signal,
+    #[cfg_attr(test, expect(dead_code, reason = "the exports call it, which tests do without"))]
     pub(crate) sigset: Signal,
+    #[cfg_attr(test, expect(dead_code, reason = "the exports call it, which tests do without"))]
     pub(crate) sigignore: SigIgnore,
     pub(crate) siginterrupt: SigInterrupt,
+    #[cfg_attr(test, expect(dead_code, reason = "the exports call it, which tests do without"))]
     pub(crate) pthread_create: PthreadCreate,
 }
 
 impl SignalFunctions {
     /// By what `next` gives for their names. `None` if one is missing.
     pub(crate) fn find(next: impl Fn(&CStr) -> Option<*mut c_void>) -> Option<Self> {
-        // SAFETY: the types are those of the C library's declarations; a pointer to a function has the size
-        // of any other, and `next` gives no null.
-        unsafe {
-            Some(Self {
-                sigaction: function(next(c"sigaction")?),
-                pthread_sigmask: function(next(c"pthread_sigmask")?),
-                signal: function(next(c"signal")?),
-                sysv_signal: function(next(c"__sysv_signal")?),
-                sigset: function(next(c"sigset")?),
-                sigignore: function(next(c"sigignore")?),
-                siginterrupt: function(next(c"siginterrupt")?),
-                pthread_create: function(next(c"pthread_create")?),
-            })
+        macro_rules! function {
+            ($name:literal as $type:ty) => {{
+                let found = next($name)?;
+                // SAFETY: the type is that of the C library's declaration.
+                unsafe { std::mem::transmute::<*mut c_void, $type>(found) }
+            }};
         }
+        Some(Self {
+            sigaction: function!(c"sigaction" as SigAction),
+            pthread_sigmask: function!(c"pthread_sigmask" as SigMask),
+            signal: function!(c"signal" as Signal),
+            sysv_signal: function!(c"__sysv_signal" as Signal),
+            sigset: function!(c"sigset" as Signal),
+            sigignore: function!(c"sigignore" as SigIgnore),
+            siginterrupt: function!(c"siginterrupt" as SigInterrupt),
+            pthread_create: function!(c"pthread_create" as PthreadCreate),
+        })
     }
 
     /// `sigaction`.
@@ -93,14 +99,6 @@ impl SignalFunctions {
             _ => Err(last_errno()),
         }
     }
-}
-
-/// # Safety
-/// `address` is that of a function, and `F` its type.
-unsafe fn function<F: Copy>(address: *mut c_void) -> F {
-    const { assert!(size_of::<F>() == size_of::<*mut c_void>(), "a pointer to a function") };
-    // SAFETY: the caller's promise.
-    unsafe { std::mem::transmute_copy::<*mut c_void, F>(&address) }
 }
 
 /// The first 64 bits are the kernel's; the C library has room for more signals than there are.

@@ -36,7 +36,9 @@ fn ignore(process: &Process) {
 
 #[test]
 fn a_fault_ends_a_process_that_does_nothing_about_it() {
-    same(KILLED, 0, |process| drop(process.touch(0)));
+    same(KILLED, 0, |process| {
+        process.touch(0);
+    });
     same(KILLED, 0, |process| {
         ignore(process);
         process.touch(0);
@@ -306,6 +308,42 @@ fn what_was_asked_for_is_told() {
         let functions = &shim.system.functions;
         let answer = if process.wrapped { shim.signal_mask(wrong) } else { functions.mask(wrong) };
         log(&format!("{answer:?} {:#x}", process.mask(None)));
+    });
+}
+
+#[test]
+fn the_older_functions_set_what_they_set() {
+    same(EXITED, 7, |process| {
+        let functions = process.bench.shim.system.functions;
+        let shim = process.bench.shim;
+        let handler = libc::SIG_IGN;
+        let signal = || match process.wrapped {
+            true => shim.signal_bsd(handler),
+            // SAFETY: no function.
+            false => unsafe { (functions.signal)(SIGBUS, handler) },
+        };
+        let interrupts = |interrupts: bool| match process.wrapped {
+            true => shim.signal_interrupts(interrupts),
+            // SAFETY: numbers alone.
+            false => drop(unsafe { (functions.siginterrupt)(SIGBUS, interrupts.into()) }),
+        };
+        let tell = || log(&format!("{:?}", process.action(None)));
+        log(&format!("{} {}", signal(), signal()));
+        tell();
+        interrupts(true);
+        tell();
+        signal();
+        tell();
+        interrupts(false);
+        tell();
+        let before = if process.wrapped {
+            shim.signal_system_v(handler)
+        } else {
+            // SAFETY: no function.
+            unsafe { (functions.sysv_signal)(SIGBUS, handler) }
+        };
+        log(&format!("{before}"));
+        tell();
     });
 }
 

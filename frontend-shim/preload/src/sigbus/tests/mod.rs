@@ -1,6 +1,7 @@
 //! Real signals, on a BAR that is a mapping of a file with nothing in it: every access is refused, as
 //! the kernel refuses those to a device that does not decode.
 #![expect(unsafe_code, reason = "makes accesses that raise signals")]
+#![expect(clippy::multiple_unsafe_ops_per_block, reason = "what a test does is done at once")]
 
 mod allocations;
 mod children;
@@ -125,7 +126,9 @@ struct Bench {
 /// A BAR that does not decode, and the handler installed.
 fn bench() -> Bench {
     let bench = without_handler();
+    assert!(!bench.shim.has_sigbus());
     bench.shim.sigbus_install().unwrap();
+    assert!(bench.shim.has_sigbus());
     bench
 }
 
