@@ -5,6 +5,9 @@ use std::thread;
 
 use super::{BarMapping, DeviceId};
 
+#[cfg(test)]
+mod tests;
+
 const LIMIT: usize = 1024;
 /// An entry is being written for the time of five stores, unless its writer lost the processor.
 const SPINS: u32 = 64;
@@ -112,11 +115,12 @@ impl Mappings {
         (removed, room)
     }
 
-    fn find(&self, is_it: impl Fn(&BarMapping) -> bool) -> Option<BarMapping> {
+    /// The first mapping that is the one. Asks for some of them again if mappings change meanwhile.
+    fn find(&self, mut is_it: impl FnMut(&BarMapping) -> bool) -> Option<BarMapping> {
         for attempt in 0..SPINS + YIELDS {
             let changes = self.changes.load(Ordering::Acquire);
             let used = self.used.load(Ordering::Acquire).min(LIMIT);
-            let found = self.entries[..used].iter().filter_map(Entry::read).find(&is_it);
+            let found = self.entries[..used].iter().filter_map(Entry::read).find(&mut is_it);
             // Who has seen what an entry was changed to sees that it was.
             fence(Ordering::Acquire);
             if found.is_some() || self.changes.load(Ordering::Relaxed) == changes {
@@ -139,16 +143,19 @@ pub(super) struct NoRoom;
 
 impl Entry {
     fn write(&self, mapping: &BarMapping) {
-        let sequence = self.sequence.load(Ordering::Relaxed);
-        self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
-        // A reader that sees one of the stores below sees the odd number as well, and what came before.
-        fence(Ordering::Release);
+        self.begin();
         self.start.store(mapping.start, Ordering::Relaxed);
         self.len.store(mapping.len, Ordering::Relaxed);
         self.device.store(mapping.device.0, Ordering::Relaxed);
         self.bar.store(mapping.bar.into(), Ordering::Relaxed);
         self.offset.store(mapping.offset, Ordering::Relaxed);
-        self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+        self.sequence.fetch_add(1, Ordering::Release);
+    }
+
+    fn begin(&self) {
+        self.sequence.fetch_add(1, Ordering::Relaxed);
+        // A reader that sees one of the stores to come sees the odd number as well, and what came before.
+        fence(Ordering::Release);
     }
 
     /// `None` if the entry is free, or is written for longer than anybody writes.

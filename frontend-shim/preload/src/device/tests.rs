@@ -1,4 +1,3 @@
-mod mappings;
 mod memory;
 mod vfio;
 mod windows;

@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 
-use crate::device::mappings::Mappings;
+use super::Mappings;
 use crate::device::{BarMapping, DeviceId, Turn};
 
 fn mapping(start: usize, len: usize, offset: u64) -> BarMapping {
@@ -42,7 +42,22 @@ fn a_full_table_says_so_and_keeps_what_it_has() {
     assert!(mappings.at(0x10_0000 + 0x4000 * 1023).is_some());
 }
 
-/// One thread splits, moves and removes mappings whose parts all say where in the BAR they are by
+#[test]
+fn an_entry_is_not_believed_while_it_is_written() {
+    let mappings = Mappings::default();
+    let turn = Mutex::new(Turn::default());
+    let writing = turn.lock().expect("nobody else has it");
+    assert!(mappings.insert(&mapping(0x1000, 0x1000, 0), &writing));
+    assert!(mappings.insert(&mapping(0x4000, 0x1000, 0), &writing));
+    // As a handler sees it that interrupted the writer: it neither believes nor waits for ever.
+    mappings.entries[0].begin();
+    assert_eq!(mappings.at(0x1000), None);
+    assert_eq!(mappings.at(0x4000), Some(mapping(0x4000, 0x1000, 0)));
+    mappings.entries[0].sequence.fetch_add(1, Ordering::Release);
+    assert_eq!(mappings.at(0x1000), Some(mapping(0x1000, 0x1000, 0)));
+}
+
+/// One thread makes and removes mappings whose parts all say where in the BAR they are by
 /// their address. Readers must never see a part of one and a part of another, and must always find
 /// what is never taken away.
 #[test]
@@ -80,14 +95,38 @@ fn readers_see_whole_entries_only() {
             });
         }
         begin.wait();
-        for round in 0..20_000_usize {
+        for round in 0..100_000_usize {
             let writing = turn.lock().expect("nobody else has it");
-            let start = 0x1000 * (1 + round % 7);
-            let _ = mappings.remove(start, 0x1000, &writing);
-            assert!(mappings.insert(&of(start, 0x1000), &writing));
+            // Each time the same entry, with another content.
+            let start = |round| 0x1000 * (1 + round % 7);
+            assert!(mappings.insert(&of(start(round), 0x1000 * (1 + round % 2)), &writing));
+            let _ = mappings.remove(0x1000, 0x9000, &writing);
         }
         done.store(true, Ordering::Relaxed);
     });
+}
+
+/// Another thread splits a mapping while a reader is between two entries, and one half goes to an
+/// entry that the reader has passed.
+#[test]
+fn a_mapping_that_moves_behind_a_reader_is_found() {
+    let mappings = Mappings::default();
+    let turn = Mutex::new(Turn::default());
+    let writing = turn.lock().expect("nobody else has it");
+    for (start, len) in [(0x1000, 0x1000), (0x2000, 0x1000), (0x4000, 0x3000)] {
+        assert!(mappings.insert(&mapping(start, len, 0), &writing));
+    }
+    let _ = mappings.remove(0x1000, 0x1000, &writing);
+    let mut seen = Vec::new();
+    let found = mappings.find(|found| {
+        if seen.is_empty() {
+            let _ = mappings.remove(0x5000, 0x1000, &writing);
+        }
+        seen.push(found.start);
+        found.start == 0x6000
+    });
+    assert_eq!(seen, [0x2000, 0x4000, 0x6000]);
+    assert_eq!(found, Some(mapping(0x6000, 0x1000, 0x2000)));
 }
 
 /// What is left of a mapping on both sides of a hole is found while the hole is made.
