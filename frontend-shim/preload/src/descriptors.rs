@@ -203,7 +203,10 @@ impl<S: System> Shim<S> {
             return;
         }
         match was {
-            Descriptor::Vm(vm) => self.vm_closed(vm),
+            Descriptor::Vm(vm) => {
+                self.belongs_no_more(vm);
+                self.vm_closed(vm);
+            }
             Descriptor::Vcpu(vcpu) => self.vcpu_closed(vcpu),
             Descriptor::Device(_) => self.device_closed(),
             Descriptor::Stream(stream) => self.stream_closed(stream),

@@ -179,7 +179,8 @@ impl<S: System> Shim<S> {
         windows.at(vm, gpa, || self.is_only_vm(vm))
     }
 
-    /// Host memory is a part of a BAR. The hook of `mmap` does this by itself.
+    /// Host memory is a part of a BAR, as if the VMM had mapped it.
+    #[cfg(test)]
     pub(crate) fn add_mapping(&self, mapping: BarMapping) {
         self.put_mapping(&mapping, &self.devices.hold());
     }
