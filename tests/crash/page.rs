@@ -111,7 +111,6 @@ fn a_page_outlives_workers_that_are_told_to_end() {
         worker.signal(rustix::process::Signal::TERM);
         assert_eq!(peer.config_u16(pci::COMMAND), pci::MEMORY_SPACE);
         assert!(worker.ends(), "it was told to");
-        assert_eq!(run.worker(0).pid == worker.pid, false);
         // Asked of the successor, so that it has come to serve.
         assert_eq!(peer.config_u16(pci::COMMAND), pci::MEMORY_SPACE);
         let bar = page.bar(0);

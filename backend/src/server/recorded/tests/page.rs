@@ -33,13 +33,15 @@ fn shown(page: &OwnedFd) -> Option<Shown> {
 }
 
 /// Address of BAR 0, whether it decodes, and where it did last.
-fn bar0(page: &OwnedFd) -> Option<(u64, bool, Option<u64>)> {
+type Bar0 = (u64, bool, Option<u64>);
+
+fn bar0(page: &OwnedFd) -> Option<Bar0> {
     let bar = shown(page)?.bars[0].expect("edu has BAR 0");
     Some((bar.bar.address, bar.bar.decodes, bar.decoded_at))
 }
 
 /// With what the page shows once each of them is answered.
-fn script() -> Vec<(Step, Option<(u64, bool, Option<u64>)>)> {
+fn script() -> Vec<(Step, Option<Bar0>)> {
     const AT: Option<u64> = Some(0xfea0_0000);
     const NEXT: Option<u64> = Some(0xfeb0_0000);
     vec![
