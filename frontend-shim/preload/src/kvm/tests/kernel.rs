@@ -46,6 +46,8 @@ pub(super) struct State {
     /// A signal comes after so many faults; and faults since the last one.
     pub(super) signals: Option<(u32, u32)>,
     pub(super) registers_unreadable: bool,
+    /// Descriptors are not KVM's, whatever they answer.
+    pub(super) strange: bool,
 }
 
 #[derive(Debug, Default)]
@@ -214,6 +216,7 @@ impl System for Kernel {
 
     fn link(&self, fd: RawFd) -> Answer<Vec<u8>> {
         match fd {
+            _ if self.state().strange => Ok(b"/dev/other".to_vec()),
             VCPU.. => Ok(b"anon_inode:kvm-vcpu:0".to_vec()),
             FIRST_VM.. => Ok(b"anon_inode:kvm-vm".to_vec()),
             _ => Ok(b"/dev/kvm".to_vec()),

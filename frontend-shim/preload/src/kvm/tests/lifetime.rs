@@ -137,6 +137,14 @@ fn a_vm_that_was_closed_unseen_goes_when_its_number_is_used_again() {
 }
 
 #[test]
+fn a_number_that_looks_like_a_request_of_kvms_makes_no_vm() {
+    let shim = shim();
+    shim.system.state().strange = true;
+    let fd = create_vm(&shim);
+    assert_eq!(shim.descriptors.get(fd), None);
+}
+
+#[test]
 fn virtual_cpus_come_and_go_without_end() {
     let shim = shim();
     let vm = create_vm(&shim);

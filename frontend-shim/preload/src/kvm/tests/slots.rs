@@ -169,6 +169,30 @@ fn deleting_a_suspended_slot_asks_nothing_of_the_kernel() {
 }
 
 #[test]
+fn a_slot_that_became_another_is_not_suspended_in_its_place() {
+    let world = World::new();
+    let before = believed(&world, BAR_SLOT).unwrap();
+    world.set(Region { size: 0, ..bar() }).unwrap();
+    let ram = Region { guest: 0x10_0000, size: PAGE, host: BAR_HOST / 2, ..bar() };
+    world.set(ram).unwrap();
+    let vm = world.vms.vms.get(world.number).unwrap();
+    let bar = world.around.devices().mappings[0];
+    assert_eq!(vm.suspend(&world.around, world.number, &[(before, bar)]), Some(0));
+    assert!(world.kernel_has(BAR_SLOT));
+}
+
+#[test]
+fn a_slot_that_is_in_the_way_is_back_even_if_the_kernel_refuses_then() {
+    let world = World::new();
+    suspend(&world, BAR_SLOT);
+    let vm = world.vms.vms.get(world.number).unwrap();
+    assert!(vm.may_have_suspended(BAR));
+    assert_eq!(world.set(Region { slot: 9, ..bar() }), Err(Errno::EXIST));
+    assert!(world.kernel_has(BAR_SLOT));
+    assert!(!vm.may_have_suspended(BAR));
+}
+
+#[test]
 fn a_slot_of_confidential_memory_is_never_suspended() {
     let world = World::new();
     let confidential = Slot {
