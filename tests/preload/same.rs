@@ -87,6 +87,8 @@ same_anywhere! {
     what_is_sent_kills_by_default: "dies-raised",
     a_handler_that_gives_up_kills: "dies-reraised",
     other_signals_are_none_of_ours: "other-signals",
+    sockets_of_others_carry_what_they_carried: "strangers",
+    sockets_of_other_kinds_carry_what_they_carried: "other-kinds",
     programs_are_started: "programs",
 }
 

@@ -13,6 +13,7 @@ mod measure;
 mod proxy;
 mod raw;
 mod signals;
+mod sockets;
 mod user_device;
 mod vm;
 mod vms;
@@ -71,6 +72,8 @@ const SCENARIOS: &[(&str, fn() -> Outcome)] = &[
     ("forks", forks::forks),
     ("fork-storm", forks::storm),
     ("programs", forks::programs),
+    ("strangers", sockets::strangers),
+    ("other-kinds", sockets::other_kinds),
     ("session", user_device::session),
     ("crowd", user_device::crowd),
     ("switched", user_device::switched),
