@@ -2,8 +2,8 @@
 //! that do not decode as Unsupported Requests, as bare metal does: reads return all ones, writes are
 //! dropped. Without it the same accesses end the VM, or read 0.
 //!
-//! It stands between the VMM and the C library. [`exports`] has the functions that take the C
-//! library's place; each asks [`Shim`], which sees what the VMM sets up (VMs, virtual CPUs, memory
+//! It stands between the VMM and the C library. `exports` has the functions that take the C
+//! library's place; each asks `Shim`, which sees what the VMM sets up (VMs, virtual CPUs, memory
 //! slots, devices, mappings of BARs), and steps in at three places only: when `KVM_RUN` returns, when
 //! a BAR's mapping raises `SIGBUS`, and in the stream of a vfio-user device. Everything else passes
 //! through untouched, and whatever is not expected does too: it fails open, logged once.
