@@ -12,6 +12,7 @@ mod windows;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use arc_swap::ArcSwap;
 
@@ -23,7 +24,7 @@ use crate::descriptors::Descriptor;
 use crate::status::FailOpen;
 use crate::system::System;
 
-/// Which device, in the order in which they showed.
+/// Which device. No two have the same, one after the other neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DeviceId(pub(crate) u32);
 
@@ -82,6 +83,9 @@ pub(crate) enum Source {
     VfioUser(u32),
 }
 
+/// How often others are let run before a backend's page is given up. One store to it takes nanoseconds.
+const PATIENCE: u32 = 1_000;
+
 /// All devices of the process, and their mappings.
 ///
 /// Everything can be read at any time, without a lock. Changes take turns, and one that goes with a
@@ -96,12 +100,9 @@ pub(crate) struct Devices {
     home: AtomicU32,
 }
 
-/// What only changes need.
+/// What only one can have at a time: the right to change devices and mappings.
 #[derive(Debug, Default)]
-pub(crate) struct Turn {
-    /// The id of the next device.
-    next: u32,
-}
+pub(crate) struct Turn(());
 
 impl Devices {
     /// Keeps everything as it is, such as over a fork, until the answer is dropped.
@@ -138,7 +139,7 @@ impl<S: System> Shim<S> {
     pub(crate) fn decode(&self, device: DeviceId, bar: u8) -> Decode {
         match self.source(device) {
             Some(Source::Vfio(fd)) => self.vfio_decode(device, fd),
-            Some(Source::VfioUser(stream)) => self.user_decode(stream, bar),
+            Some(Source::VfioUser(stream)) => self.user_decode_soon(device, stream, bar),
             None => Decode::Unknown,
         }
     }
@@ -187,8 +188,11 @@ impl<S: System> Shim<S> {
 
     /// A device showed. `None` if there are too many.
     pub(crate) fn add_device(&self, source: Source) -> Option<DeviceId> {
-        let mut writing = self.devices.hold();
-        let device = self.add_source(source, 0, &[Region::default(); 6], &mut writing);
+        let writing = self.devices.hold();
+        let device = self.add_source(source, 0, &[Region::default(); 6], &writing);
+        if let (Some(device), Source::VfioUser(stream)) = (device, source) {
+            self.status.device_came(device.place(), &format!("vfio-user, connection {stream}"));
+        }
         self.publish_windows(&writing);
         device
     }
@@ -228,12 +232,26 @@ impl<S: System> Shim<S> {
         self.publish_windows(&writing);
     }
 
+    /// What a backend's page says, or will say once it's written: at a moment at which it does not say
+    /// anything, an access would be the VMM's.
+    fn user_decode_soon(&self, id: DeviceId, stream: u32, bar: u8) -> Decode {
+        let has_bar = || self.devices.table.get(id).is_some_and(|device| device.has_bar(bar));
+        for _ in 0..PATIENCE {
+            let decode = self.user_decode(stream, bar);
+            if decode != Decode::Unknown || !has_bar() {
+                return decode;
+            }
+            thread::yield_now();
+        }
+        Decode::Unknown
+    }
+
     fn add_source(
         &self,
         source: Source,
         config: u64,
         bars: &[Region; 6],
-        writing: &mut Writing<'_>,
+        writing: &Writing<'_>,
     ) -> Option<DeviceId> {
         let device = self.devices.table.add(source, config, bars, writing);
         if device.is_none() {
@@ -260,10 +278,13 @@ impl<S: System> Shim<S> {
 
     fn placements(&self, device: DeviceId) -> Option<[Placement; 6]> {
         let found = self.devices.table.get(device)?;
-        match found.source()? {
-            Source::Vfio(_) => Some(found.placements()),
-            Source::VfioUser(stream) => self.user_placements(stream),
+        if let Source::VfioUser(stream) = found.source()?
+            && let Some(placements) = self.user_placements(stream)
+        {
+            found.set_placements(&placements);
         }
+        // Of a page that is being written, what it said before.
+        Some(found.placements())
     }
 
     /// Makes room for other devices where nothing refers to one any more.
@@ -271,7 +292,7 @@ impl<S: System> Shim<S> {
         for (id, device) in self.devices.table.all() {
             if device.source().is_none() && !self.devices.mappings.any_of(id) {
                 device.leave(writing);
-                self.status.device_went(id.0);
+                self.status.device_went(id.place());
             }
         }
     }

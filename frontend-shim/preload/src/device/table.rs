@@ -24,6 +24,8 @@ pub(super) struct Table {
 pub(super) struct Device {
     /// One more than the id, or 0 for a place that is free.
     name: AtomicU32,
+    /// The id of the next device in this place.
+    next: AtomicU32,
     kind: AtomicU32,
     /// One of the VMM's own, so that the device closes when the VMM closes it.
     fd: AtomicI32,
@@ -34,13 +36,13 @@ pub(super) struct Device {
     vm: AtomicU32,
     /// Whether BARs decoded when their places were read.
     decoded: AtomicBool,
-    /// Of VFIO devices only.
+    /// Where they were when it was last looked.
     bars: [Bar; 6],
 }
 
 #[derive(Debug, Default)]
 struct Bar {
-    /// Where the BAR is in the descriptor, in bytes.
+    /// Where the BAR is in the descriptor of a VFIO device, in bytes.
     offset: AtomicU64,
     size: AtomicU64,
     address: AtomicU64,
@@ -56,13 +58,13 @@ pub(super) struct Region {
 
 impl Default for Table {
     fn default() -> Self {
-        Self { devices: (0..LIMIT).map(|_| Device::free()).collect() }
+        Self { devices: (0..LIMIT).map(Device::free).collect() }
     }
 }
 
 impl Table {
     pub(super) fn get(&self, id: DeviceId) -> Option<&Device> {
-        let device = self.devices.get((id.0 % LIMIT) as usize)?;
+        let device = self.devices.get(id.place() as usize)?;
         device.is(id).then_some(device)
     }
 
@@ -76,26 +78,29 @@ impl Table {
         source: Source,
         config: u64,
         bars: &[Region; 6],
-        writing: &mut Writing<'_>,
+        _: &Writing<'_>,
     ) -> Option<DeviceId> {
-        for _ in 0..LIMIT {
-            let id = DeviceId(writing.next);
-            // As many as fit in a descriptor's word.
-            writing.next = (writing.next + 1) & ((1 << 28) - 1);
-            let device = &self.devices[(id.0 % LIMIT) as usize];
-            if device.id().is_none() {
-                device.fill(id, source, config, bars);
-                return Some(id);
-            }
-        }
-        None
+        let device = self.devices.iter().find(|device| device.id().is_none())?;
+        let id = DeviceId(device.next.load(Ordering::Relaxed));
+        // As many as fit in a descriptor's word.
+        device.next.store((id.0 + LIMIT) & ((1 << 28) - 1), Ordering::Relaxed);
+        device.fill(id, source, config, bars);
+        Some(id)
+    }
+}
+
+impl DeviceId {
+    /// Which place the device has: a small number, that another one has after it.
+    pub(super) fn place(self) -> u32 {
+        self.0 % LIMIT
     }
 }
 
 impl Device {
-    fn free() -> Self {
+    fn free(first: u32) -> Self {
         Self {
             name: AtomicU32::new(0),
+            next: AtomicU32::new(first),
             kind: AtomicU32::new(GONE),
             fd: AtomicI32::new(NO_DESCRIPTOR),
             config: AtomicU64::new(0),
@@ -220,6 +225,20 @@ impl Device {
                 live: bar.live.load(Ordering::Relaxed),
             }
         })
+    }
+
+    /// What a backend says of its BARs.
+    pub(super) fn set_placements(&self, placements: &[Placement; 6]) {
+        for (bar, placement) in self.bars.iter().zip(placements) {
+            bar.size.store(placement.size, Ordering::Relaxed);
+            bar.address.store(placement.address, Ordering::Relaxed);
+            bar.live.store(placement.live, Ordering::Relaxed);
+        }
+    }
+
+    /// Safe in a signal handler.
+    pub(super) fn has_bar(&self, bar: u8) -> bool {
+        self.bars.get(usize::from(bar)).is_some_and(|bar| bar.size.load(Ordering::Relaxed) > 0)
     }
 
     pub(super) fn place(&self, index: usize, address: u64, live: u64) {

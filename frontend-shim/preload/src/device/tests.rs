@@ -195,11 +195,9 @@ impl Shim<Fake> {
 
     /// Writes to the configuration space as the VMM does.
     fn write_config(&self, at: usize, data: &[u8]) {
+        let device = self.device().0;
+        self.device_to_be_written(device, CONFIG + at as u64, data.len());
         self.system.world().config(DEVICE).config[at..at + data.len()].copy_from_slice(data);
-        let Some(crate::descriptors::Descriptor::Device(device)) = self.descriptors.get(DEVICE)
-        else {
-            return;
-        };
         self.device_written(device, CONFIG + at as u64, data.len());
     }
 

@@ -131,17 +131,18 @@ impl<S: System> Shim<S> {
             return self.status.fail_open(FailOpen::DeviceUnreadable);
         }
         let power = self.power_register(fd, config, &header);
-        let mut writing = self.devices.hold();
+        let writing = self.devices.hold();
         if matches!(self.descriptors.get(fd), Some(Descriptor::Device(_))) {
             return;
         }
-        let Some(id) = self.add_source(Source::Vfio(fd), config, &bars, &mut writing) else {
+        let Some(id) = self.add_source(Source::Vfio(fd), config, &bars, &writing) else {
             return;
         };
         if let Some(device) = self.devices.table.get(id) {
             device.set_power(power);
             let ids = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-            self.status.device_came(id.0, &format!("vfio {:04x}:{:04x}", ids & 0xffff, ids >> 16));
+            self.status
+                .device_came(id.place(), &format!("vfio {:04x}:{:04x}", ids & 0xffff, ids >> 16));
             if !self.descriptors.set(fd, Descriptor::Device(id.0)) {
                 device.gone(&writing);
                 self.retire(&writing);

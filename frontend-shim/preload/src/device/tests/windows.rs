@@ -1,6 +1,8 @@
-use super::VM;
+use super::{Fake, VM};
+use crate::Shim;
 use crate::device::windows::Windows;
-use crate::device::{BarAddress, DeviceId, Placement};
+use crate::device::{BarAddress, Decode, DeviceId, Placement, Source};
+use crate::status::Status;
 
 const OFF: (DeviceId, u8) = (DeviceId(1), 0);
 const ON: (DeviceId, u8) = (DeviceId(2), 3);
@@ -57,4 +59,21 @@ fn a_window_that_would_wrap_is_none() {
     let mut windows = Windows::default();
     windows.add(ON, &at(u64::MAX - 0xfff, 0x2000), true, None);
     assert_eq!(windows.sorted().at(VM, u64::MAX, || true), None);
+}
+
+#[test]
+fn a_backend_that_does_not_tell_for_a_moment_keeps_its_windows() {
+    let shim = Shim::new(Fake::default(), Status::private(true));
+    let device = shim.add_device(Source::VfioUser(7)).expect("it's the first");
+    assert_eq!(shim.source(device), Some(Source::VfioUser(7)));
+    assert_eq!(shim.window_at(VM, 0x1000), None);
+    let found = shim.devices.table.get(device).expect("it was added");
+    found.set_placements(&[at(0x1000, 0x1000); 6]);
+    // There is no such connection, and so no page.
+    shim.belongs(device, VM);
+    assert_eq!(shim.window_at(VM, 0x1010).map(|found| found.offset), Some(0x10));
+    assert_eq!(shim.decode(device, 0), Decode::Unknown);
+    shim.remove_device(device);
+    assert_eq!(shim.window_at(VM, 0x1010), None);
+    assert_eq!(shim.source(device), None);
 }
