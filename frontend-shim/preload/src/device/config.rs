@@ -1,7 +1,7 @@
 use super::Decode;
 
 /// As much of the configuration space as tells about decoding (PCI 3.0, 6.1).
-pub(super) const HEADER: usize = 0x40;
+pub(crate) const HEADER: usize = 0x40;
 /// PCI 3.0, 6.2.2.
 pub(super) const COMMAND: u64 = 0x04;
 const COMMAND_MEMORY: u16 = 1 << 1;
@@ -24,14 +24,14 @@ const D3_HOT: u16 = 3;
 
 /// Whether memory BARs decode: the function's COMMAND, and its PMCSR if it has one. A function in D1
 /// or D2 need not decode either (PCI Power Management 1.2, 5.4), but VFIO unmaps BARs in D3hot only.
-pub(super) fn decode(command: u16, pmcsr: Option<u16>) -> Decode {
+pub(crate) fn decode(command: u16, pmcsr: Option<u16>) -> Decode {
     let asleep = pmcsr.is_some_and(|pmcsr| pmcsr & POWER_STATE == D3_HOT);
     if command & COMMAND_MEMORY != 0 && !asleep { Decode::On } else { Decode::Off }
 }
 
 /// The addresses in the registers of the memory BARs; `None` for other BARs, and for a register that
 /// is the upper half of the one before.
-pub(super) fn addresses(header: &[u8; HEADER]) -> [Option<u64>; 6] {
+pub(crate) fn addresses(header: &[u8; HEADER]) -> [Option<u64>; 6] {
     let register = |bar: usize| {
         let at = 0x10 + 4 * bar;
         u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
@@ -52,13 +52,13 @@ pub(super) fn addresses(header: &[u8; HEADER]) -> [Option<u64>; 6] {
 
 /// Whether a BAR can be at an address at all. What a register holds while its size is asked for is
 /// none, nor is 0: a window there would lie over the platform's own.
-pub(super) fn plausible(address: u64, size: u64) -> bool {
+pub(crate) fn plausible(address: u64, size: u64) -> bool {
     let last = address.checked_add(size.saturating_sub(1));
     address != 0 && last.is_some_and(|last| last != u64::from(u32::MAX) && last != u64::MAX)
 }
 
 /// Where PMCSR is in the configuration space, if the function has it. `byte` reads one of it.
-pub(super) fn power_register(
+pub(crate) fn power_register(
     header: &[u8; HEADER],
     mut byte: impl FnMut(u8) -> Option<u8>,
 ) -> Option<u8> {

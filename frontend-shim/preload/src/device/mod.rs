@@ -1,6 +1,6 @@
 //! Devices: which host memory is a BAR, and whether the BAR decodes.
 
-mod config;
+pub(crate) mod config;
 mod mappings;
 mod memory;
 mod table;

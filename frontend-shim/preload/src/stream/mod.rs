@@ -13,6 +13,7 @@ mod incoming;
 mod introduce;
 mod outgoing;
 mod pending;
+mod plain;
 mod turn;
 
 #[cfg(test)]
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use barkeep_protocol::page::decode::{DecodeReader, ShownBar, Space};
 use barkeep_protocol::wire::{
-    Command, FaultAccess, FaultReport, FaultVerdict, RegionAccess, RegionData,
+    Command, FaultAccess, FaultReport, FaultVerdict, PciRegion, RegionAccess, RegionData,
 };
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
@@ -34,6 +35,7 @@ use self::connection::Connection;
 use self::hello::{Hello, LONGEST};
 use self::introduce::{BARS, BarFile, Facts, introduce};
 use self::pending::Greeting;
+use self::plain::{CONFIG_SPACE, Shadow};
 use crate::Shim;
 use crate::descriptors::Descriptor;
 use crate::device::{Decode, DeviceId, Placement, Source};
@@ -70,6 +72,8 @@ struct Place {
     shown: AtomicBool,
     /// Moves when the page becomes another's.
     generation: AtomicU64,
+    /// For a server without a page.
+    shadow: Shadow,
     files: Mutex<Vec<BarFile>>,
 }
 
@@ -107,7 +111,13 @@ impl<S: System> Shim<S> {
             }
             writer = connection.writer();
         }
-        let (sent, _configures) = connection.send(&self.system, &mut writer, fd, message, flags);
+        let (sent, configured) = connection.send(&self.system, &mut writer, fd, message, flags);
+        // With the turn still, so that whoever asks now asks behind this.
+        if let Some(configured) = configured
+            && let Some(place) = self.streams.place(stream)
+        {
+            place.shadow.configured(configured);
+        }
         sent
     }
 
@@ -139,17 +149,7 @@ impl<S: System> Shim<S> {
         let connection = place.connection().take();
         let Some(connection) = connection else { return };
         connection.pass();
-        let files = std::mem::take(&mut *place.files());
-        self.streams.files.fetch_sub(files.len(), Ordering::AcqRel);
-        place.shown.store(false, Ordering::Release);
-        place.generation.fetch_add(1, Ordering::AcqRel);
-        if let Some(page) = place.page.get() {
-            // Zeros in its place, so that the server's file is let go. If not, it stays mapped.
-            let _ = self.system.page(None, Some(page));
-        }
-        if let Some(device) = place.device.swap(0, Ordering::AcqRel).checked_sub(1) {
-            self.remove_device(DeviceId(device));
-        }
+        self.forget_connection(place);
         drop(connection);
         place.taken.store(false, Ordering::Release);
     }
@@ -228,11 +228,20 @@ impl<S: System> Shim<S> {
         command: Command,
         body: &[u8],
     ) -> Option<incoming::Answer> {
+        let reply = self.ask_server(connection, command, body)?;
+        self.status.count(Count::Forwarded);
+        Some(reply)
+    }
+
+    fn ask_server(
+        &self,
+        connection: &Connection,
+        command: Command,
+        body: &[u8],
+    ) -> Option<incoming::Answer> {
         let was_silent = connection.pending().silent;
         let reply = connection.ask(command, body, Instant::now() + DEADLINE);
-        if reply.is_some() {
-            self.status.count(Count::Forwarded);
-        } else if !was_silent && connection.pending().silent {
+        if reply.is_none() && !was_silent && connection.pending().silent {
             self.status.fail_open(FailOpen::ServerSilent);
         }
         reply
@@ -274,8 +283,9 @@ impl<S: System> Shim<S> {
 
     /// Whether a BAR decodes, as the backend's decode page says. Safe in a signal handler.
     pub(crate) fn user_decode(&self, stream: u32, bar: u8) -> Decode {
-        let page = self.streams.place(stream).and_then(Place::page);
-        match page.and_then(|page| page.bar(usize::from(bar))) {
+        let Some(place) = self.streams.place(stream) else { return Decode::Unknown };
+        let Some(page) = place.page() else { return place.shadow.decode(bar) };
+        match page.bar(usize::from(bar)) {
             Some(Some(ShownBar { bar, .. })) if bar.space == Space::Memory => {
                 if bar.decodes { Decode::On } else { Decode::Off }
             }
@@ -287,15 +297,24 @@ impl<S: System> Shim<S> {
     pub(crate) fn user_epoch(&self, stream: u32) -> u64 {
         let Some(place) = self.streams.place(stream) else { return 0 };
         let generation = place.generation.load(Ordering::Acquire);
-        // While it is being written it never looks as it did before.
-        let sequence = place.page().map_or(0, |page| page.sequence().unwrap_or(u64::MAX));
-        generation.wrapping_shl(48) ^ sequence
+        let changes = match place.page() {
+            // While it is being written it never looks as it did before.
+            Some(page) => page.sequence().unwrap_or(u64::MAX),
+            None => place.shadow.changes(),
+        };
+        generation.wrapping_shl(48) ^ changes
     }
 
     /// Where the BARs are and were, as the backend's decode page says. `None` if it does not tell.
-    /// Takes no lock.
+    ///
+    /// A server without a page is asked, if something has changed: that takes the turn to send, which is
+    /// never held while devices are called, and not longer than the deadline.
     pub(crate) fn user_placements(&self, stream: u32) -> Option<[Placement; BARS]> {
-        let shown = self.streams.place(stream)?.page()?.read()?;
+        let place = self.streams.place(stream)?;
+        let Some(page) = place.page() else {
+            return place.shadow.placements(|| self.config_space(place));
+        };
+        let shown = page.read()?;
         Some(shown.bars.map(|bar| match bar {
             Some(ShownBar { bar, decoded_at }) if bar.space == Space::Memory => Placement {
                 size: bar.size,
@@ -304,6 +323,16 @@ impl<S: System> Shim<S> {
             },
             _ => Placement::default(),
         }))
+    }
+
+    /// The configuration space of a device, from its server.
+    fn config_space(&self, place: &Place) -> Option<[u8; CONFIG_SPACE]> {
+        let connection = place.connection().clone()?;
+        let region = PciRegion::Config.index();
+        let access = RegionAccess { offset: 0, region, count: CONFIG_SPACE.try_into().ok()? };
+        let reply = self.ask_server(&connection, Command::RegionRead, &access.to_bytes())?;
+        let read = RegionData::parse(reply.body()?).ok()?;
+        read.data.first_chunk().copied()
     }
 
     /// The connection that a descriptor of the VMM's is.
@@ -370,6 +399,7 @@ impl<S: System> Shim<S> {
 
     fn introduced(&self, stream: u32, facts: &Facts) {
         let Some(place) = self.streams.place(stream) else { return };
+        place.shadow.clear(&facts.sizes);
         if let Some(file) = &facts.page {
             place.show(&self.system, file.as_fd());
         }
@@ -377,6 +407,25 @@ impl<S: System> Shim<S> {
         place.device.store(device.0 + 1, Ordering::Release);
         *place.files() = facts.files.clone();
         self.streams.files.fetch_add(facts.files.len(), Ordering::AcqRel);
+        if place.connection().is_none() {
+            // Closed meanwhile.
+            self.forget_connection(place);
+        }
+    }
+
+    fn forget_connection(&self, place: &Place) {
+        let files = std::mem::take(&mut *place.files());
+        self.streams.files.fetch_sub(files.len(), Ordering::AcqRel);
+        place.shown.store(false, Ordering::Release);
+        place.generation.fetch_add(1, Ordering::AcqRel);
+        if let Some(page) = place.page.get() {
+            // Zeros in its place, so that the server's file is let go. If not, it stays mapped.
+            let _ = self.system.page(None, Some(page));
+        }
+        place.shadow.clear(&[0; BARS]);
+        if let Some(device) = place.device.swap(0, Ordering::AcqRel).checked_sub(1) {
+            self.remove_device(DeviceId(device));
+        }
     }
 }
 

@@ -39,13 +39,29 @@ pub(super) enum Begun {
 pub(super) struct Passed {
     pub(super) begun: Vec<Begun>,
     /// Something may have changed what the device decodes.
-    pub(super) configures: bool,
+    pub(super) configured: Option<Configured>,
 }
 
-/// Region index of the configuration space.
+/// What the VMM's writes to configuration space are about, and whatever may be like one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Configured {
+    /// BARs may be elsewhere.
+    pub(super) moves: bool,
+    /// Memory is enabled, behind whatever moved.
+    pub(super) enables: bool,
+}
+
+/// Region index of configuration space.
 const CONFIG: u32 = 7;
-/// Header, offset and index of an access: as much of a message as is looked at.
-const LOOKED_AT: usize = HEADER_SIZE + 12;
+/// Where the data of a write begins, behind offset, region and count.
+const DATA: usize = HEADER_SIZE + 16;
+/// As much of a message as is looked at: no register of interest is longer than 8 bytes.
+const LOOKED_AT: usize = DATA + 8;
+/// Where COMMAND is, and its bit for memory (PCI 3.0, 6.2.2).
+const COMMAND: u64 = 4;
+const COMMAND_MEMORY: u8 = 1 << 1;
+/// Where the BARs are (PCI 3.0, 6.2.5.1).
+const BARS: std::ops::Range<u64> = 0x10..0x28;
 
 impl Outgoing {
     /// Whether the VMM's next byte begins a message.
@@ -118,23 +134,41 @@ fn begin(start: &[u8], passed: &mut Passed) -> State {
         MessageKind::Command { no_reply: false } => Begun::Asked(header.id),
         _ => Begun::Told,
     });
-    passed.configures |= configures(&header, start);
+    if let Some(new) = configured(&header, start) {
+        let old = passed.configured.unwrap_or_default();
+        let enables = new.enables || old.enables && !new.moves;
+        passed.configured = Some(Configured { moves: old.moves || new.moves, enables });
+    }
     match size(&header) - start.len() {
         0 => State::default(),
         left => State::Rest(left),
     }
 }
 
-fn configures(header: &Header, start: &[u8]) -> bool {
+fn configured(header: &Header, start: &[u8]) -> Option<Configured> {
     if !matches!(header.kind, MessageKind::Command { .. }) {
-        return false;
+        return None;
     }
     match Command::try_from(header.command) {
         Ok(Command::RegionWrite) => {
-            let region = start.get(HEADER_SIZE + 8..LOOKED_AT).and_then(<[u8]>::first_chunk);
-            region.is_some_and(|region| u32::from_ne_bytes(*region) == CONFIG)
+            let (access, data) = start.get(HEADER_SIZE..)?.split_at_checked(DATA - HEADER_SIZE)?;
+            let offset = u64::from_ne_bytes(*access.first_chunk()?);
+            let region = u32::from_ne_bytes(*access.get(8..)?.first_chunk()?);
+            if region != CONFIG {
+                return None;
+            }
+            let count = header.body_size as usize + HEADER_SIZE - DATA;
+            let end = offset.saturating_add(count as u64);
+            let at = COMMAND.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
+            let command = at.and_then(|at| data.get(at));
+            Some(Configured {
+                moves: offset < BARS.end && end > BARS.start,
+                enables: command.is_some_and(|command| command & COMMAND_MEMORY != 0),
+            })
         }
-        Ok(Command::Reset | Command::RegionWriteMulti | Command::DeviceFeature) => true,
-        _ => false,
+        Ok(Command::Reset | Command::RegionWriteMulti | Command::DeviceFeature) => {
+            Some(Configured { moves: true, enables: false })
+        }
+        _ => None,
     }
 }

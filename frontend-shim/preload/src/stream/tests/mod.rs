@@ -1,6 +1,7 @@
 //! Connections over real sockets, with a server and a VMM of the tests.
 
 mod greeting;
+mod pieces;
 mod property;
 mod server;
 mod session;

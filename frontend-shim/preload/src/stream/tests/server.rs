@@ -8,8 +8,8 @@ use std::thread;
 
 use barkeep_protocol::page::decode::{Bar, DecodeState, DecodeWriter, LENGTH, Space};
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, DecodePageInfo, FaultVerdict, Header, MessageKind, RegionAccess,
-    RegionFlags, RegionInfo, Version,
+    BarkeepExtensions, Command, DecodePageInfo, FaultVerdict, Header, RegionAccess, RegionFlags,
+    RegionInfo, Version,
 };
 use rustix::cmsg_space;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -26,11 +26,18 @@ pub(super) struct Habits {
     pub(super) ignores: Vec<Command>,
     /// The page's file can shrink.
     pub(super) unsealed: bool,
+    /// Its configuration space.
+    pub(super) config: [u8; 256],
 }
 
 impl Default for Habits {
     fn default() -> Self {
-        Self { extensions: Some(BarkeepExtensions::all()), ignores: Vec::new(), unsealed: false }
+        Self {
+            extensions: Some(BarkeepExtensions::all()),
+            ignores: Vec::new(),
+            unsealed: false,
+            config: [0; 256],
+        }
     }
 }
 
@@ -47,8 +54,6 @@ pub(super) struct Server {
 pub(super) const BAR_SIZE: u64 = 0x10000;
 /// Where in its file the BAR is.
 pub(super) const BAR_START: u64 = 0x3000;
-/// What a read of the BAR returns.
-pub(super) const PATTERN: u8 = 0xff;
 
 impl Server {
     pub(super) fn start(mut socket: UnixStream, habits: Habits) -> Self {
@@ -120,7 +125,11 @@ fn answer(
         }
         Command::RegionRead => {
             let access: RegionAccess = access(body);
-            [access.to_bytes(), vec![PATTERN; access.count as usize]].concat()
+            let data = match access.region {
+                7 => habits.config[..access.count as usize].to_vec(),
+                _ => vec![0xff; access.count as usize],
+            };
+            [access.to_bytes(), data].concat()
         }
         Command::RegionWrite => access(body).to_bytes(),
         Command::MemoryFault => FaultVerdict::UnsupportedRequest { epoch: 9 }.to_bytes(),

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, FaultAccess, FaultVerdict, Header, Version,
+    BarkeepExtensions, Command, FaultAccess, FaultVerdict, Header, RegionAccess, RegionData,
+    Version,
 };
 use rustix::fs::fstat;
 use rustix::io::Errno;
@@ -187,11 +188,51 @@ fn of_a_server_that_is_no_barkeep_only_the_files_are_known() {
     assert_eq!(vmm.shim.status.get(Count::UrReads), 1);
 }
 
+/// Writes to configuration space, as the VMM does it and as the server has it.
+fn configure(vmm: &Vmm, server: &Server, offset: usize, data: &[u8]) {
+    server.habits.lock().unwrap().config[offset..offset + data.len()].copy_from_slice(data);
+    let count = u32::try_from(data.len()).unwrap();
+    let access = RegionAccess { offset: offset as u64, region: 7, count };
+    let write = message(20, 10, ASK, &RegionData { access, data }.to_bytes());
+    assert_eq!(vmm.send(&write), Ok(write.len()));
+    vmm.message();
+}
+
+#[test]
+fn a_server_that_is_no_barkeep_is_asked_for_its_configuration_when_that_may_have_changed() {
+    let (vmm, server) = session(Habits { extensions: None, ..Habits::default() });
+    let placed = |live| Placement { size: BAR_SIZE, address: 0xe000_0000, live };
+    let seen = || (vmm.shim.user_placements(0).unwrap()[2], vmm.shim.user_decode(0, 2));
+    // BAR 2 at an address where it has never decoded.
+    let epoch = vmm.shim.user_epoch(0);
+    configure(&vmm, &server, 0x18, &0xe000_0000_u32.to_le_bytes());
+    assert_ne!(vmm.shim.user_epoch(0), epoch);
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
+    assert_eq!(seen(), (placed(0), Decode::Off));
+    // It decodes, and nobody looks before it does not any more.
+    configure(&vmm, &server, 4, &[2, 0]);
+    configure(&vmm, &server, 4, &[0, 0]);
+    assert_eq!(seen(), (placed(0xe000_0000), Decode::Off));
+    configure(&vmm, &server, 4, &[2, 0]);
+    assert_eq!(seen(), (placed(0xe000_0000), Decode::On));
+    // Its size is asked for, and it is moved.
+    configure(&vmm, &server, 4, &[0, 0]);
+    configure(&vmm, &server, 0x18, &0xffff_0000_u32.to_le_bytes());
+    let sizing = Placement { address: 0xffff_0000, ..placed(0xe000_0000) };
+    assert_eq!(seen(), (sizing, Decode::Off));
+    // What did not change is not asked for again.
+    let epoch = vmm.shim.user_epoch(0);
+    while server.commands.try_recv().is_ok() {}
+    assert_eq!(seen(), (sizing, Decode::Off));
+    assert_eq!(vmm.shim.user_epoch(0), epoch);
+    assert!(server.commands.try_recv().is_err());
+    assert_eq!(vmm.shim.user_decode(0, 1), Decode::Unknown);
+}
+
 #[test]
 fn a_page_that_could_shrink_is_not_looked_at() {
     let (vmm, _server) = session(Habits { unsealed: true, ..Habits::default() });
-    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
-    assert_eq!(vmm.shim.user_placements(0), None);
+    assert!(vmm.shim.system.pages.lock().unwrap().is_empty());
 }
 
 #[test]
@@ -200,7 +241,7 @@ fn an_extension_that_the_server_has_not_is_not_used() {
     let (vmm, server) = session(Habits { extensions: Some(extensions), ..Habits::default() });
     let device = device(&vmm, &server);
     assert_eq!(vmm.shim.verdict(device, 2, 0, FaultAccess::READ), None);
-    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Unknown);
+    assert!(vmm.shim.system.pages.lock().unwrap().is_empty());
     assert!(commands_until(&server, 8).iter().all(|header| header.command < 0x8000));
 }
 
