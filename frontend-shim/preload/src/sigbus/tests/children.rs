@@ -37,6 +37,8 @@ static PROCESS: OnceLock<Process> = OnceLock::new();
 static LOG: AtomicI32 = AtomicI32::new(-1);
 /// What the handlers below do.
 static MODE: AtomicUsize = AtomicUsize::new(0);
+/// How often the handler was called.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
 
 /// The process of a handler.
 pub(super) fn process() -> &'static Process {
@@ -157,7 +159,14 @@ impl Process {
         unsafe { ((self.lost + page * PAGE) as *const u8).read_volatile() }
     }
 
-    /// The number that a set of signals has for SIGBUS, as the kernel says.
+    /// Waits for a signal that another thread may receive.
+    pub(super) fn wait_for_call(&self) {
+        while CALLS.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Whether a `SIGBUS` waits for this thread, or for any.
     pub(super) fn is_pending(&self) -> bool {
         // SAFETY: an array of zeros is a set.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -217,7 +226,7 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     let page = page.filter(|page| code > 0 && *page < LOST_PAGES);
     let mask = process.mask(None);
     log(&format!("handler {signal} {code} {page:?} {value} mask {mask:#x} stack {on_stack}"));
-    let _ = action;
+    CALLS.fetch_add(1, Ordering::SeqCst);
     match mode {
         mode if mode == Mode::Mend as usize => mend(page),
         mode if mode == Mode::Fault as usize => {

@@ -273,16 +273,11 @@ fn a_thread_that_wants_a_sent_signal_gets_it_while_another_blocks_it() {
     same(EXITED, 2, |process| {
         process.handle(INFO, 0, Mode::Return);
         process.block(SIGBUS);
-        let (sent, received) = std::sync::mpsc::channel();
-        process.thread(move || {
+        process.thread(|| {
             process.unblock(SIGBUS);
             kill();
-            // The kernel chooses; what it chose is done before this thread is in user space again, or
-            // soon after.
-            while process.is_pending() {}
-            sent.send(()).unwrap();
+            process.wait_for_call();
         });
-        received.recv().unwrap();
         log(&format!("blocked {}", process.is_blocked(SIGBUS)));
     });
 }

@@ -337,5 +337,9 @@ fn what_completes_is_counted() {
     assert_eq!(bench.read::<u32>(8), u32::MAX);
     bench.write::<u16>(6, 1);
     let counts = [Count::SigbusCompleted, Count::UrReads, Count::UrWrites, Count::FailOpens];
-    assert_eq!(counts.map(|count| bench.shim.status.get(count)), [2, 1, 1, 0]);
+    let counted = || counts.map(|count| bench.shim.status.get(count));
+    assert_eq!(counted(), [2, 1, 1, 0]);
+    // Iterations are accesses of one instruction.
+    Program::new(|a| a.rep().stosd()).run(&mut start(&bench, 0));
+    assert_eq!(counted(), [3, 1, 6, 0]);
 }

@@ -9,6 +9,7 @@ mod genuine;
 mod instructions;
 mod machine;
 mod stubborn;
+mod vectors;
 
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};

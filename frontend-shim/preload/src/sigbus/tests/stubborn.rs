@@ -112,6 +112,17 @@ fn a_signal_that_was_consumed_leaves_the_thread_served() {
 }
 
 #[test]
+fn a_handler_that_has_the_signal_blocked_leaves_the_thread_served() {
+    let end = wrapped(|process| {
+        process.handle(libc::SA_SIGINFO, 0, Mode::BlockAfterwards);
+        process.touch(0);
+        log(&format!("{} {:#x}", process.is_blocked(SIGBUS), process.bench.read::<u32>(0)));
+    });
+    assert_eq!(end.status, Status::Exited(0));
+    assert!(end.log.ends_with("true 0xffffffff\n"), "{}", end.log);
+}
+
+#[test]
 fn a_child_of_a_fork_is_served() {
     let end = wrapped(|process| {
         // SAFETY: the child does as much as the parent could, and ends.
