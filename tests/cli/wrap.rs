@@ -121,6 +121,34 @@ fn the_library_comes_before_what_is_preloaded_anyway() {
 }
 
 #[test]
+fn of_two_builds_one_is_at_work() {
+    let directory = directory();
+    let copy = directory.path().join(LIBRARY);
+    fs::copy(binary::preload(), &copy).expect("a file can be copied");
+    let mut command = wrap_with_library();
+    command.args(["sh", "-c", "cat /proc/self/maps; ls -l /proc/self/fd"]);
+    let output = command.env("LD_PRELOAD", &copy).output().expect("barkeep starts");
+    let stdout = stdout(&output);
+    assert!(stdout.contains(&copy.display().to_string()), "both are loaded: {stdout}");
+    assert_eq!(stdout.matches("-> /memfd:barkeep-wrap").count(), 1, "{stdout}");
+}
+
+/// The kernel's answer to a file that grows beyond this limit is a signal.
+#[test]
+fn a_program_that_may_make_no_files_runs_without_a_page() {
+    let words = "ulimit -f 0; exec cat /proc/self/maps | grep -c libbarkeep";
+    let output = wrapped(&["sh", "-c", words]);
+    assert!(output.status.success() && stdout(&output) != "0\n", "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("barkeep: no page for barkeep ctl wrap-status"),
+        "{}",
+        stderr(&output)
+    );
+    let quiet = wrapped(&["--quiet", "sh", "-c", words]);
+    assert_eq!((quiet.status.code(), &*stderr(&quiet)), (Some(0), ""));
+}
+
+#[test]
 fn scripts_and_the_loader_itself_hand_the_library_on() {
     let directory = directory();
     let script = directory.path().join("emulator");

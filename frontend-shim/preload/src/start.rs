@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::panic::catch_unwind;
 use std::sync::MutexGuard;
+use std::sync::atomic::AtomicU64;
 
 use crate::Shim;
 use crate::device::Turn;
@@ -18,10 +19,14 @@ use crate::system::Real;
 /// An operator's wish for no word on standard error: set, and not 0.
 const QUIET: &str = "BARKEEP_PRELOAD_QUIET";
 
-/// What `barkeep wrap` looks for: a library that exports it is this one.
+/// What `barkeep wrap` looks for: a library that exports it is this one. All builds mean the first one's by
+/// the name; where it points is each one's own.
 #[unsafe(export_name = "barkeep_preload_marker")]
 #[used]
-pub(crate) static MARKER: u64 = 1;
+pub(crate) static MARKER: &AtomicU64 = &OWN;
+
+/// Atomic, since constants of the same value may share a place.
+static OWN: AtomicU64 = AtomicU64::new(0);
 
 #[unsafe(link_section = ".init_array")]
 #[used]
@@ -63,7 +68,12 @@ fn is_another_copy_first() -> bool {
     let name = c"barkeep_preload_marker".as_ptr();
     // SAFETY: the name is a C string; the answer is an address or null.
     let first = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name) };
-    !first.is_null() && first.cast_const() != (&raw const MARKER).cast()
+    if first.is_null() {
+        return false;
+    }
+    // SAFETY: every build of this library has an address there, which is looked at and not followed.
+    let points_to = unsafe { first.cast::<*const AtomicU64>().read() };
+    points_to != &raw const OWN
 }
 
 extern "C" fn end() {

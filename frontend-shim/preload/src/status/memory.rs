@@ -9,6 +9,7 @@ use barkeep_protocol::page::wrap::{LENGTH, NAME, WORDS};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
 use rustix::io::{DupFlags, Errno, dup3, fcntl_dupfd_cloexec};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use rustix::process::{Resource, getrlimit};
 
 /// Where descriptors begin whose numbers no program counts on. The usual limit is 1024.
 const HIGH: RawFd = 1000;
@@ -127,6 +128,10 @@ impl File {
 }
 
 fn new_file() -> Result<OwnedFd, Errno> {
+    // A file that grows beyond the limit is a signal, which would end the program.
+    if getrlimit(Resource::Fsize).current.is_some_and(|limit| limit < LENGTH as u64) {
+        return Err(Errno::FBIG);
+    }
     let file = memfd_create(NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&file, LENGTH as u64)?;
     Ok(file)

@@ -51,7 +51,7 @@ impl Status {
     /// Counts something that is left to the VMM, and says so the first time that it happens.
     pub(crate) fn fail_open(&self, why: FailOpen) {
         if self.page.leave(why as usize) {
-            self.say(Line::new().text(why.text()).text(": left to the VMM"));
+            self.say(Line::new().text(why.text()).text(" (goes on as without barkeep)"));
         }
     }
 
