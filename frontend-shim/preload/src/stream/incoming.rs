@@ -79,16 +79,7 @@ impl Default for Incoming {
 }
 
 impl Incoming {
-    /// How many bytes tell whose the next ones are. `None` if that is known.
-    pub(super) fn undecided(&self) -> Option<usize> {
-        match self {
-            Self::Header(read) => Some(HEADER_SIZE - read.len()),
-            _ => None,
-        }
-    }
-
-    /// Decides by the next bytes, at most as many as are [`undecided`](Self::undecided), that wait in
-    /// the socket.
+    /// Decides by the bytes that wait in the socket, at most as many as a header has left.
     pub(super) fn decide(&self, waiting: &[u8], expected: &impl Expected) -> Next {
         let Self::Header(read) = self else { return Next::Lost };
         let start = [read, waiting].concat();

@@ -158,7 +158,6 @@ fn page(unsealed: bool) -> OwnedFd {
         state.epoch += 1;
         writer.show(&state, || {});
     }
-    drop(writer);
     let bytes: Vec<u8> =
         words.into_iter().flat_map(|word| word.into_inner().to_ne_bytes()).collect();
     let file = memfd_create("page", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
