@@ -4,11 +4,11 @@
 
 use barkeep_protocol::wire::limits::{HEADER_SIZE, MAX_DATA_XFER_SIZE, MAX_MESSAGE_FDS};
 use barkeep_protocol::wire::{
-    BitmapRequest, Command, DeviceInfo, DmaLayout, DmaLogging, DmaLoggingQuery, DmaTransfer,
-    DmaUnmap, DmaUnmapFlags, FaultVerdict, Header, IoFdLayout, IoFds, IoFdsQuery, IoFdsReply,
-    IrqInfo, MigData, MigDataRead, MigDeviceState, MigrationFlags, Offer, PageBitmap, RegionData,
-    RegionFlags, RegionInfo, RegionState, RegionWrites, Request, ServerRequest, SmallWrite,
-    Version,
+    BitmapRequest, Command, DecodePageInfo, DeviceInfo, DmaLayout, DmaLogging, DmaLoggingQuery,
+    DmaTransfer, DmaUnmap, DmaUnmapFlags, FaultVerdict, Header, IoFdLayout, IoFds, IoFdsQuery,
+    IoFdsReply, IrqInfo, MigData, MigDataRead, MigDeviceState, MigrationFlags, Offer, PageBitmap,
+    RegionData, RegionFlags, RegionInfo, RegionState, RegionWrites, Request, ServerRequest,
+    SmallWrite, Version,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -54,6 +54,7 @@ fn request(code: u16, body: &[u8]) {
         Request::MigDataWrite(data) => data.write_to(&mut bytes),
         Request::MemoryFault(report) => bytes = report.to_bytes(),
         Request::RegionState(query) => bytes = query.to_bytes(),
+        Request::DecodePage(query) => bytes = query.to_bytes(),
     }
     assert_eq!(Request::parse(code, &bytes).as_ref(), Ok(&request));
     match &request {
@@ -137,6 +138,9 @@ fn replies(body: &[u8]) {
     }
     if let Ok(verdict) = FaultVerdict::parse(body) {
         assert_eq!(FaultVerdict::parse(&verdict.to_bytes()), Ok(verdict));
+    }
+    if let Ok(page) = DecodePageInfo::parse(body) {
+        assert_eq!(DecodePageInfo::parse(&page.to_bytes()), Ok(page));
     }
     if let Ok(state) = RegionState::parse(body) {
         let again = RegionState::parse(&state.to_bytes()).expect("whole");

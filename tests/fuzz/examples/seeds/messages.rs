@@ -1,13 +1,13 @@
 //! One message of each kind, and the payloads that sessions are made of.
 
 use barkeep_protocol::wire::{
-    Command, DeviceFeature, DeviceFlags, DeviceInfo, DmaAccess, DmaLayout, DmaLogging,
-    DmaLoggingQuery, DmaMap, DmaTransfer, DmaUnmap, DmaUnmapFlags, FaultAccess, FaultReport,
-    FaultVerdict, FeatureIndex, FeatureMethods, FeatureRequest, InfoQuery, IoFd, IoFdKind, IoFds,
-    IoFdsQuery, IoRegionFlags, IrqAction, IrqData, IrqInfo, IrqInfoFlags, LoggingRange, MigData,
-    MigDataRead, MigDeviceState, MigrationFlags, MigrationState, Offer, RegionAccess, RegionData,
-    RegionFlags, RegionInfo, RegionState, RegionStateQuery, RegionWrites, SetIrqs, SmallWrite,
-    SparseArea, Version,
+    Command, DecodePageInfo, DecodePageQuery, DeviceFeature, DeviceFlags, DeviceInfo, DmaAccess,
+    DmaLayout, DmaLogging, DmaLoggingQuery, DmaMap, DmaTransfer, DmaUnmap, DmaUnmapFlags,
+    FaultAccess, FaultReport, FaultVerdict, FeatureIndex, FeatureMethods, FeatureRequest,
+    InfoQuery, IoFd, IoFdKind, IoFds, IoFdsQuery, IoRegionFlags, IrqAction, IrqData, IrqInfo,
+    IrqInfoFlags, LoggingRange, MigData, MigDataRead, MigDeviceState, MigrationFlags,
+    MigrationState, Offer, RegionAccess, RegionData, RegionFlags, RegionInfo, RegionState,
+    RegionStateQuery, RegionWrites, SetIrqs, SmallWrite, SparseArea, Version,
 };
 
 pub(crate) fn map(access: DmaAccess, address: u64, size: u64) -> Vec<u8> {
@@ -84,6 +84,7 @@ pub(crate) fn requests() -> Vec<(&'static str, Command, Vec<u8>)> {
         ("mig_write", Command::MigDataWrite, mig_write(b"barkeep1")),
         ("memory_fault", Command::MemoryFault, fault.to_bytes()),
         ("region_state", Command::RegionState, RegionStateQuery { region: 0 }.to_bytes()),
+        ("decode_page", Command::DecodePage, DecodePageQuery.to_bytes()),
     ]
 }
 
@@ -210,6 +211,7 @@ pub(crate) fn replies() -> Vec<(&'static str, Command, Vec<u8>)> {
         ("reply_region_read", Command::RegionRead, write(7, 0, &[0x34, 0x12, 0xe8, 0x11])),
         ("reply_verdict", Command::MemoryFault, verdict.to_bytes()),
         ("reply_region_state", Command::RegionState, state.to_bytes()),
+        ("reply_decode_page", Command::DecodePage, DecodePageInfo { length: 4096 }.to_bytes()),
     ]
 }
 

@@ -2,8 +2,8 @@
 
 use barkeep_fuzz::script::{ANSWERS, GREETED, How, LIKE_QEMU, Script, WITH_TWIN};
 use barkeep_protocol::wire::{
-    Command, DmaAccess, DmaUnmapFlags, InfoQuery, IrqAction, IrqData, MessageKind, MigrationState,
-    Version,
+    Command, DecodePageQuery, DmaAccess, DmaUnmapFlags, InfoQuery, IrqAction, IrqData, MessageKind,
+    MigrationState, Version,
 };
 
 use super::messages::{
@@ -83,6 +83,23 @@ pub(crate) fn write_seeds() {
         .raw(&[SHARED], &reset[..8])
         .raw(&[], &reset[8..]);
     save("session", "in_pieces", &pieces.done());
+
+    let page = code(Command::DecodePage);
+    let mut shown =
+        Script::new(EDU).raw(&[], &version).message(&[], page, 0, &DecodePageQuery.to_bytes());
+    for value in [2, 0, 6] {
+        shown = shown
+            .message(&[], write_code, 0, &write(7, 4, &[value, 0]))
+            .message(&[], code(Command::RegionRead), 0, &read(0, 0, 4))
+            .message(&[], page, 0x10, &DecodePageQuery.to_bytes());
+    }
+    let shown = shown.message(&[], code(Command::Reset), 0, &[]).message(
+        &[],
+        page,
+        0,
+        &DecodePageQuery.to_bytes(),
+    );
+    save("session", "decode_page", &shown.done());
 
     let fds = [SHARED; 14];
     let flood = Script::new(GREETED)

@@ -52,7 +52,10 @@ pub(crate) fn version(with_twin: bool, like_qemu: bool) -> Vec<u8> {
     let (minor, rest) = if like_qemu {
         (0, r#""migration":{"pgsize":4096,"max_bitmap_size":65536},"pgsizes":4096"#)
     } else {
-        (2, r#""migration":{"pgsize":4096},"barkeep":{"memory_fault":true,"region_state":true}"#)
+        (
+            2,
+            r#""migration":{"pgsize":4096},"barkeep":{"memory_fault":true,"region_state":true,"decode_page":true}"#,
+        )
     };
     let json =
         format!(r#"{{"capabilities":{{"max_msg_fds":16,"write_multiple":true,{twin}{rest}}}}}"#);
