@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use barkeep_tests::backend::Backend;
 use barkeep_tests::binary;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -50,7 +51,9 @@ fn main() {
 /// The function that the program is bound to and the one beneath, in turns, on the same virtual CPU.
 fn in_one_process(library: &Path, beneath: Option<&Path>, rounds: usize, calls: usize) {
     let mut preloaded = library.as_os_str().to_owned();
+    let backend = Backend::serve(&["ivshmem,size=64K"]);
     let mut command = vmm("measure-runs", &[rounds, calls]);
+    command.arg(backend.socket());
     if let Some(beneath) = beneath {
         preloaded.push(":");
         preloaded.push(beneath);
@@ -70,8 +73,9 @@ fn in_one_process(library: &Path, beneath: Option<&Path>, rounds: usize, calls: 
     }
     assert!(vmm.wait().unwrap().success());
     let what = if beneath.is_some() { "the wrapper alone" } else { "`KVM_RUN`, in one process" };
-    for exit in ["port", "mmio"] {
-        let of_kind: Vec<_> = measured.iter().filter(|(kind, ..)| kind == exit).collect();
+    let exits = [("port", "port"), ("mmio", "MMIO"), ("device", "MMIO beside a vfio-user device")];
+    for (kind, exit) in exits {
+        let of_kind: Vec<_> = measured.iter().filter(|(found, ..)| found == kind).collect();
         assert_eq!(of_kind.len(), rounds);
         let pairs: Vec<_> = of_kind.iter().map(|(_, with, without)| (*without, *with)).collect();
         row(what, exit, &pairs);

@@ -3,8 +3,10 @@
 use std::io::Read;
 use std::time::Instant;
 
+use crate::machine::Machine;
+use crate::proxy::CONFIG;
 use crate::raw;
-use crate::vm::{EXITS, KVM_RUN, READS, Vm};
+use crate::vm::{DATA, EXITS, KVM_RUN, READS, Vcpu, Vm};
 use crate::{Outcome, say};
 
 /// An argument after the scenario's name.
@@ -12,28 +14,40 @@ fn argument(index: usize, default: u32) -> u32 {
     std::env::args().nth(2 + index).and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Prints, for every round, nanoseconds per call of the function that the program is bound to, and of
-/// the one that lies underneath, for exits to a port and for MMIO.
+/// Prints, for every round, nanoseconds of all calls of the function that the program is bound to, and of
+/// the one that lies underneath: for exits to a port, for MMIO, and for MMIO beside the BARs of a
+/// vfio-user device, whose socket is the third argument.
 pub(crate) fn runs() -> Outcome {
+    for (kind, program) in [("port", EXITS), ("mmio", READS)] {
+        let vm = Vm::new(program)?;
+        time(kind, &vm.vcpu(0)?)?;
+    }
+    let Some(socket) = std::env::args().nth(4) else { return Ok(()) };
+    let (machine, _) = Machine::new(&socket, 2, READS)?;
+    let elsewhere = u32::try_from(DATA + (1 << 28)).unwrap_or(0);
+    machine.proxy.write(CONFIG, 0x10 + 4 * 2, &elsewhere.to_le_bytes())?;
+    machine.enable(true)?;
+    // The slot that the VMM puts there is not measured.
+    machine.vm.set_slot(9, 0, DATA, 0, machine.bar.host)?;
+    time("device", &machine.vm.vcpu(0)?)
+}
+
+fn time(kind: &str, vcpu: &Vcpu) -> Outcome {
     let (rounds, calls) = (argument(0, 20), argument(1, 1000));
     let (Some(bound), Some(beneath)) = (raw::bound_ioctl(), raw::ioctl_beneath()) else {
         return Err(0);
     };
-    for (kind, program) in [("port", EXITS), ("mmio", READS)] {
-        let vm = Vm::new(program)?;
-        let vcpu = vm.vcpu(0)?;
-        // Something that the page says.
-        vcpu.run();
-        let time = |ioctl| {
-            let start = Instant::now();
-            let failures = raw::repeat_ioctl(ioctl, vcpu.fd, KVM_RUN, calls);
-            (start.elapsed().as_nanos(), failures)
-        };
-        for _ in 0..rounds {
-            let (here, failed) = time(bound);
-            let (there, failed_too) = time(beneath);
-            println!("{kind} {here} {there} {}", failed + failed_too);
-        }
+    // Something that the page says.
+    vcpu.run();
+    let time = |ioctl| {
+        let start = Instant::now();
+        let failures = raw::repeat_ioctl(ioctl, vcpu.fd, KVM_RUN, calls);
+        (start.elapsed().as_nanos(), failures)
+    };
+    for _ in 0..rounds {
+        let (here, failed) = time(bound);
+        let (there, failed_too) = time(beneath);
+        println!("{kind} {here} {there} {}", failed + failed_too);
     }
     Ok(())
 }
