@@ -125,7 +125,7 @@ proptest! {
             loop {
                 step += 1;
                 if pumps[step % pumps.len()] {
-                    let _ = connection.look();
+                    connection.look();
                 }
                 let most = reads[step % reads.len()];
                 if peeks[step % peeks.len()]
