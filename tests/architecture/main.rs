@@ -80,6 +80,7 @@ fn crates_depend_on_each_other_in_one_direction() {
 #[test]
 fn modules_know_only_what_is_below_them() {
     assert_never("protocol/src/wire", &["crate::transport", "std::net", "std::io", "std::fs"]);
+    assert_never("protocol/src/page", &["crate::wire", "crate::transport", "std::os", "std::io"]);
 
     let below_devices =
         ["crate::devices", "crate::server", "crate::config", "barkeep_protocol", "barkeep_shim"];
