@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use barkeep_tests::peer::Peer;
 use barkeep_tests::peer::requests::pci;
 use barkeep_tests::virtio::{Driver, Load, Setup};
 use tempfile::TempDir;
@@ -103,6 +104,25 @@ fn a_disk_of_qemu_storage_daemons_holds_what_was_written_to_it() {
     load.finish(&mut driver);
     assert_eq!(load.failed, 0);
     load.verify(&image);
+}
+
+#[test]
+fn the_decode_page_of_a_bridged_function_follows_its_configuration_space() {
+    let Some((sidecar, mut daemon, _image)) = bridge() else { return };
+    let mut peer = Peer::greeted(&sidecar.socket());
+    let page = peer.decode_page();
+    let bars = || page.shown().unwrap().bars.into_iter().flatten().collect::<Vec<_>>();
+    assert!(!bars().is_empty());
+    for command in [ON, 0, ON] {
+        peer.set_config_u16(pci::COMMAND, command);
+        assert!(bars().iter().all(|bar| bar.decodes == (command == ON)));
+    }
+    // It is the function's and not the daemon's.
+    daemon.kill();
+    let _ = peer.config_u16(pci::COMMAND);
+    assert!(bars().iter().all(|bar| bar.decodes));
+    peer.set_config_u16(pci::COMMAND, 0);
+    assert!(bars().iter().all(|bar| !bar.decodes));
 }
 
 #[test]
