@@ -1,6 +1,9 @@
 //! A library that stands for the C library beneath the preloaded one: its `KVM_RUN` does nothing, and at
 //! once, so that what the wrapper costs can be measured alone. All other requests are real.
-#![expect(unsafe_code, reason = "takes the place of a C function, and makes the system call itself")]
+#![expect(
+    unsafe_code,
+    reason = "takes the place of a C function, and makes the system call itself"
+)]
 
 use std::ffi::{c_int, c_ulong};
 

@@ -1,11 +1,13 @@
 //! A VMM with a vfio-user device: what QEMU as it is shipped gets wrong, and what is right with the library.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Child, Command, Output, Stdio};
 
 use barkeep_tests::backend::Backend;
+use barkeep_tests::binary;
 
-use crate::wrapped::{With, has_kvm, run, text};
+use crate::wrapped::{With, has_kvm, run, scenario, text};
 
 const ONES: &str = "4294967295";
 
@@ -142,4 +144,72 @@ fn the_vmms_own_accesses_to_a_bar_that_is_gone_complete_while_it_does_not_decode
     assert_eq!(values(&wrapped, "16 bytes"), [u128::MAX.to_string()], "{wrapped}");
     assert_eq!(values(&wrapped, "copied"), [format!("{:?}", [255; 32])], "{wrapped}");
     assert_eq!(values(&wrapped, "written"), ["0"], "the write was dropped:\n{wrapped}");
+}
+
+/// A `barkeep serve` or `run` of its own, killed when dropped.
+struct Sidecar {
+    process: Child,
+    socket: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Sidecar {
+    fn start(command: &str, device: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let socket = directory.path().join("function.sock");
+        let mut barkeep = Command::new(binary::barkeep());
+        barkeep.arg(command).arg("--socket").arg(&socket).args(["--device", device]);
+        barkeep.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut process = barkeep.spawn().expect("barkeep starts");
+        let mut line = String::new();
+        let stdout = process.stdout.take().expect("a pipe");
+        BufReader::new(stdout).read_line(&mut line).expect("a pipe");
+        assert!(line.starts_with("serving"), "{line}");
+        Self { process, socket, _directory: directory }
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn a_backend_with_a_worker_answers_as_one_without_on_kvm() {
+    if !has_kvm() {
+        return;
+    }
+    let sidecar = Sidecar::start("run", "ivshmem,size=64K");
+    let wrapped = said("switched", &sidecar.socket, &["2"], With::Library);
+    let ones = format!("Ok(({ONES}, 0))");
+    assert_eq!(values(&wrapped, "off"), [ones.as_str(); 3], "{wrapped}");
+    assert_eq!(values(&wrapped, "on"), ["Ok((305419896, 0))"; 4], "{wrapped}");
+    assert_eq!(values(&wrapped, "a BAR's counters"), ["Ok([0, 0, 6, 0, 0])"], "{wrapped}");
+}
+
+#[test]
+fn a_backend_that_is_gone_hangs_nobody_on_kvm() {
+    if !has_kvm() {
+        return;
+    }
+    let mut sidecar = Sidecar::start("serve", "ivshmem,size=64K");
+    let socket = sidecar.socket.display().to_string();
+    let mut command = scenario("deserted", &[&socket, "2"], With::Library);
+    let mut vmm = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut stdout = BufReader::new(vmm.stdout.take().expect("a pipe"));
+    let mut said = String::new();
+    while !said.contains("ready") {
+        assert_ne!(stdout.read_line(&mut said).expect("a pipe"), 0, "{said}");
+    }
+    sidecar.process.kill().expect("it is our child");
+    sidecar.process.wait().expect("it is our child");
+    vmm.stdin.take().expect("a pipe").write_all(b"g").expect("it reads");
+    stdout.read_to_string(&mut said).expect("a pipe");
+    assert!(vmm.wait().expect("it is our child").success(), "{said}");
+    assert_eq!(values(&said, "off"), [format!("Ok({ONES})")], "{said}");
+    assert_eq!(values(&said, "alone"), [format!("Ok({ONES})")], "{said}");
+    assert_eq!(values(&said, "and again"), [format!("Ok({ONES})")], "{said}");
+    assert_eq!(values(&said, "refused"), ["true"], "the VMM hears of it:\n{said}");
 }

@@ -13,8 +13,15 @@ fn same(name: &str) -> String {
     assert_ne!(plain.status.code(), Some(2), "{name}: {}", text(&plain));
     let wrapped = run(name, &[], With::Library);
     let stderr = String::from_utf8_lossy(&wrapped.stderr);
-    assert_eq!(text(&wrapped), text(&plain), "{name}, with the library (left) and without; {stderr}");
-    assert_eq!(wrapped.status, plain.status, "{name}, with the library (left) and without; {stderr}");
+    assert_eq!(
+        text(&wrapped),
+        text(&plain),
+        "{name}, with the library (left) and without; {stderr}"
+    );
+    assert_eq!(
+        wrapped.status, plain.status,
+        "{name}, with the library (left) and without; {stderr}"
+    );
     assert_eq!(wrapped.stderr, plain.stderr, "{name}: {stderr}");
     text(&plain)
 }

@@ -128,8 +128,7 @@ impl Loop {
         if let Some(library) = library {
             command.env("LD_PRELOAD", library);
         }
-        let mut process =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         pin(&process);
         let lines = BufReader::new(process.stdout.take().unwrap());
         let mut this = Self { process, lines };

@@ -23,7 +23,10 @@ pub(crate) fn forks() -> Outcome {
     say("runs on", vcpu.run());
     say("a grandchild", {
         raw::in_child(|| {
-            let _ = raw::in_child(|| { say("its own", a_vm()); 0 });
+            let _ = raw::in_child(|| {
+                say("its own", a_vm());
+                0
+            });
             0
         })
     });

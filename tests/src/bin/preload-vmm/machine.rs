@@ -86,7 +86,9 @@ impl Machine {
         let there = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         let offset = address.wrapping_sub(DATA);
         match usize::try_from(offset) {
-            Ok(at) if *there && at < self.bar.len && self.bar.host != 0 => Ok(raw::load(self.bar.host + at)),
+            Ok(at) if *there && at < self.bar.len && self.bar.host != 0 => {
+                Ok(raw::load(self.bar.host + at))
+            }
             Ok(at) if *there && at < self.bar.len => self.proxy.read_u32(self.bar.index, offset),
             _ => Ok(0),
         }

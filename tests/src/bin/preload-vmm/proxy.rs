@@ -46,7 +46,8 @@ impl Proxy {
     /// Connects, agrees on a version, and leaves the reading to a thread. Returns the connection and
     /// the server's capabilities.
     pub(crate) fn connect(path: &str) -> Answer<(Arc<Self>, String)> {
-        let socket = UnixStream::connect(path).map_err(|error| error.raw_os_error().unwrap_or(0))?;
+        let socket =
+            UnixStream::connect(path).map_err(|error| error.raw_os_error().unwrap_or(0))?;
         socket.set_nonblocking(true).map_err(|_| 0)?;
         let proxy = Arc::new(Self {
             fd: socket.into_raw_fd(),
@@ -78,9 +79,8 @@ impl Proxy {
         self.lock().expected.insert(id, command);
         self.send(&message, fds)?;
         let deadline = Duration::from_secs(10);
-        let arrived = |waiting: &mut Waiting| {
-            !waiting.replies.contains_key(&id) && waiting.broken.is_none()
-        };
+        let arrived =
+            |waiting: &mut Waiting| !waiting.replies.contains_key(&id) && waiting.broken.is_none();
         let (mut waiting, _) = self
             .arrived
             .wait_timeout_while(self.lock(), deadline, arrived)
@@ -131,7 +131,8 @@ impl Proxy {
             0 => return Err("end of file".into()),
             short => return Err(format!("a header of {short} bytes")),
         }
-        let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap_or_default());
+        let word =
+            |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap_or_default());
         let id = u16::from_le_bytes([header[0], header[1]]);
         let command = u16::from_le_bytes([header[2], header[3]]);
         let (size, flags, errno) = (word(4), word(8), word(12));

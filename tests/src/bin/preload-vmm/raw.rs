@@ -1,6 +1,9 @@
 //! The C library's functions, as a VMM in C calls them: those that are interposed have to be called
 //! through the dynamic loader's binding, which `rustix` goes around.
-#![expect(unsafe_code, reason = "calls the C library's functions with numbers of the scenario's own")]
+#![expect(
+    unsafe_code,
+    reason = "calls the C library's functions with numbers of the scenario's own"
+)]
 #![expect(
     clippy::undocumented_unsafe_blocks,
     clippy::multiple_unsafe_ops_per_block,
@@ -265,10 +268,7 @@ pub(crate) fn sigpending() -> Answer<libc::sigset_t> {
     checked(unsafe { libc::sigpending(&raw mut set) }).map(|_| set)
 }
 
-pub(crate) fn sigaction(
-    signal: i32,
-    action: Option<&libc::sigaction>,
-) -> Answer<libc::sigaction> {
+pub(crate) fn sigaction(signal: i32, action: Option<&libc::sigaction>) -> Answer<libc::sigaction> {
     let mut before = unsafe { MaybeUninit::<libc::sigaction>::zeroed().assume_init() };
     let action = action.map_or(ptr::null(), ptr::from_ref);
     checked(unsafe { libc::sigaction(signal, action, &raw mut before) }).map(|_| before)
@@ -276,7 +276,12 @@ pub(crate) fn sigaction(
 
 /// What a handler is set by.
 pub(crate) fn action(handler: usize, flags: i32, mask: &[i32]) -> libc::sigaction {
-    libc::sigaction { sa_sigaction: handler, sa_mask: set_of(mask), sa_flags: flags, sa_restorer: None }
+    libc::sigaction {
+        sa_sigaction: handler,
+        sa_mask: set_of(mask),
+        sa_flags: flags,
+        sa_restorer: None,
+    }
 }
 
 pub(crate) fn signal(signal: i32, handler: usize) -> usize {
@@ -312,7 +317,8 @@ pub(crate) fn read_signal(fd: i32) -> Answer<(u32, i32)> {
 
 /// Gives this thread a stack for signals.
 pub(crate) fn use_signal_stack(at: usize, len: usize) -> Answer<i32> {
-    let stack = libc::stack_t { ss_sp: ptr::with_exposed_provenance_mut(at), ss_flags: 0, ss_size: len };
+    let stack =
+        libc::stack_t { ss_sp: ptr::with_exposed_provenance_mut(at), ss_flags: 0, ss_size: len };
     checked(unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) })
 }
 
@@ -370,7 +376,8 @@ fn note(code: i32, place: usize) {
     let here = 0u8;
     STACK.store(ptr::from_ref(&here).addr(), Ordering::SeqCst);
     let mask = sigprocmask(libc::SIG_BLOCK, None).unwrap_or_else(|_| set_of(&[]));
-    let bits = u64::from(contains(&mask, libc::SIGUSR1)) | u64::from(contains(&mask, libc::SIGBUS)) << 1;
+    let bits =
+        u64::from(contains(&mask, libc::SIGUSR1)) | u64::from(contains(&mask, libc::SIGBUS)) << 1;
     BLOCKED.store(bits, Ordering::SeqCst);
 }
 
@@ -381,7 +388,10 @@ const BUS_ADRERR: i32 = 2;
 pub(crate) fn sendmsg(fd: i32, pieces: &[&[u8]], fds: &[i32]) -> Answer<usize> {
     let mut parts: Vec<libc::iovec> = pieces
         .iter()
-        .map(|piece| libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() })
+        .map(|piece| libc::iovec {
+            iov_base: piece.as_ptr().cast_mut().cast(),
+            iov_len: piece.len(),
+        })
         .collect();
     let mut control = [0u64; 64];
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };

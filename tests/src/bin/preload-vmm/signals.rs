@@ -53,7 +53,10 @@ pub(crate) fn disposition() -> Outcome {
     say("otherwise", set(SIG_DFL, 0, &[SIGUSR1, SIGBUS]));
     say("at last", raw::sigaction(SIGBUS, None).map(|action| shown(&action)));
     say("no such signal", raw::sigaction(99, None).map(|_| ()));
-    say("not this one", raw::sigaction(libc::SIGKILL, Some(&raw::action(SIG_IGN, 0, &[]))).map(|_| ()));
+    say(
+        "not this one",
+        raw::sigaction(libc::SIGKILL, Some(&raw::action(SIG_IGN, 0, &[]))).map(|_| ()),
+    );
     Ok(())
 }
 

@@ -39,7 +39,10 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("an end too early", of(b"\0\0\0\0{\"capabilities\"\0:{}}\0")),
         ("a list", of(b"\0\0\0\0[]\0")),
         ("capabilities that are none", of(b"\0\0\0\0{\"capabilities\":7}\0")),
-        ("capabilities of a wrong type", of(b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":\"x\"}}\0")),
+        (
+            "capabilities of a wrong type",
+            of(b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":\"x\"}}\0"),
+        ),
         ("one that speaks barkeep", of(b"\0\0\0\0{\"capabilities\":{\"barkeep\":{}}}\0")),
         ("numbers alone", of(&[0; 3])),
     ]

@@ -114,7 +114,10 @@ pub(crate) fn several_vms() -> Outcome {
     for (vm, vcpus) in &running {
         vcpus.iter().for_each(|vcpu| say("nothing there", vcpu.run()));
         say("VM closed", raw::close(vm.fd));
-        say("runs without it", { vcpus[0].answer(1); vcpus[0].run() });
+        say("runs without it", {
+            vcpus[0].answer(1);
+            vcpus[0].run()
+        });
     }
     Ok(())
 }
@@ -194,7 +197,10 @@ pub(crate) fn interrupted() -> Outcome {
     let spin = [0xeb, 0xfe];
     let vm = Vm::new(&spin)?;
     let vcpu = vm.vcpu(0)?;
-    raw::sigaction(libc::SIGALRM, Some(&raw::action(raw::ignore_signal as *const () as usize, 0, &[])))?;
+    raw::sigaction(
+        libc::SIGALRM,
+        Some(&raw::action(raw::ignore_signal as *const () as usize, 0, &[])),
+    )?;
     for _ in 0..3 {
         raw::alarm_in_ms(20);
         say("interrupted", vcpu.run());
@@ -287,7 +293,8 @@ fn one_slot_many_threads() -> Outcome {
                     while !stop.load(Ordering::SeqCst) {
                         let exit = format!("{:?}", vcpu.run());
                         vcpu.answer(0);
-                        let known = ["out 0x10 0x4c494645", "out 0x10 0x0", "mmio read 0xe0000000 4"];
+                        let known =
+                            ["out 0x10 0x4c494645", "out 0x10 0x0", "mmio read 0xe0000000 4"];
                         if !known.contains(&exit.as_str()) {
                             strange.push(exit);
                         }
