@@ -6,6 +6,8 @@
 qemu=
 # What QEMU is run by, if its network is not this script's.
 inside=()
+# What else is said of the nested lab's clock.
+clock=()
 
 # BARKEEP_LAB_QEMU_ARGS: more arguments, for example `-trace vfio_user*` to see every message.
 read -r -a extra_arguments <<< "${BARKEEP_LAB_QEMU_ARGS:-}"
@@ -50,12 +52,12 @@ boot_nested() {
   shift
   : > "$work/$boot.results"
   timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
-    -accel "tcg,thread=${threads:-single}" -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
+    -accel "tcg,thread=${threads:-single}" "${clock[@]}" -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
     -nodefaults -display none -no-reboot \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
     -device intel-iommu,intremap=on,caching-mode=on -device edu \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" \
-    -append "console=ttyS0 quiet panic=-1 intel_iommu=on nohz=off highres=off $parameters" \
+    -append "console=ttyS0 quiet panic=-1 no_timer_check intel_iommu=on nohz=off highres=off $parameters" \
     "$@" "${extra_arguments[@]}" > "$work/$boot.qemu" 2>&1 &
   qemu=$!
   wait "$qemu" || status=$?

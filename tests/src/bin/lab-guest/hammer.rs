@@ -21,11 +21,12 @@ const TOGGLES_AT_ONCE: u64 = 20;
 const PATTERN: u64 = 0x1122_3344_5566_7788;
 const LIVENESS: u32 = 0x5a5a_1234;
 
-/// Works on the function of a `kind` (`edu` or `ivshmem`). `toggles` is how often the guest switches memory decode
+/// Works on the function of a `kind` (`edu` or `ivshmem`; `untouched` is an `edu` whose BAR nobody uses meanwhile, for
+/// what toggles do by themselves). `toggles` is how often the guest switches memory decode
 /// off and on, or `until-told`: then somebody else does, and a line on standard input is the end.
 pub(crate) fn run(kind: &str, toggles: &str) -> Result<()> {
     let function = match kind {
-        "edu" => Function::find(edu::ID.0, edu::ID.1)?,
+        "edu" | "untouched" => Function::find(edu::ID.0, edu::ID.1)?,
         _ => Function::find(0x1af4, 0x1110)?,
     };
     function.set_attribute("enable", "1")?;
@@ -135,12 +136,14 @@ impl Seen {
 enum Target {
     Registers(Mapping),
     Memory(Mapping),
+    Untouched(Mapping),
 }
 
 impl Target {
     fn of(kind: &str, function: &Function) -> Result<Self> {
         Ok(match kind {
             "edu" => Self::Registers(function.map_bar(0)?),
+            "untouched" => Self::Untouched(function.map_bar(0)?),
             "ivshmem" => Self::Memory(function.map_bar(2)?),
             _ => return Err(format!("no function `{kind}` to hammer").into()),
         })
@@ -149,7 +152,7 @@ impl Target {
     /// From here on every read has one right value.
     fn prepare(&self) {
         match self {
-            Self::Registers(bar) => {
+            Self::Registers(bar) | Self::Untouched(bar) => {
                 bar.write(register::LIVENESS, LIVENESS);
                 bar.write(register::DMA_SOURCE, PATTERN);
             }
@@ -159,7 +162,7 @@ impl Target {
 
     fn first(&self) -> u32 {
         match self {
-            Self::Registers(bar) => bar.read(register::IDENTIFICATION),
+            Self::Registers(bar) | Self::Untouched(bar) => bar.read(register::IDENTIFICATION),
             Self::Memory(bar) => bar.read(0),
         }
     }
@@ -170,6 +173,7 @@ impl Target {
             match self {
                 Self::Registers(bar) => hammer_registers(bar, &mut seen),
                 Self::Memory(bar) => hammer_memory(bar, &mut seen),
+                Self::Untouched(_) => std::hint::spin_loop(),
             }
         }
         seen
