@@ -28,7 +28,10 @@ fn say(what: &str, seen: impl std::fmt::Debug) {
     println!("{what}: {seen:?}");
 }
 
-const SCENARIOS: &[(&str, fn() -> Outcome)] = &[
+/// A scenario, by its name.
+type Scenario = (&'static str, fn() -> Outcome);
+
+const SCENARIOS: &[Scenario] = &[
     ("slots", vms::slots),
     ("exits", vms::exits),
     ("unknown-ioctls", vms::unknown_ioctls),

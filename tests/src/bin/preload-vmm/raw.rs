@@ -345,7 +345,7 @@ pub(crate) extern "C" fn handler(signal: c_int, info: *mut libc::siginfo_t, cont
 
 /// The same without information.
 pub(crate) extern "C" fn plain_handler(signal: c_int) {
-    note(0, signal as usize);
+    note(0, usize::try_from(signal).unwrap_or(0));
 }
 
 /// A VMM's handler that gives up: the signal ends the process.

@@ -162,7 +162,7 @@ pub(crate) fn toggled() -> Outcome {
             machine.enable(true)?;
         }
         stop.store(true, Ordering::SeqCst);
-        guests.into_iter().map(|guest| guest.join().unwrap_or(Err(0))).collect::<Result<(), _>>()
+        guests.into_iter().try_for_each(|guest| guest.join().unwrap_or(Err(0)))
     });
     say("guests", failed);
     let counts = counts.map(AtomicU32::into_inner);
