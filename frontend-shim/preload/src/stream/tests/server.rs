@@ -26,6 +26,8 @@ pub(super) struct Habits {
     pub(super) ignores: Vec<Command>,
     /// The page's file can shrink.
     pub(super) unsealed: bool,
+    /// Answers to reads are about another place, and zeros.
+    pub(super) misreads: bool,
     /// Its configuration space.
     pub(super) config: [u8; 256],
 }
@@ -36,6 +38,7 @@ impl Default for Habits {
             extensions: Some(BarkeepExtensions::all()),
             ignores: Vec::new(),
             unsealed: false,
+            misreads: false,
             config: [0; 256],
         }
     }
@@ -124,9 +127,13 @@ fn answer(
             DecodePageInfo { length: LENGTH as u64 }.to_bytes()
         }
         Command::RegionRead => {
-            let access: RegionAccess = access(body);
+            let mut access = access(body);
+            if habits.misreads {
+                access.offset += 4;
+            }
             let data = match access.region {
                 7 => habits.config[..access.count as usize].to_vec(),
+                _ if habits.misreads => vec![0; access.count as usize],
                 _ => vec![0xff; access.count as usize],
             };
             [access.to_bytes(), data].concat()

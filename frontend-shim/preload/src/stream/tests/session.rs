@@ -150,9 +150,32 @@ fn a_late_answer_to_us_never_reaches_the_vmm() {
     assert!(connection.ask(Command::RegionRead, &[0; 16], soon).is_none());
     let (late, _) = server.commands.recv().unwrap();
     server.socket.write_all(&message(late.id.0, late.command, YES, &[0; 20])).unwrap();
+    connection.look();
+    assert!(!connection.pending().silent);
     assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
     assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
     assert!(!connection.pending().owes_us());
+}
+
+#[test]
+fn an_answer_about_another_place_is_none() {
+    let (vmm, server) = session(Habits { misreads: true, ..Habits::default() });
+    let mut data = [0; 4];
+    vmm.shim.complete(device(&vmm, &server), 2, 8, &mut data, false);
+    assert_eq!(data, [0xff; 4]);
+}
+
+#[test]
+fn an_error_of_the_connection_is_the_vmms_to_hear_of() {
+    let (vmm, socket) = Vmm::new();
+    let hello = version(7);
+    assert_eq!(vmm.send(&hello), Ok(hello.len()));
+    // With something that was not read.
+    drop(socket);
+    let (_, connection) = vmm.shim.connection_of(vmm.fd).unwrap();
+    connection.look();
+    assert_eq!(vmm.receive(16), Err(Errno::CONNRESET));
+    assert_eq!(vmm.receive(16), Ok(Vec::new()));
 }
 
 #[test]
