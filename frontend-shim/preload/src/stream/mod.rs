@@ -13,19 +13,19 @@ mod incoming;
 mod introduce;
 mod outgoing;
 mod pending;
+mod place;
 mod plain;
 mod turn;
 
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use barkeep_protocol::page::decode::{DecodeReader, ShownBar, Space};
+use barkeep_protocol::page::decode::{ShownBar, Space};
 use barkeep_protocol::wire::{
     Command, FaultAccess, FaultReport, FaultVerdict, PciRegion, RegionAccess, RegionData,
 };
@@ -33,49 +33,21 @@ use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
 use self::connection::Connection;
 use self::hello::{Hello, LONGEST};
-use self::introduce::{BARS, BarFile, Facts, introduce};
+use self::introduce::{BARS, Facts, introduce};
 use self::pending::Greeting;
-use self::plain::{CONFIG_SPACE, Shadow};
+use self::place::Place;
+pub(crate) use self::place::Streams;
+use self::plain::CONFIG_SPACE;
 use crate::Shim;
 use crate::descriptors::Descriptor;
 use crate::device::{Decode, DeviceId, Placement, Source};
 use crate::status::{Count, FailOpen};
-use crate::system::{Answer, PageWords, SocketMessage, SocketReceived, System};
+use crate::system::{Answer, SocketMessage, SocketReceived, System};
 
-/// More connections are left to the VMM.
-const MOST: usize = 256;
 /// How long the VMM's first command waits for the device to say what it is.
 const INTRODUCTION: Duration = Duration::from_secs(1);
 /// How long a virtual CPU waits for a backend, once.
 const DEADLINE: Duration = Duration::from_secs(5);
-
-/// All connections of the process.
-pub(crate) struct Streams {
-    places: Box<[Place]>,
-    /// Files that are BARs.
-    files: AtomicUsize,
-    /// This is a child of the process that made them.
-    abandoned: AtomicBool,
-}
-
-/// A connection's place. Its memory for a page stays when the connection goes, so that a signal handler
-/// may look at any time.
-#[derive(Default)]
-struct Place {
-    taken: AtomicBool,
-    /// `None` as long as there is none, and when it is gone.
-    connection: Mutex<Option<Arc<Connection>>>,
-    /// The device's number and 1, or 0.
-    device: AtomicU32,
-    page: OnceLock<PageWords>,
-    /// Whether the page is this connection's.
-    shown: AtomicBool,
-    /// Moves when the page becomes another's.
-    generation: AtomicU64,
-    /// For a server without a page.
-    shadow: Shadow,
-    files: Mutex<Vec<BarFile>>,
-}
 
 impl<S: System> Shim<S> {
     /// `sendmsg` of the VMM.
@@ -432,73 +404,4 @@ impl<S: System> Shim<S> {
 fn is_unix_stream(socket: &OwnedFd) -> bool {
     sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
         && sockopt::socket_type(socket) == Ok(SocketType::STREAM)
-}
-
-impl Streams {
-    /// In a child: the connections are the parent's. Takes no lock, as other threads of the parent may
-    /// have had any.
-    pub(crate) fn forked(&self) {
-        self.abandoned.store(true, Ordering::Release);
-    }
-
-    fn place(&self, stream: u32) -> Option<&Place> {
-        let place = self.places.get(usize::try_from(stream).ok()?)?;
-        (!self.abandoned.load(Ordering::Acquire)).then_some(place)
-    }
-
-    fn free_place(&self) -> Option<u32> {
-        let free = (0..).zip(&self.places).find(|(_, place)| {
-            !place.taken.swap(true, Ordering::AcqRel)
-        });
-        free.map(|(stream, _)| stream)
-    }
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self {
-            places: (0..MOST).map(|_| Place::default()).collect(),
-            files: AtomicUsize::new(0),
-            abandoned: AtomicBool::new(false),
-        }
-    }
-}
-
-impl fmt::Debug for Streams {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let taken = self.places.iter().filter(|place| place.taken.load(Ordering::Relaxed));
-        f.debug_struct("Streams").field("taken", &taken.count()).finish_non_exhaustive()
-    }
-}
-
-impl Place {
-    fn connection(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn files(&self) -> MutexGuard<'_, Vec<BarFile>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What the device decodes. Safe in a signal handler.
-    fn page(&self) -> Option<DecodeReader<PageWords>> {
-        if !self.shown.load(Ordering::Acquire) {
-            return None;
-        }
-        DecodeReader::new(*self.page.get()?)
-    }
-
-    fn show(&self, system: &impl System, file: BorrowedFd<'_>) {
-        let Ok(page) = system.page(Some(file), self.page.get().copied()) else { return };
-        let _ = self.page.set(page);
-        self.generation.fetch_add(1, Ordering::AcqRel);
-        self.shown.store(true, Ordering::Release);
-    }
-}
-
-impl BarFile {
-    /// Where in the BAR a place in the file is.
-    fn offset(&self, in_file: u64) -> Option<u64> {
-        in_file.checked_sub(self.start).filter(|offset| *offset < self.len)
-    }
 }

@@ -1,0 +1,129 @@
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use barkeep_protocol::page::decode::DecodeReader;
+
+use super::connection::Connection;
+use super::introduce::BarFile;
+use super::plain::Shadow;
+use crate::device::DeviceId;
+use crate::system::{PageWords, System};
+
+/// More connections are left to the VMM.
+const MOST: usize = 256;
+
+/// All connections of the process.
+pub(crate) struct Streams {
+    places: Box<[Place]>,
+    /// Files that are BARs.
+    pub(super) files: AtomicUsize,
+    /// This is a child of the process that made them.
+    abandoned: AtomicBool,
+}
+
+/// A connection's place. Its memory for a page stays when the connection goes, so that a signal handler
+/// may look at any time.
+#[derive(Default)]
+pub(super) struct Place {
+    pub(super) taken: AtomicBool,
+    /// `None` as long as there is none, and when it is gone.
+    pub(super) connection: Mutex<Option<Arc<Connection>>>,
+    /// The device's number and 1, or 0.
+    pub(super) device: AtomicU32,
+    pub(super) page: OnceLock<PageWords>,
+    /// Whether the page is this connection's.
+    pub(super) shown: AtomicBool,
+    /// Moves when the page becomes another's.
+    pub(super) generation: AtomicU64,
+    /// For a server without a page.
+    pub(super) shadow: Shadow,
+    pub(super) files: Mutex<Vec<BarFile>>,
+}
+
+impl Streams {
+    /// In a child: the connections are the parent's. Takes no lock, as other threads of the parent may
+    /// have had any.
+    pub(crate) fn forked(&self) {
+        self.abandoned.store(true, Ordering::Release);
+        for place in &self.places {
+            // Whatever happens to the VMM's, ours would keep the connection from ending.
+            let ours =
+                place.connection.try_lock().ok().and_then(|mut connection| connection.take());
+            drop(ours);
+        }
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    pub(super) fn place(&self, stream: u32) -> Option<&Place> {
+        self.places.get(usize::try_from(stream).ok()?)
+    }
+
+    pub(super) fn connection(&self, stream: u32) -> Option<Arc<Connection>> {
+        let place = self.place(stream).filter(|_| !self.is_abandoned())?;
+        place.connection().clone()
+    }
+
+    pub(super) fn free_place(&self) -> Option<u32> {
+        let free =
+            (0..).zip(&self.places).find(|(_, place)| !place.taken.swap(true, Ordering::AcqRel));
+        free.map(|(stream, _)| stream)
+    }
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self {
+            places: (0..MOST).map(|_| Place::default()).collect(),
+            files: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+        }
+    }
+}
+
+impl fmt::Debug for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let taken = self.places.iter().filter(|place| place.taken.load(Ordering::Relaxed));
+        f.debug_struct("Streams").field("taken", &taken.count()).finish_non_exhaustive()
+    }
+}
+
+impl Place {
+    pub(super) fn connection(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn files(&self) -> MutexGuard<'_, Vec<BarFile>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn device(&self) -> Option<DeviceId> {
+        self.device.load(Ordering::Acquire).checked_sub(1).map(DeviceId)
+    }
+
+    /// What the device decodes. Safe in a signal handler.
+    pub(super) fn page(&self) -> Option<DecodeReader<PageWords>> {
+        if !self.shown.load(Ordering::Acquire) {
+            return None;
+        }
+        DecodeReader::new(*self.page.get()?)
+    }
+
+    pub(super) fn show(&self, system: &impl System, file: BorrowedFd<'_>) {
+        let Ok(page) = system.page(Some(file), self.page.get().copied()) else { return };
+        let _ = self.page.set(page);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.shown.store(true, Ordering::Release);
+    }
+}
+
+impl BarFile {
+    /// Where in the BAR a place in the file is.
+    pub(super) fn offset(&self, in_file: u64) -> Option<u64> {
+        in_file.checked_sub(self.start).filter(|offset| *offset < self.len)
+    }
+}
