@@ -1,13 +1,11 @@
-# Sourced by `run`, `virtio`, `crash` and `nested`, whose variables it uses (`host`, `kernel`, `work`, `limit`;
-# `nested` has `megabytes`, the others `nonce`, `rounds`, `memory` and `processors`; more
+# Sourced by `run`, `virtio`, `crash`, `nested` and `wrap`, whose variables it uses (`host`, `kernel`, `work`,
+# `limit`; the last two have `megabytes`, the others `nonce`, `rounds`, `memory` and `processors`; more
 # for the guest's kernel is in `parameters`): one boot of the guest.
 # shellcheck shell=bash disable=SC2154
 
 qemu=
 # What QEMU is run by, if its network is not this script's.
 inside=()
-# What else is said of the nested lab's clock.
-clock=()
 
 # BARKEEP_LAB_QEMU_ARGS: more arguments, for example `-trace vfio_user*` to see every message.
 read -r -a extra_arguments <<< "${BARKEEP_LAB_QEMU_ARGS:-}"
@@ -46,13 +44,13 @@ boot_guest() {
 # boot_nested BOOT QEMU_ARGUMENT...: the same with the guest of the nested lab, whose processors have
 # SVM and which has QEMU's edu function behind an IOMMU. One thread emulates both processors, and timers
 # tick: with a thread each, thousands of memory slots that came and went ended in a corrupted stack, a
-# triple fault or a lost timer, before and after the gate of decision 0009.
+# triple fault or a lost timer, before and after the gate of decision 0009. `threads=multi` has a thread each.
 boot_nested() {
   local boot=$1 status=0
   shift
   : > "$work/$boot.results"
   timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
-    -accel "tcg,thread=${threads:-single}" "${clock[@]}" -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
+    -accel "tcg,thread=${threads:-single}" -smp 2 -cpu EPYC,+svm -m "$megabytes" -machine q35 \
     -nodefaults -display none -no-reboot \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
     -device intel-iommu,intremap=on,caching-mode=on -device edu \

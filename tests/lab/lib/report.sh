@@ -1,4 +1,4 @@
-# Sourced by `run`, `virtio`, `crash` and `nested`, whose variables it uses (`lab`, `reference`): counts checks, a line for each.
+# Sourced by `run`, `virtio`, `crash`, `nested` and `wrap`, whose variables it uses (`lab`, `reference`): counts checks, a line for each.
 # shellcheck shell=bash disable=SC2154
 
 passed=0 failed=0 skipped=0
