@@ -66,9 +66,14 @@ fn play(kills: &[u64]) -> Vec<u64> {
     let (mut lab, socket) = Lab::new(edu);
     let mut client = Client::new(socket, steps, UNSHARED, SIZE);
     let mut points = Vec::new();
+    let epoch = |page: &OwnedFd| Some(shown(page)?.epoch);
     for kill in kills.iter().copied().chain([u64::MAX]) {
+        let before = client.fd().and_then(epoch);
         let run = || {
             lab.start();
+            if let (Some(before), Some(page)) = (before, client.fd()) {
+                assert!(epoch(page) >= Some(before), "what was shown is undone, {kills:?}");
+            }
             lab.run_until(|| {
                 let status = client.step();
                 // A server has the word again, so the page is whole, whoever died before.
@@ -154,6 +159,16 @@ fn a_session_that_ends_leaves_a_page_on_which_nothing_decodes() {
     let _ = talk.expect(ask_page());
     assert!(bar0(talk.client.fd().unwrap()).unwrap().1);
     assert!(!bar0(&page).unwrap().1);
+}
+
+#[test]
+fn a_successor_gives_back_what_was_held_before_it() {
+    let (mut talk, page) = with_page();
+    talk.restart();
+    talk.client.leave();
+    talk.lab.round();
+    talk.lab.round();
+    assert_eq!((talk.lab.held(), bar0(&page).unwrap().1), (vec![], false));
 }
 
 #[test]
