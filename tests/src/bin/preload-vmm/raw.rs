@@ -444,6 +444,12 @@ pub(crate) fn recvmsg(fd: i32, data: &mut [u8], flags: i32) -> Answer<(usize, Ve
     Ok((count, fds))
 }
 
+/// A request to the kernel that no library sees.
+pub(crate) fn hidden_ioctl(fd: i32, request: u64) -> Answer<()> {
+    let answer = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, 0) };
+    if answer == -1 { Err(errno()) } else { Ok(()) }
+}
+
 /// A system call that no library sees.
 pub(crate) fn hidden_dup2(fd: i32, to: i32) -> Answer<i32> {
     let answer = unsafe { libc::syscall(libc::SYS_dup2, fd, to) };
