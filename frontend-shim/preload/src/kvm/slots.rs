@@ -129,11 +129,6 @@ impl Slot {
     fn pages(&self) -> u64 {
         self.region.size / PAGE
     }
-
-    /// What the kernel copies for `KVM_GET_DIRTY_LOG`: a bit for each page, in words of 64.
-    fn log_bytes(&self) -> usize {
-        usize::try_from(self.pages().div_ceil(64) * 8).unwrap_or(usize::MAX)
-    }
 }
 
 impl Slots {
@@ -234,8 +229,8 @@ impl Slots {
         let bitmap: [u8; 8] = std::array::from_fn(|byte| log[8 + byte]);
         let bitmap = usize::try_from(u64::from_le_bytes(bitmap)).map_err(|_| Errno::FAULT)?;
         // Which pages were written before it was suspended is not known any more.
-        let fill = if slot.log_lost { 0xff } else { 0 };
-        write_filled(system, bitmap, slot.log_bytes(), fill)?;
+        let fill = if slot.log_lost { u64::MAX } else { 0 };
+        write_log(system, bitmap, slot.pages(), fill)?;
         slot.log_lost = false;
         Ok(0)
     }
@@ -267,14 +262,22 @@ impl Slots {
     }
 }
 
-fn write_filled(system: &impl System, address: usize, len: usize, fill: u8) -> Answer<()> {
-    let page = [fill; 4096];
+/// Writes what the kernel copies for `KVM_GET_DIRTY_LOG`: a bit for each page, in words of 64. Behind the
+/// last page there is none: a VMM may count on that.
+fn write_log(system: &impl System, address: usize, pages: u64, fill: u64) -> Answer<()> {
+    let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Errno::FAULT)?;
+    let whole = [fill.to_le_bytes(); 512];
     let mut done = 0;
-    while done < len {
-        let part = (len - done).min(page.len());
-        let at = address.checked_add(done).ok_or(Errno::FAULT)?;
-        system.write_memory(at, &page[..part])?;
+    while done < words {
+        let part = (words - done).min(whole.len());
+        let at = address.checked_add(done * 8).ok_or(Errno::FAULT)?;
+        system.write_memory(at, whole[..part].as_flattened())?;
         done += part;
+    }
+    let left = pages % 64;
+    if left != 0 {
+        let at = address.checked_add((words - 1) * 8).ok_or(Errno::FAULT)?;
+        system.write_memory(at, &(fill & ((1 << left) - 1)).to_le_bytes())?;
     }
     Ok(())
 }
