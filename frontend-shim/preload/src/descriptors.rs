@@ -122,10 +122,21 @@ impl<S: System> Shim<S> {
     /// The kernel's.
     pub(crate) fn close_range(&self, first: u32, last: u32, flags: i32) -> Answer<()> {
         // With a flag nothing is closed, or in a copy of the table that is the thread's own.
-        if flags == 0 {
+        if flags == 0 && self.follows_any(first) && self.closes_ranges() {
             self.shielded(|| self.forget_range(first, last));
         }
         self.system.close_range(first, last, flags)
+    }
+
+    /// Whether the kernel has `close_range` and lets it be called: what is forgotten is to be closed. The
+    /// number is no descriptor's.
+    fn closes_ranges(&self) -> bool {
+        self.system.close_range(u32::MAX, u32::MAX, 0).is_ok()
+    }
+
+    fn follows_any(&self, first: u32) -> bool {
+        usize::try_from(first)
+            .is_ok_and(|first| first < self.descriptors.used.load(Ordering::Acquire))
     }
 
     /// `dup`, `dup2`, `dup3`, and the commands of `fcntl` that do the same.

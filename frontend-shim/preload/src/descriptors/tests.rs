@@ -9,7 +9,10 @@ use crate::system::{Answer, Duplicate, System};
 
 /// Answers what a descriptor's duplicate is: the number that the test asks for, or none.
 #[derive(Debug, Default)]
-struct Fake;
+struct Fake {
+    /// As kernels before 5.9, and filters of system calls.
+    no_ranges: bool,
+}
 
 impl System for Fake {
     fn duplicate(&self, _: RawFd, how: Duplicate) -> Answer<RawFd> {
@@ -25,13 +28,17 @@ impl System for Fake {
         Ok(())
     }
 
-    fn close_range(&self, _: u32, _: u32, _: i32) -> Answer<()> {
-        Ok(())
+    fn close_range(&self, first: u32, last: u32, _: i32) -> Answer<()> {
+        match self.no_ranges {
+            true => Err(Errno::NOSYS),
+            false if first > last => Err(Errno::INVAL),
+            false => Ok(()),
+        }
     }
 }
 
 fn shim() -> Shim<Fake> {
-    Shim::new(Fake, Status::private(true))
+    Shim::new(Fake::default(), Status::private(true))
 }
 
 const ALL: [Descriptor; 4] = [
@@ -141,7 +148,7 @@ fn a_range_is_closed_with_both_ends() {
     assert_eq!(shim.close_range(4, 6, 0), Ok(()));
     let left: Vec<_> = (0..10).filter(|fd| shim.descriptors.get(*fd).is_some()).collect();
     assert_eq!(left, [3, 7]);
-    assert_eq!(shim.close_range(6, 2, 0), Ok(()));
+    assert_eq!(shim.close_range(6, 2, 0), Err(Errno::INVAL));
     assert_eq!(shim.close_range(0, u32::MAX, 0), Ok(()));
     assert_eq!(shim.descriptors.get(3).or(shim.descriptors.get(7)), None);
 }
@@ -155,4 +162,12 @@ fn a_range_that_is_only_marked_or_another_tables_stays() {
         assert_eq!(shim.close_range(0, 10, flags), Ok(()));
         assert_eq!(shim.descriptors.get(3), Some(Descriptor::Vm(1)));
     }
+}
+
+#[test]
+fn a_range_that_can_not_be_closed_stays() {
+    let shim = Shim::new(Fake { no_ranges: true }, Status::private(true));
+    shim.descriptors.set(3, Descriptor::Vm(1));
+    assert_eq!(shim.close_range(3, u32::MAX, 0), Err(Errno::NOSYS));
+    assert_eq!(shim.descriptors.get(3), Some(Descriptor::Vm(1)));
 }
