@@ -10,7 +10,8 @@ use barkeep_tests::backend::Backend;
 use barkeep_tests::peer::decode_page::{Bar, DecodePage, LENGTH};
 use barkeep_tests::peer::message::{COMMAND, NO_REPLY, Payload, command, message, u64_at};
 use barkeep_tests::peer::requests::{
-    CONFIG, decode_page, feature, memory_fault, migration, pci, region_state, write,
+    CONFIG, access, decode_page, feature, memory_fault, migration, pci, region_info, region_state,
+    write,
 };
 use barkeep_tests::peer::{Peer, version_body};
 use rustix::fs::{FallocateFlags, OFlags, SealFlags, fallocate, fcntl_get_seals, fcntl_getfl};
@@ -109,6 +110,32 @@ fn a_request_that_wants_no_reply_shows_before_the_next_one_is_answered() {
         peer.send(&message(77, command::REGION_WRITE, COMMAND | NO_REPLY, &body));
         assert_eq!(peer.config_u16(pci::COMMAND), value);
         assert_eq!(page.bar(0).decodes, value != 0);
+    }
+}
+
+/// A reply may be on its way while requests behind it are served.
+#[test]
+fn a_change_shows_with_its_reply_and_not_with_the_last_one_of_many() {
+    let backend = Backend::serve(&["ivshmem,size=64K"]);
+    let mut peer = backend.client();
+    let page = peer.decode_page();
+    for round in 0..100 {
+        let on = round % 2 == 0;
+        let value = if on { pci::MEMORY_SPACE } else { 0 };
+        let change = write(CONFIG, pci::COMMAND, &value.to_le_bytes());
+        let mut bytes = message(1, command::REGION_WRITE, COMMAND, &change);
+        // With its descriptor, what was answered so far is sent.
+        bytes.extend(message(2, command::GET_REGION_INFO, COMMAND, &region_info(32, 2)));
+        for id in 3..20 {
+            bytes.extend(message(id, command::REGION_READ, COMMAND, &access(2, 0, 0x1_0000)));
+        }
+        peer.send(&bytes);
+        let _ = peer.reply_to(1, command::REGION_WRITE).success();
+        assert_eq!(page.bar(2).decodes, on);
+        let _ = peer.reply_to(2, command::GET_REGION_INFO).success();
+        for id in 3..20 {
+            let _ = peer.reply_to(id, command::REGION_READ).success();
+        }
     }
 }
 
