@@ -164,7 +164,8 @@ impl<S: System> Shim<S> {
     }
 
     fn vm_created(&self, fd: RawFd) {
-        if !self.system.link(fd).is_ok_and(|link| link == b"anon_inode:kvm-vm") {
+        // Where there is no /proc, as in a jail, the request's own answer must do.
+        if self.system.link(fd).is_ok_and(|link| link != b"anon_inode:kvm-vm") {
             return;
         }
         self.forget_stale(fd);

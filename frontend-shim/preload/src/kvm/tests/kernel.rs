@@ -48,6 +48,7 @@ pub(super) struct State {
     pub(super) registers_unreadable: bool,
     /// Descriptors are not KVM's, whatever they answer.
     pub(super) strange: bool,
+    pub(super) no_proc: bool,
 }
 
 #[derive(Debug, Default)]
@@ -217,6 +218,7 @@ impl System for Kernel {
     fn link(&self, fd: RawFd) -> Answer<Vec<u8>> {
         match fd {
             _ if self.state().strange => Ok(b"/dev/other".to_vec()),
+            _ if self.state().no_proc => Err(Errno::NOENT),
             VCPU.. => Ok(b"anon_inode:kvm-vcpu:0".to_vec()),
             FIRST_VM.. => Ok(b"anon_inode:kvm-vm".to_vec()),
             _ => Ok(b"/dev/kvm".to_vec()),

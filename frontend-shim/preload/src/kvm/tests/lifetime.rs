@@ -145,6 +145,14 @@ fn a_number_that_looks_like_a_request_of_kvms_makes_no_vm() {
 }
 
 #[test]
+fn a_vm_is_followed_where_there_is_no_proc() {
+    let shim = shim();
+    shim.system.state().no_proc = true;
+    let fd = create_vm(&shim);
+    assert!(matches!(shim.descriptors.get(fd), Some(Descriptor::Vm(_))));
+}
+
+#[test]
 fn virtual_cpus_come_and_go_without_end() {
     let shim = shim();
     let vm = create_vm(&shim);
