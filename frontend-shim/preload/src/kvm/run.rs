@@ -78,10 +78,11 @@ impl Vms {
         let address = run.mmio_address();
         let exit = if vm.may_have_suspended(address) {
             around.shielded(|| self.suspended_or_window(around, vcpu, (number, vm), run))
-        } else if let Some(place) = around.window_at(number, address) {
-            around.shielded(|| self.window(around, vcpu, place, run))
         } else {
-            return Next::Vmm;
+            around.shielded(|| {
+                let place = around.window_at(number, address);
+                place.map_or(Next::Vmm, |place| self.window(around, vcpu, place, run))
+            })
         };
         exit.unwrap_or(Next::Vmm)
     }

@@ -11,7 +11,6 @@ use super::real_sockets::{self, Recv, Recvmsg, Send, Sendmsg};
 use super::{Answer, Duplicate, Mmap, Mremap, PageWords, SocketMessage, SocketReceived, System};
 
 type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
-type Pread = unsafe extern "C-unwind" fn(c_int, *mut c_void, usize, i64) -> isize;
 type Pwrite = unsafe extern "C-unwind" fn(c_int, *const c_void, usize, i64) -> isize;
 type MmapCall = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, c_int, i64) -> *mut c_void;
 type Munmap = unsafe extern "C" fn(*mut c_void, usize) -> c_int;
@@ -29,7 +28,6 @@ type Fcntl = unsafe extern "C-unwind" fn(c_int, c_int, *mut c_void) -> c_int;
 #[derive(Debug)]
 pub(crate) struct Real {
     pub(crate) ioctl: Ioctl,
-    pub(crate) pread: Pread,
     pub(crate) pwrite: Pwrite,
     pub(crate) mmap: MmapCall,
     pub(crate) munmap: Munmap,
@@ -65,7 +63,6 @@ impl Real {
     pub(crate) fn find() -> Option<Self> {
         Some(Self {
             ioctl: next!(c"ioctl" as Ioctl)?,
-            pread: next!(c"pread64" as Pread)?,
             pwrite: next!(c"pwrite64" as Pwrite)?,
             mmap: next!(c"mmap64" as MmapCall)?,
             munmap: next!(c"munmap" as Munmap)?,
@@ -103,8 +100,15 @@ impl System for Real {
         self.signals.action(signal, new)
     }
 
-    fn signal_mask(&self, change: Option<Change>) -> Answer<u64> {
-        self.signals.mask(change)
+    fn pread(&self, fd: RawFd, data: &mut [u8], offset: u64) -> Answer<usize> {
+        if fd < 0 {
+            return Err(Errno::BADF);
+        }
+        // SAFETY: the kernel says if the number is no descriptor's, and nothing closes it here.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        // By the kernel itself: a thread may be cancelled in the C library's, also one that is in a call or
+        // a handler of ours, where it must not be.
+        rustix::io::pread(fd, data, offset)
     }
 
     fn signals_pending(&self) -> Answer<u64> {

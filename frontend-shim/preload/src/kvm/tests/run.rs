@@ -320,3 +320,11 @@ fn without_a_run_structure_everything_is_the_vmms() {
     assert_eq!(world.done(), [Done::Read(ONES)]);
     assert_eq!(vcpu.vm.load(Ordering::Relaxed), world.number);
 }
+
+#[test]
+fn an_exit_in_which_there_is_a_bug_of_ours_is_the_vmms() {
+    let world = World::new();
+    world.around.devices().window_panics = true;
+    assert_eq!(world.does(&[Do::Read(0xfd00_0000)]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+}
