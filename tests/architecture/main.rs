@@ -154,6 +154,7 @@ fn unsafe_code_is_where_the_design_puts_it() {
         "frontend-shim/preload/src/sigbus/tests/machine.rs",
         "frontend-shim/preload/src/sigbus/tests/mod.rs",
         "frontend-shim/preload/src/sigbus/tests/stubborn.rs",
+        "frontend-shim/preload/src/sigbus/tests/vforked.rs",
         "frontend-shim/preload/src/start.rs",
         "frontend-shim/preload/src/status/memory.rs",
         "frontend-shim/preload/src/system/kernel.rs",

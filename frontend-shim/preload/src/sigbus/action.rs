@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use super::handler::discard_pending;
-use super::{BUS, Signals};
+use super::{BUS, SIGBUS, Signals};
 use crate::Shim;
 use crate::system::System;
 
@@ -57,6 +57,9 @@ impl Action {
 impl<S: System> Shim<S> {
     /// `sigaction` for `SIGBUS`. Returns what was before. Safe in a signal handler.
     pub(crate) fn signal_action(&self, new: Option<Action>) -> Action {
+        if self.elsewhere() {
+            return self.action_elsewhere(new);
+        }
         let Signals { chained, .. } = &self.signals;
         let Some(new) = new else { return chained.load() };
         let before = chained.replace(Action {
@@ -69,6 +72,15 @@ impl<S: System> Shim<S> {
             discard_pending();
         }
         before
+    }
+
+    /// Of another process in our memory: the kernel has its actions apart from ours.
+    fn action_elsewhere(&self, new: Option<Action>) -> Action {
+        let own = self.signals.own.load(Ordering::Relaxed);
+        match self.system.signal_action(SIGBUS, new) {
+            Ok(before) if before.handler != own => before,
+            _ => self.signals.chained.load(),
+        }
     }
 
     /// `signal` for `SIGBUS`. Returns the handler before.

@@ -75,6 +75,8 @@ impl<S: System> Shim<S> {
         let asked = blocked();
         let before = match change {
             None => self.system.signal_mask(None)?,
+            // The thread's variables are the VMM's, the mask is not.
+            Some(change) if self.elsewhere() => self.system.signal_mask(Some(change))?,
             Some(change) => self.change_mask(change, asked)?,
         };
         Ok(before | if asked { BUS } else { 0 })

@@ -14,6 +14,8 @@
 //!   blocks otherwise does not make the handler run: the signal stays pending.
 //! - While a handler runs whose own mask has `SIGBUS`, and in a thread that has left a sent one pending,
 //!   `SIGBUS` is blocked indeed: an access to a BAR ends the process there, as without the library.
+//! - A child in the VMM's memory (`vfork`) has its disposition and masks from the kernel as soon as it changes
+//!   them, and what it asks for changes nothing here.
 //! - A program that the VMM executes starts with `SIGBUS` neither blocked nor ignored.
 
 mod action;
@@ -25,7 +27,7 @@ mod mask;
 mod tests;
 mod vectors;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 pub(crate) use self::action::Action;
 use self::action::Chained;
@@ -46,6 +48,8 @@ pub(crate) struct Signals {
     chained: Chained,
     /// What `siginterrupt` said last: whether `signal` makes handlers that interrupt system calls.
     interrupting: AtomicBool,
+    /// Our handler, as the kernel knows it.
+    own: AtomicUsize,
     /// Whether the handler is ours, and not yet the VMM's own.
     installed: AtomicBool,
 }
@@ -63,7 +67,9 @@ impl<S: System> Shim<S> {
         self.signals.chained.replace(before);
         handler::install(self)?;
         // What the C library adds to every action, the VMM sees in those that it made.
-        self.signals.chained.set_restorer(self.system.signal_action(SIGBUS, None)?.restorer);
+        let ours = self.system.signal_action(SIGBUS, None)?;
+        self.signals.chained.set_restorer(ours.restorer);
+        self.signals.own.store(ours.handler, Ordering::Relaxed);
         self.signals.installed.store(true, Ordering::Release);
         self.adopt_mask(false)
     }

@@ -10,6 +10,7 @@ mod instructions;
 mod machine;
 mod stubborn;
 mod vectors;
+mod vforked;
 
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -78,6 +79,10 @@ impl System for Host {
         }
         data[0] = u8::try_from(command).unwrap();
         Ok(data.len())
+    }
+
+    fn process(&self) -> u32 {
+        std::process::id()
     }
 
     fn link(&self, _fd: RawFd) -> Answer<Vec<u8>> {
