@@ -15,6 +15,9 @@ use crate::device::DeviceId;
 /// Should the virtual CPU never run again. The VMM has put the BARs back by then.
 const LIMIT: Duration = Duration::from_secs(1);
 
+/// In the place of a thread: the rest of the entry is being written. No variable is at such an address.
+const TAKING: usize = usize::MAX;
+
 /// Threads that do it at the same time. One more is too many to be followed.
 const THREADS: usize = 16;
 
@@ -47,21 +50,19 @@ impl Arrivals {
         let since = self.nanoseconds(now);
         for entry in &self.entries {
             let thread = entry.thread.load(Ordering::Acquire);
-            if thread != 0 && !entry.is_over(since) {
+            if thread == TAKING || thread != 0 && !entry.is_over(since) {
                 continue;
             }
-            let taken = entry.thread.compare_exchange(
-                thread,
-                this_thread(),
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            );
+            let taken =
+                entry.thread.compare_exchange(thread, TAKING, Ordering::AcqRel, Ordering::Relaxed);
             if taken.is_ok() {
                 entry.device.store(device.0, Ordering::Release);
                 entry.since.store(since, Ordering::Release);
                 if thread == 0 {
                     self.count.fetch_add(1, Ordering::AcqRel);
                 }
+                // Who sees the thread sees the rest, and does not take it for one that is over.
+                entry.thread.store(this_thread(), Ordering::Release);
                 return;
             }
         }
@@ -89,7 +90,7 @@ impl Arrivals {
         }
         let now = self.nanoseconds(now);
         self.entries.iter().any(|entry| {
-            entry.thread.load(Ordering::Acquire) != 0
+            !matches!(entry.thread.load(Ordering::Acquire), 0 | TAKING)
                 && entry.device.load(Ordering::Acquire) == device.0
                 && !entry.is_over(now)
         })
@@ -159,5 +160,17 @@ mod tests {
         arrivals.begin(DeviceId(3), now);
         assert!(arrivals.has(DeviceId(3), now + LIMIT / 2));
         assert!(!arrivals.has(DeviceId(3), now + LIMIT));
+    }
+
+    #[test]
+    fn an_entry_that_another_thread_is_taking_is_left_to_it() {
+        let (arrivals, now) = (Arrivals::default(), Instant::now());
+        arrivals.nanoseconds(now);
+        arrivals.entries[0].thread.store(TAKING, Ordering::Release);
+        let now = now + LIMIT * 2;
+        assert!(!arrivals.has(DeviceId(0), now), "what it says is of long ago");
+        arrivals.begin(DeviceId(1), now);
+        assert!(arrivals.has(DeviceId(1), now));
+        assert_eq!(arrivals.entries[0].thread.load(Ordering::Acquire), TAKING);
     }
 }
