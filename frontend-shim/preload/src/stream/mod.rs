@@ -117,7 +117,10 @@ impl<S: System> Shim<S> {
 
     /// The last descriptor of a connection is about to be closed, or just was.
     pub(crate) fn stream_closed(&self, stream: u32) {
-        let Some(place) = self.streams.place(stream) else { return };
+        // In a child, the parent's threads may have had the locks.
+        let Some(place) = self.streams.place(stream).filter(|place| !place.is_lost()) else {
+            return;
+        };
         let connection = place.connection().take();
         let Some(connection) = connection else { return };
         connection.pass();
@@ -236,10 +239,10 @@ impl<S: System> Shim<S> {
     ) -> Option<(DeviceId, u8, u64)> {
         for stream in 0.. {
             let place = self.streams.place(stream)?;
-            let files = place.files();
-            let file = files.iter().find(|file| {
-                file.identity == identity && file.offset(offset).is_some()
-            });
+            let Some(files) = place.readable_files() else { continue };
+            let file = files
+                .iter()
+                .find(|file| file.identity == identity && file.offset(offset).is_some());
             if let Some(file) = file {
                 let device = place.device.load(Ordering::Acquire).checked_sub(1)?;
                 return Some((DeviceId(device), file.bar, file.offset(offset)?));
@@ -284,7 +287,8 @@ impl<S: System> Shim<S> {
     pub(crate) fn user_placements(&self, stream: u32) -> Option<[Placement; BARS]> {
         let place = self.streams.place(stream)?;
         let Some(page) = place.page() else {
-            return place.shadow.placements(|| self.config_space(place));
+            let shadow = Some(&place.shadow).filter(|_| !place.is_lost())?;
+            return shadow.placements(|| self.config_space(stream));
         };
         let shown = page.read()?;
         Some(shown.bars.map(|bar| match bar {

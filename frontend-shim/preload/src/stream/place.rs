@@ -19,8 +19,6 @@ pub(crate) struct Streams {
     places: Box<[Place]>,
     /// Files that are BARs.
     pub(super) files: AtomicUsize,
-    /// This is a child of the process that made them.
-    abandoned: AtomicBool,
 }
 
 /// A connection's place. Its memory for a page stays when the connection goes, so that a signal handler
@@ -28,6 +26,8 @@ pub(crate) struct Streams {
 #[derive(Default)]
 pub(super) struct Place {
     pub(super) taken: AtomicBool,
+    /// It was taken by a parent of this process, for ever. A lock in it may be held by nobody.
+    lost: AtomicBool,
     /// `None` as long as there is none, and when it is gone.
     pub(super) connection: Mutex<Option<Arc<Connection>>>,
     /// The device's number and 1, or 0.
@@ -43,20 +43,19 @@ pub(super) struct Place {
 }
 
 impl Streams {
-    /// In a child: the connections are the parent's. Takes no lock, as other threads of the parent may
-    /// have had any.
+    /// In a child: the connections are the parent's, and it may have others of its own. Takes no lock, as
+    /// other threads of the parent may have had any.
     pub(crate) fn forked(&self) {
-        self.abandoned.store(true, Ordering::Release);
         for place in &self.places {
             // Whatever happens to the VMM's, ours would keep the connection from ending.
             let ours =
                 place.connection.try_lock().ok().and_then(|mut connection| connection.take());
             drop(ours);
+            if place.taken.load(Ordering::Acquire) || place.is_held() {
+                place.lost.store(true, Ordering::Release);
+                place.taken.store(true, Ordering::Release);
+            }
         }
-    }
-
-    pub(super) fn is_abandoned(&self) -> bool {
-        self.abandoned.load(Ordering::Acquire)
     }
 
     pub(super) fn place(&self, stream: u32) -> Option<&Place> {
@@ -64,7 +63,7 @@ impl Streams {
     }
 
     pub(super) fn connection(&self, stream: u32) -> Option<Arc<Connection>> {
-        let place = self.place(stream).filter(|_| !self.is_abandoned())?;
+        let place = self.place(stream).filter(|place| !place.is_lost())?;
         place.connection().clone()
     }
 
@@ -77,11 +76,7 @@ impl Streams {
 
 impl Default for Streams {
     fn default() -> Self {
-        Self {
-            places: (0..MOST).map(|_| Place::default()).collect(),
-            files: AtomicUsize::new(0),
-            abandoned: AtomicBool::new(false),
-        }
+        Self { places: (0..MOST).map(|_| Place::default()).collect(), files: AtomicUsize::new(0) }
     }
 }
 
@@ -93,6 +88,23 @@ impl fmt::Debug for Streams {
 }
 
 impl Place {
+    /// Whether it is a parent's.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody has one of its locks.
+    fn is_held(&self) -> bool {
+        self.connection.try_lock().is_err()
+            || self.files.try_lock().is_err()
+            || self.shadow.is_held()
+    }
+
+    /// The files that are its device's BARs. `None` if they can't be looked at any more.
+    pub(super) fn readable_files(&self) -> Option<MutexGuard<'_, Vec<BarFile>>> {
+        if self.is_lost() { self.files.try_lock().ok() } else { Some(self.files()) }
+    }
+
     pub(super) fn connection(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }

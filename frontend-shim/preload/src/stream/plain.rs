@@ -105,6 +105,11 @@ impl Shadow {
         self.decodes.store(if on { there } else { 0 }, Ordering::Release);
     }
 
+    /// Whether somebody is looking at the placements.
+    pub(super) fn is_held(&self) -> bool {
+        self.placements.try_lock().is_err()
+    }
+
     fn lock(&self) -> MutexGuard<'_, [Placement; BARS]> {
         self.placements.lock().unwrap_or_else(PoisonError::into_inner)
     }

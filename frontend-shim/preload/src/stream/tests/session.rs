@@ -12,14 +12,20 @@ use rustix::io::Errno;
 
 use super::server::{BAR_SIZE, BAR_START, Habits, Server};
 use super::{ASK, CONTROL, Vmm, YES, message, version};
-use crate::device::{Decode, DeviceId, Placement};
+use crate::device::{Decode, DeviceId, Placement, Source};
 use crate::status::Count;
 
 const GET_INFO: u16 = Command::GetInfo as u16;
 
 /// A VMM that has had its answer to VERSION and sent its next command, as QEMU does.
 fn session(habits: Habits) -> (Vmm, Server) {
+    session_after(habits, |_| {})
+}
+
+/// The same with something before it.
+fn session_after(habits: Habits, before: impl FnOnce(&Vmm)) -> (Vmm, Server) {
     let (vmm, socket) = Vmm::new();
+    before(&vmm);
     let server = Server::start(socket, habits);
     let hello = version(7);
     assert_eq!(vmm.send(&hello), Ok(hello.len()));
@@ -301,6 +307,24 @@ fn a_forked_child_leaves_connections_alone() {
     assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
     assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
     assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+}
+
+/// As the child is that a VMM becomes a daemon in.
+#[test]
+fn a_forked_child_has_connections_of_its_own() {
+    let (vmm, server) = session_after(Habits::default(), |vmm| {
+        let streams = &vmm.shim.streams;
+        // Another thread of the parent has it for ever.
+        std::mem::forget(streams.place(0).unwrap().files());
+        std::mem::forget(streams.place(1).unwrap().connection());
+        streams.forked();
+    });
+    let device = device(&vmm, &server);
+    assert_eq!(vmm.shim.source(device), Some(Source::VfioUser(2)));
+    vmm.shim.complete(device, 2, 8, &mut [0; 4], false);
+    assert_eq!(vmm.shim.status.get(Count::Forwarded), 1);
+    vmm.shim.stream_closed(2);
+    assert_eq!(bar_file(&vmm, &server, BAR_START), None);
 }
 
 #[test]
