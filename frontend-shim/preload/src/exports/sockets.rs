@@ -7,6 +7,7 @@ use std::ffi::{c_int, c_void};
 use super::{keeping_errno, real, set_errno, shim};
 use crate::Shim;
 use crate::descriptors::Descriptor;
+use crate::stream::{may_begin, may_begin_length};
 use crate::system::{Answer, Extent, Real, SocketMessage, System};
 
 /// More pieces than a VERSION comes in.
@@ -23,7 +24,10 @@ extern "C-unwind" fn sendmsg(fd: c_int, message: *const libc::msghdr, flags: c_i
                 Some(shim.sendmsg(fd, &message, flags))
             }),
             // It may be the first of a connection.
-            None => shielded(shim, || {
+            None if fd >= 0 => shielded(shim, || {
+                if !may_be_first(shim, message) {
+                    return None;
+                }
                 let (message, _) = read(shim, message, PIECES)?;
                 shim.greet(fd, &message, flags)
             }),
@@ -113,6 +117,33 @@ fn plain(data: *const c_void, len: usize) -> SocketMessage {
     SocketMessage { extents: vec![Extent { address: data.addr(), len }], ..SocketMessage::default() }
 }
 
+/// Whether a message can be the first of a connection, by its first bytes. Any socket's messages are looked
+/// at, and a handler of signals may send one: nothing is allocated.
+fn may_be_first(shim: &Shim<Real>, message: *const libc::msghdr) -> bool {
+    let Some(header) = header(shim, message) else { return false };
+    let pieces = 1..=PIECES;
+    if header.msg_controllen != 0
+        || !header.msg_name.is_null()
+        || !pieces.contains(&header.msg_iovlen)
+    {
+        return false;
+    }
+    let mut list = [[0; size_of::<usize>()]; 2 * PIECES];
+    let list = &mut list[..2 * header.msg_iovlen];
+    let read = shim.system.read_memory(header.msg_iov.addr(), list.as_flattened_mut());
+    if read.is_err() {
+        return false;
+    }
+    let number = |word: &[u8; size_of::<usize>()]| usize::from_ne_bytes(*word);
+    let lens = || list.iter().skip(1).step_by(2).map(number);
+    let len = lens().fold(0, usize::saturating_add);
+    let mut start = [0; 8];
+    let (first, _) = start.split_at_mut(lens().next().map_or(0, |len| len.min(8)));
+    may_begin_length(len)
+        && shim.system.read_memory(number(&list[0]), first).is_ok()
+        && (first.len() < 8 || may_begin(start, len))
+}
+
 /// A message's header, and what it says, with at most so many pieces of data. `None` if it can't be
 /// read, which the kernel then says as well.
 fn read(
@@ -120,10 +151,7 @@ fn read(
     message: *const libc::msghdr,
     pieces: usize,
 ) -> Option<(SocketMessage, libc::msghdr)> {
-    let mut header = [0; size_of::<libc::msghdr>()];
-    shim.system.read_memory(message.addr(), &mut header).ok()?;
-    // SAFETY: any bytes are a header: it has numbers and pointers alone, and padding.
-    let header = unsafe { std::mem::transmute::<[u8; size_of::<libc::msghdr>()], libc::msghdr>(header) };
+    let header = header(shim, message)?;
     if header.msg_iovlen > pieces {
         return None;
     }
@@ -142,4 +170,11 @@ fn read(
         control_len: header.msg_controllen,
     };
     Some((message, header))
+}
+
+fn header(shim: &Shim<Real>, message: *const libc::msghdr) -> Option<libc::msghdr> {
+    let mut header = [0; size_of::<libc::msghdr>()];
+    shim.system.read_memory(message.addr(), &mut header).ok()?;
+    // SAFETY: any bytes are a header: it has numbers and pointers alone, and padding.
+    Some(unsafe { std::mem::transmute::<[u8; size_of::<libc::msghdr>()], libc::msghdr>(header) })
 }

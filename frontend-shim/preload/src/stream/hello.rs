@@ -14,7 +14,7 @@ use serde_json::Value;
 pub(super) const LONGEST: usize = HEADER_SIZE + NUMBERS + MAX_VERSION_DATA;
 
 /// The shortest, likewise.
-pub(super) const SHORTEST: usize = HEADER_SIZE + NUMBERS;
+const SHORTEST: usize = HEADER_SIZE + NUMBERS;
 
 /// Major and minor version.
 const NUMBERS: usize = 4;
@@ -28,10 +28,15 @@ pub(super) struct Hello {
 }
 
 /// Whether a message of this length may be a VERSION, by its first bytes: id, command and size.
-pub(super) fn may_begin(start: [u8; 8], len: usize) -> bool {
+pub(crate) fn may_begin(start: [u8; 8], len: usize) -> bool {
     let [_, _, a, b, c, d, e, f] = start;
     u16::from_ne_bytes([a, b]) == Command::Version.code()
         && u32::from_ne_bytes([c, d, e, f]) as usize == len
+}
+
+/// Whether a message of this length may be a VERSION.
+pub(crate) fn may_begin_length(len: usize) -> bool {
+    (SHORTEST..=LONGEST).contains(&len)
 }
 
 impl Hello {

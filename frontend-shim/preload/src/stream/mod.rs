@@ -32,7 +32,9 @@ use barkeep_protocol::wire::{
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
 use self::connection::Connection;
-use self::hello::{Hello, LONGEST};
+use self::hello::Hello;
+#[cfg(not(test))]
+pub(crate) use self::hello::{may_begin, may_begin_length};
 use self::introduce::{BARS, Facts, introduce};
 use self::pending::Greeting;
 use self::place::Place;
@@ -78,7 +80,7 @@ impl<S: System> Shim<S> {
             // The devices' lock is not taken with this turn.
             drop(writer);
             match facts {
-                Some(facts) => self.introduced(stream, &facts),
+                Some(facts) => self.introduced(stream, &connection, &facts),
                 None => self.status.fail_open(FailOpen::StreamSetup),
             }
             writer = connection.writer();
@@ -121,12 +123,15 @@ impl<S: System> Shim<S> {
         let Some(place) = self.streams.place(stream).filter(|place| !place.is_lost()) else {
             return;
         };
-        let connection = place.connection().take();
-        let Some(connection) = connection else { return };
+        let Some((connection, left)) = place.close() else { return };
         connection.pass();
-        self.forget_connection(place);
+        if left {
+            self.forget_connection(place);
+        }
         drop(connection);
-        place.taken.store(false, Ordering::Release);
+        if left {
+            place.taken.store(false, Ordering::Release);
+        }
     }
 
     /// Completes an access to a BAR that does not decode, and counts it. A vfio-user backend is asked
@@ -330,7 +335,7 @@ impl<S: System> Shim<S> {
         let len = message.len();
         let plain = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let flags = SendFlags::from_bits_retain(flags.cast_unsigned());
-        let shaped = (hello::SHORTEST..=LONGEST).contains(&len)
+        let shaped = hello::may_begin_length(len)
             && message.control_len == 0
             && message.name == 0
             && plain.contains(flags);
@@ -373,8 +378,19 @@ impl<S: System> Shim<S> {
         Some(begun.map(|connection| *place.connection() = Some(Arc::new(connection))))
     }
 
-    fn introduced(&self, stream: u32, facts: &Facts) {
+    fn introduced(&self, stream: u32, connection: &Arc<Connection>, facts: &Facts) {
         let Some(place) = self.streams.place(stream) else { return };
+        if !place.begin_introduction(connection) {
+            return;
+        }
+        self.introduce_device(stream, place, facts);
+        if place.end_introduction() {
+            self.forget_connection(place);
+            place.taken.store(false, Ordering::Release);
+        }
+    }
+
+    fn introduce_device(&self, stream: u32, place: &Place, facts: &Facts) {
         place.shadow.clear(&facts.sizes);
         if let Some(file) = &facts.page {
             place.show(&self.system, file.as_fd());
@@ -383,10 +399,6 @@ impl<S: System> Shim<S> {
         place.device.store(device.0 + 1, Ordering::Release);
         *place.files() = facts.files.clone();
         self.streams.files.fetch_add(facts.files.len(), Ordering::AcqRel);
-        if place.connection().is_none() {
-            // Closed meanwhile.
-            self.forget_connection(place);
-        }
     }
 
     fn forget_connection(&self, place: &Place) {

@@ -30,6 +30,8 @@ pub(super) struct Place {
     lost: AtomicBool,
     /// `None` as long as there is none, and when it is gone.
     pub(super) connection: Mutex<Option<Arc<Connection>>>,
+    /// A thread is noting what the device is. It changes with `connection` locked.
+    introducing: AtomicBool,
     /// The device's number and 1, or 0.
     pub(super) device: AtomicU32,
     pub(super) page: OnceLock<PageWords>,
@@ -91,6 +93,30 @@ impl Place {
     /// Whether it is a parent's.
     pub(super) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
+    }
+
+    /// Whether a connection is still the one that is here. It stays here until the introduction's end.
+    pub(super) fn begin_introduction(&self, of: &Arc<Connection>) -> bool {
+        let connection = self.connection();
+        let here = connection.as_ref().is_some_and(|connection| Arc::ptr_eq(connection, of));
+        if here {
+            self.introducing.store(true, Ordering::Relaxed);
+        }
+        here
+    }
+
+    /// Whether the connection was closed meanwhile, so that it is to be forgotten.
+    pub(super) fn end_introduction(&self) -> bool {
+        let connection = self.connection();
+        self.introducing.store(false, Ordering::Relaxed);
+        connection.is_none()
+    }
+
+    /// Takes the connection away, and tells whether it is to be forgotten by who does this.
+    pub(super) fn close(&self) -> Option<(Arc<Connection>, bool)> {
+        let mut connection = self.connection();
+        let introducing = self.introducing.load(Ordering::Relaxed);
+        connection.take().map(|connection| (connection, !introducing))
     }
 
     /// Whether somebody has one of its locks.

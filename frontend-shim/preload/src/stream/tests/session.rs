@@ -14,6 +14,8 @@ use super::server::{BAR_SIZE, BAR_START, Habits, Server};
 use super::{ASK, CONTROL, Vmm, YES, message, version};
 use crate::device::{Decode, DeviceId, Placement, Source};
 use crate::status::Count;
+use crate::stream::introduce::Facts;
+use crate::stream::outgoing::Configured;
 
 const GET_INFO: u16 = Command::GetInfo as u16;
 
@@ -307,6 +309,21 @@ fn a_forked_child_leaves_connections_alone() {
     assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
     assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
     assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+}
+
+#[test]
+fn a_connection_that_is_closed_while_it_is_introduced_leaves_nothing_behind() {
+    let (vmm, server) = session(Habits::default());
+    let place = vmm.shim.streams.place(0).unwrap();
+    let connection = vmm.shim.streams.connection(0).unwrap();
+    assert!(place.begin_introduction(&connection));
+    vmm.shim.stream_closed(0);
+    // Another connection may not be here yet.
+    assert!(place.taken.load(Ordering::SeqCst));
+    vmm.shim.introduced(0, &connection, &Facts::default());
+    assert!(place.end_introduction());
+    assert!(!place.begin_introduction(&connection));
+    drop(server);
 }
 
 /// As the child is that a VMM becomes a daemon in.
