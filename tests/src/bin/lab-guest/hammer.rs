@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 use crate::Result;
 use crate::edu::{self, register};
 use crate::mmio::Mapping;
@@ -52,6 +54,7 @@ pub(crate) fn run(kind: &str, toggles: &str) -> Result<()> {
     // The mapping stays in this thread.
     let (toggled, seen) = thread::scope(|scope| {
         let toggler = scope.spawn(|| {
+            stay_on(2);
             let toggled = match toggles.parse() {
                 Ok(count) => toggle(&function, count).map_err(|error| error.to_string()),
                 Err(_) => until_told().map(|()| 0),
@@ -59,6 +62,7 @@ pub(crate) fn run(kind: &str, toggles: &str) -> Result<()> {
             stop.store(true, Ordering::Relaxed);
             toggled
         });
+        stay_on(1);
         let seen = target.hammer(&stop);
         (toggler.join(), seen)
     });
@@ -74,6 +78,13 @@ pub(crate) fn run(kind: &str, toggles: &str) -> Result<()> {
         target.first(),
         seen.first_wrong.as_deref().unwrap_or("none")
     ))
+}
+
+/// Keeps a thread on a processor of its own, if there is one.
+fn stay_on(processor: usize) {
+    let mut only = CpuSet::new();
+    only.set(processor);
+    let _ = sched_setaffinity(None, &only);
 }
 
 /// A line for the host, at once.
