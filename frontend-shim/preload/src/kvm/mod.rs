@@ -135,7 +135,7 @@ impl<S: System> Shim<S> {
     pub(crate) fn vcpu_closed(&self, vcpu: u32) {
         let Some(vcpu) = self.vms.vcpus.get(vcpu) else { return };
         let vm = vcpu.vm.load(Ordering::Acquire);
-        vcpu.state().free();
+        vcpu.close();
         if let Some(vm) = self.vms.vms.get(vm) {
             vm.vcpus.fetch_sub(1, Ordering::AcqRel);
             self.free_if_unused(vm);

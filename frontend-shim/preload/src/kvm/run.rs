@@ -44,12 +44,17 @@ impl Vms {
         self.arrivals.end();
         let enter = || around.system().ioctl(fd, abi::RUN.into(), argument);
         let Some(vcpu) = self.vcpus.get(vcpu) else { return enter() };
+        let generation = vcpu.generation();
         vcpu.thread.store(this_thread(), Ordering::Relaxed);
         if let Some(handed) = vcpu.take_handed() {
             let _ = around.shielded(|| self.check(around, vcpu, handed));
         }
         loop {
             let answer = enter();
+            if vcpu.generation() != generation {
+                // Closed meanwhile. The entry, and the descriptor's number, may be another's.
+                return answer;
+            }
             let Some(run) = vcpu.run() else { return answer };
             let next = match answer {
                 Ok(_) => {
@@ -66,7 +71,7 @@ impl Vms {
                 // A signal: the VMM wants to be asked. It will enter again.
                 Err(_) => return answer,
             };
-            if next == Next::Vmm {
+            if next == Next::Vmm || vcpu.generation() != generation {
                 return answer;
             }
         }

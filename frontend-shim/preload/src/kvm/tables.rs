@@ -107,6 +107,8 @@ pub(super) struct Handed {
 #[repr(align(64))]
 pub(super) struct Vcpu {
     state: Use,
+    /// How many virtual CPUs were here before.
+    generation: AtomicU32,
     /// Number of its VM.
     pub(super) vm: AtomicU32,
     /// Who ran it last.
@@ -137,6 +139,17 @@ impl Vcpu {
         self.run.store(0, Ordering::Release);
         self.take_handed();
         self.progress();
+    }
+
+    /// Its last descriptor is closed. Another thread may be in `KVM_RUN` still.
+    pub(super) fn close(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.state.free();
+    }
+
+    /// What tells it from those that are here before and after it.
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
     }
 
     pub(super) fn run(&self) -> Option<RunArea> {

@@ -31,6 +31,17 @@ static MEMORY: LazyLock<File> =
 #[derive(Debug, Default)]
 pub(super) struct Kernel {
     state: Mutex<State>,
+    /// What another thread does during the next `KVM_RUN`.
+    meanwhile: Mutex<Meanwhile>,
+}
+
+#[derive(Default)]
+struct Meanwhile(Option<Box<dyn FnOnce() + Send>>);
+
+impl std::fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Meanwhile").field(&self.0.is_some()).finish()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +116,10 @@ impl Kernel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn meanwhile(&self, other: impl FnOnce() + Send + 'static) {
+        self.meanwhile.lock().unwrap().0 = Some(Box::new(other));
+    }
+
     /// The slots that the kernel has for a VM.
     pub(super) fn slots(&self, vm: RawFd) -> Vec<Region> {
         self.state().vms[&vm].slots.values().copied().collect()
@@ -132,6 +147,10 @@ impl Kernel {
 impl System for Kernel {
     fn ioctl(&self, fd: RawFd, request: u64, argument: usize) -> Answer<i32> {
         let request = u32::try_from(request & u64::from(u32::MAX)).unwrap();
+        if request == abi::RUN {
+            let other = self.meanwhile.lock().unwrap().0.take();
+            other.into_iter().for_each(|other| other());
+        }
         let mut state = self.state();
         state.calls.push((fd, request));
         match request {

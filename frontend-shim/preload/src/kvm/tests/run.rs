@@ -12,6 +12,7 @@ use crate::device::{BarAddress, BarMapping, Decode, DeviceId};
 use crate::kvm::abi;
 use crate::kvm::slots::Region;
 use crate::status::Count;
+use crate::system::System as _;
 
 const ONES: u32 = u32::MAX;
 
@@ -319,6 +320,29 @@ fn without_a_run_structure_everything_is_the_vmms() {
     assert_eq!(world.does(&[Do::Port]), Ok(0));
     assert_eq!(world.done(), [Done::Read(ONES)]);
     assert_eq!(vcpu.vm.load(Ordering::Relaxed), world.number);
+}
+
+#[test]
+fn a_call_whose_virtual_cpu_is_closed_meanwhile_does_not_look_at_the_next_one() {
+    for again in [false, true] {
+        let world: &'static World = Box::leak(Box::new(World::new()));
+        world.decode(Decode::Off);
+        let other = world.around.kernel.ioctl(world.vm, abi::CREATE_VCPU.into(), 0).unwrap();
+        let area = world.around.kernel.run_area(other);
+        world.around.kernel.meanwhile(move || {
+            world.vms.vcpus.get(world.vcpu_number).unwrap().close();
+            if again {
+                let (number, entry) = world.vms.vcpus.take().unwrap();
+                entry.begin(world.number);
+                entry.mapped(area, 12288);
+                assert_eq!(number, world.vcpu_number);
+            }
+        });
+        world.around.kernel.state().calls.clear();
+        assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
+        let calls = &world.around.kernel.state().calls;
+        assert_eq!(*calls, [(world.vcpu, abi::RUN)], "its number may be another's");
+    }
 }
 
 #[test]

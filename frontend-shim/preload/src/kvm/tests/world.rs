@@ -115,7 +115,7 @@ pub(super) struct World {
     pub(super) vm: RawFd,
     pub(super) number: u32,
     pub(super) vcpu: RawFd,
-    vcpu_number: u32,
+    pub(super) vcpu_number: u32,
 }
 
 impl World {
