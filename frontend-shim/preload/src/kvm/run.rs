@@ -7,7 +7,7 @@ use std::time::Instant;
 use barkeep_protocol::wire;
 use barkeep_shim::GuestAddress;
 use barkeep_shim::fault::{FaultAccess, FaultPlace, GuestAccess, MemoryFault, Unlocated};
-use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN};
+use kvm_bindings::{KVM_EXIT_INTR, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_UNKNOWN};
 use rustix::io::Errno;
 
 use super::around::Around;
@@ -22,6 +22,10 @@ use crate::device::{BarAddress, BarMapping, Decode};
 use crate::status::{Count, FailOpen};
 use crate::system::{Answer, System as _};
 
+/// How many exits are completed here before the VMM gets to look up: it may wait for nothing but the
+/// return of `KVM_RUN`, and without us each access is one. To go round costs a hundredth of so many.
+const MOST: u32 = 64;
+
 /// What is done about the end of a `KVM_RUN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
@@ -34,6 +38,9 @@ enum Next {
 impl Vms {
     /// `KVM_RUN` on a virtual CPU. What is not about a BAR that does not decode costs no lock, no
     /// allocation and no system call but the one that the VMM makes.
+    ///
+    /// A guest that does nothing else than accesses to such a BAR leaves now and then as it does for a
+    /// signal: with `EINTR`, which every VMM expects, and after the access, as far as KVM can.
     pub(super) fn run<A: Around>(
         &self,
         around: &A,
@@ -49,13 +56,18 @@ impl Vms {
         if let Some(handed) = vcpu.take_handed() {
             let _ = around.shielded(|| self.check(around, vcpu, handed));
         }
+        let mut again = 0;
         loop {
+            let leaves = again >= MOST && vcpu.run().is_some_and(RunArea::ask_to_leave);
             let answer = enter();
             if vcpu.generation() != generation {
                 // Closed meanwhile. The entry, and the descriptor's number, may be another's.
                 return answer;
             }
             let Some(run) = vcpu.run() else { return answer };
+            if leaves {
+                run.ask_no_more();
+            }
             let next = match answer {
                 Ok(_) => {
                     vcpu.progress();
@@ -73,6 +85,13 @@ impl Vms {
             };
             if next == Next::Vmm || vcpu.generation() != generation {
                 return answer;
+            }
+            // Faults without an exit in between are bounded already.
+            again += u32::from(answer.is_ok());
+            if again >= 2 * MOST {
+                // An instruction that repeats: KVM goes on with it whatever it is asked.
+                run.set_exit_reason(KVM_EXIT_INTR);
+                return Err(Errno::INTR);
             }
         }
     }

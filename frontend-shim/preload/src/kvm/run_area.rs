@@ -6,10 +6,14 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use kvm_bindings::{KVM_RUN_X86_SMM, kvm_run};
 
 const EXIT_REASON: usize = offset_of!(kvm_run, exit_reason);
+const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
 const FLAGS: usize = offset_of!(kvm_run, flags);
 /// What an exit is about begins here. Of `mmio`: address, 8 bytes of data, length, direction; of
 /// `memory_fault`: flags, address, size.
 const EXIT: usize = offset_of!(kvm_run, __bindgen_anon_1);
+
+/// In `immediate_exit`: not 0, and not what a VMM writes there.
+const OURS: u8 = 0x80;
 
 /// The VMM's mapping of a virtual CPU's `struct kvm_run`.
 ///
@@ -56,6 +60,19 @@ impl RunArea {
         self.u32(EXIT_REASON).store(reason, Ordering::Relaxed);
     }
 
+    /// Has the next `KVM_RUN` return with `EINTR` once it has finished the last exit, before the guest
+    /// executes anything else. Returns false if the VMM has asked for that itself.
+    pub(super) fn ask_to_leave(self) -> bool {
+        let place = self.u8(IMMEDIATE_EXIT);
+        place.compare_exchange(0, OURS, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Takes that back. What the VMM has asked for meanwhile, in another thread, stays.
+    pub(super) fn ask_no_more(self) {
+        let place = self.u8(IMMEDIATE_EXIT);
+        let _ = place.compare_exchange(OURS, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// The number of the address space in which the virtual CPU is: 1 in System Management Mode.
     pub(super) fn address_space(self) -> u32 {
         // SAFETY: the area is mapped and shared with the kernel (see the type), and the field aligned.
@@ -64,8 +81,7 @@ impl RunArea {
     }
 
     pub(super) fn mmio(self) -> MmioExit {
-        // SAFETY: as in `address_space`.
-        let write = unsafe { AtomicU8::from_ptr(self.at(EXIT + 20)) };
+        let write = self.u8(EXIT + 20);
         let len = usize::try_from(self.u32(EXIT + 16).load(Ordering::Relaxed)).unwrap_or(8);
         MmioExit {
             address: self.u64(EXIT).load(Ordering::Relaxed),
@@ -91,6 +107,11 @@ impl RunArea {
             address: self.u64(EXIT + 8).load(Ordering::Relaxed),
             size: self.u64(EXIT + 16).load(Ordering::Relaxed),
         }
+    }
+
+    fn u8(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: as in `address_space`.
+        unsafe { AtomicU8::from_ptr(self.at(offset)) }
     }
 
     fn u32(&self, offset: usize) -> &AtomicU32 {
@@ -132,6 +153,23 @@ mod tests {
         run.set_mmio_data([0xff; 8]);
         run.set_exit_reason(39);
         assert_eq!((page.0[5], page.0[1]), (u64::MAX, 39 | 1 << 48));
+    }
+
+    #[test]
+    fn what_the_vmm_asks_for_itself_is_left_as_it_is() {
+        let mut page = Box::new(Page([0; 512]));
+        let place = (&raw mut *page).expose_provenance();
+        let run = RunArea::mapped(place, 12288).unwrap();
+        let asked = |run: RunArea| run.u8(IMMEDIATE_EXIT).load(Ordering::Relaxed);
+        assert!(run.ask_to_leave());
+        assert_ne!(asked(run), 0);
+        run.ask_no_more();
+        assert_eq!(asked(run), 0);
+        // Before, and in between.
+        run.u8(IMMEDIATE_EXIT).store(1, Ordering::Relaxed);
+        assert!(!run.ask_to_leave());
+        run.ask_no_more();
+        assert_eq!(asked(run), 1);
     }
 
     #[test]

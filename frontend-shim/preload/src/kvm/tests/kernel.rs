@@ -81,6 +81,10 @@ pub(super) struct Vcpu {
     pub(super) done: Vec<Done>,
     exit: Option<Do>,
     pub(super) in_smm: bool,
+    /// Reads are those of one instruction.
+    pub(super) repeats: bool,
+    /// How often `immediate_exit` had it return.
+    pub(super) out: usize,
     pub(super) rbx: u64,
     pub(super) rip: u64,
 }
@@ -297,7 +301,18 @@ impl Vcpu {
         let skipped = (4096 - words.as_ptr().addr() % 4096) / 8 % 512;
         let run = &words[skipped..skipped + 3 * 512];
         let (todo, done) = (VecDeque::new(), Vec::new());
-        Self { vm, run, todo, done, exit: None, in_smm: false, rbx: 0, rip: 0 }
+        Self {
+            vm,
+            run,
+            todo,
+            done,
+            exit: None,
+            in_smm: false,
+            repeats: false,
+            out: 0,
+            rbx: 0,
+            rip: 0,
+        }
     }
 
     fn set_exit(&self, reason: u32, words: [u64; 3]) {
@@ -323,6 +338,11 @@ impl State {
             _ => {}
         }
         let space = u32::from(vcpu.in_smm);
+        let repeats = vcpu.repeats && matches!(vcpu.todo.front(), Some(Do::Read(_)));
+        if vcpu.run[0].load(Ordering::Relaxed) & 0xff00 != 0 && !repeats {
+            vcpu.out += 1;
+            return Err(Errno::INTR);
+        }
         loop {
             let Some(next) = vcpu.todo.front().copied() else { return Err(Errno::INTR) };
             let (address, exit) = match next {

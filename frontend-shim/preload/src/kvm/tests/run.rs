@@ -218,6 +218,43 @@ fn a_signal_is_told_to_the_vmm_with_the_exit_completed() {
     assert_eq!(world.done(), [Done::Read(ONES)]);
 }
 
+/// A VMM that looks at a flag between its calls, and how many of these there are.
+fn calls_until_all_is_done(world: &World, reads: usize) -> usize {
+    world.decode(Decode::Off);
+    let todo: Vec<Do> = vec![Do::Read(BAR); reads];
+    let mut calls = 1;
+    let mut answer = world.does(&todo);
+    while world.done().len() < reads {
+        assert_eq!(answer, Err(Errno::INTR));
+        answer = world.run();
+        calls += 1;
+    }
+    assert_eq!(world.done(), vec![Done::Read(ONES); reads]);
+    assert_eq!(world.around.devices().completed.len(), reads);
+    calls
+}
+
+#[test]
+fn a_guest_that_does_nothing_else_lets_the_vmm_look_up_between_two_instructions() {
+    let world = World::new();
+    let calls = calls_until_all_is_done(&world, 1000);
+    assert!(calls > 1000 / 128, "{calls}");
+    // What the VMM sees is the state after the access, as after a signal.
+    let out = world.around.kernel.state().vcpus[&world.vcpu].out;
+    assert!(out + 1 >= calls, "{out}");
+    assert_eq!(world.around.kernel.run_words(world.vcpu)[0], 0);
+    assert_eq!(world.does(&[Do::Port]), Ok(0));
+}
+
+#[test]
+fn an_instruction_that_reads_without_end_lets_the_vmm_look_up_too() {
+    let world = World::new();
+    world.around.kernel.state().vcpus.get_mut(&world.vcpu).unwrap().repeats = true;
+    let calls = calls_until_all_is_done(&world, 1000);
+    assert!(calls > 1000 / 256, "{calls}");
+    assert_eq!(world.around.kernel.run_words(world.vcpu)[0], 0);
+}
+
 #[test]
 fn a_slot_that_the_kernel_does_not_delete_leaves_the_fault_to_the_vmm() {
     let world = World::new();
