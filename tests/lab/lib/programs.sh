@@ -35,9 +35,9 @@ build_static() {
     echo "$(target_directory)/$target/release"
 }
 
-# build_wrap: prints the directory of what runs in the guest of `wrap`.
+# build_wrap: prints the directory of what runs in the guest of `wrap`, and of what makes its VM's guest.
 build_wrap() {
-  build_static -p barkeep-backend -p barkeep-tests --bin barkeep --bin lab-toggler --bin lab-guest
+  build_static -p barkeep-backend -p barkeep-tests --bin barkeep --bin lab-toggler --bin lab-guest --bin lab-bare
 }
 
 # build_preload: prints the path of the library. The dynamic loader takes it into a program, so it is built apart.
