@@ -213,3 +213,30 @@ fn a_backend_that_is_gone_hangs_nobody_on_kvm() {
     assert_eq!(values(&said, "and again"), [format!("Ok({ONES})")], "{said}");
     assert_eq!(values(&said, "refused"), ["true"], "the VMM hears of it:\n{said}");
 }
+
+#[test]
+fn a_vmm_that_goes_to_the_background_has_its_device_there_on_kvm() {
+    if !has_kvm() {
+        return;
+    }
+    let backend = Backend::serve(&["ivshmem,size=64K"]);
+    let plain = said("daemonized", backend.socket(), &[], With::Nothing);
+    assert_eq!(values(&plain, "off"), ["Ok((0, 1))"], "as shipped:\n{plain}");
+    let wrapped = said("daemonized", backend.socket(), &[], With::Library);
+    assert_eq!(values(&wrapped, "hears of barkeep"), ["false"], "{wrapped}");
+    assert_eq!(values(&wrapped, "on"), ["Ok((305419896, 0))"], "{wrapped}");
+    assert_eq!(values(&wrapped, "off"), [format!("Ok(({ONES}, 0))")], "{wrapped}");
+    assert_eq!(values(&wrapped, "trouble"), ["None"], "{wrapped}");
+}
+
+#[test]
+fn a_thread_that_is_cancelled_gets_through_what_the_library_does_on_kvm() {
+    if !has_kvm() {
+        return;
+    }
+    let backend = Backend::serve(&["ivshmem,size=64K", "edu"]);
+    let other = backend.socket_of(1).display().to_string();
+    let wrapped = said("cancelled", backend.socket_of(0), &[&other], With::Library);
+    let seen = format!("Ok((Ok(({ONES}, 0)), true, Err({}), Ok(0)))", nix::libc::EAGAIN);
+    assert_eq!(values(&wrapped, "seen"), [seen], "{wrapped}");
+}

@@ -97,6 +97,7 @@ same_anywhere! {
     sockets_of_others_carry_what_they_carried: "strangers",
     sockets_of_other_kinds_carry_what_they_carried: "other-kinds",
     programs_are_started: "programs",
+    a_helper_that_resets_its_signals_resets_its_own: "helped",
 }
 
 #[test]

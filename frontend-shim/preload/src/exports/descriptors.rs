@@ -5,14 +5,14 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::RawFd;
 
-use super::{guarded, keeping_errno, nothing, number, real, real_for_allocator, shim};
+use super::{guarded, keeping_errno, nothing, number, real, real_for_allocator, shim, uncancelled};
 use crate::Shim;
 use crate::system::{Answer, Duplicate, Kernel, Real, System};
 
 #[unsafe(no_mangle)]
 extern "C-unwind" fn close(fd: c_int) -> c_int {
     match ours(fd) {
-        Some(shim) => nothing(keeping_errno(|| shim.close(fd))),
+        Some(shim) => nothing(keeping_errno(|| uncancelled(|| shim.close(fd)))),
         None => match real_for_allocator() {
             // SAFETY: the caller's own argument, to the function that it meant.
             Some(real) => unsafe { (real.close)(fd) },
@@ -24,7 +24,7 @@ extern "C-unwind" fn close(fd: c_int) -> c_int {
 #[unsafe(no_mangle)]
 extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     nothing(match shim() {
-        Some(shim) => keeping_errno(|| shim.close_range(first, last, flags)),
+        Some(shim) => keeping_errno(|| uncancelled(|| shim.close_range(first, last, flags))),
         None => real().close_range(first, last, flags),
     })
 }
@@ -69,7 +69,7 @@ extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -
 
 fn duplicate(fd: RawFd, how: Duplicate) -> Answer<RawFd> {
     match shim() {
-        Some(shim) => keeping_errno(|| shim.duplicate(fd, how)),
+        Some(shim) => keeping_errno(|| uncancelled(|| shim.duplicate(fd, how))),
         None => real().duplicate(fd, how),
     }
 }

@@ -47,12 +47,31 @@ pub(crate) fn real_for_allocator() -> Option<&'static Real> {
     REAL.get()
 }
 
+unsafe extern "C" {
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// Does something in which this thread must not end, though somebody cancels it: it would leave our locks
+/// held, and can't get through where panics are caught. Also what closes a copy of ours is the C library's.
+pub(crate) fn uncancelled<T>(of_ours: impl FnOnce() -> T) -> T {
+    const DISABLE: c_int = 1;
+    let mut before = 0;
+    // SAFETY: it sets a flag of this thread's, and tells what that was.
+    let disabled = unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
+    let answer = of_ours();
+    if disabled == 0 {
+        // SAFETY: likewise. It ends no thread by itself.
+        unsafe { pthread_setcancelstate(before, std::ptr::null_mut()) };
+    }
+    answer
+}
+
 /// Does something of ours around a C function that is the VMM's. A panic is a bug of ours, which the
 /// VMM must not die of: it is counted, and the answer is `None`. The errno stays as it is.
 pub(crate) fn guarded<T>(of_ours: impl FnOnce(&'static Shim<Real>) -> T) -> Option<T> {
     let shim = shim()?;
     let errno = errno();
-    let answer = shim.shielded(|| of_ours(shim));
+    let answer = uncancelled(|| shim.shielded(|| of_ours(shim)));
     set_errno(errno);
     answer
 }

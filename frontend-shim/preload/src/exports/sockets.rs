@@ -4,7 +4,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::{keeping_errno, real, set_errno, shim};
+use super::{keeping_errno, real, set_errno, shim, uncancelled};
 use crate::Shim;
 use crate::descriptors::Descriptor;
 use crate::stream::{may_begin, may_begin_length};
@@ -99,7 +99,7 @@ fn shielded(
     shim: &'static Shim<Real>,
     call: impl FnOnce() -> Option<Answer<usize>>,
 ) -> Option<Answer<usize>> {
-    let answer = || keeping_errno(|| Ok(shim.shielded(call).flatten()));
+    let answer = || keeping_errno(|| Ok(uncancelled(|| shim.shielded(call)).flatten()));
     answer().ok().flatten()
 }
 

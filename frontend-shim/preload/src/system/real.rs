@@ -203,11 +203,11 @@ impl System for Real {
     }
 
     fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
-        real_sockets::sendmsg(self, fd, message, flags)
+        real_sockets::sendmsg(fd, message, flags)
     }
 
     fn recvmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<SocketReceived> {
-        real_sockets::recvmsg(self, fd, message, flags)
+        real_sockets::recvmsg(fd, message, flags)
     }
 
     fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {

@@ -8,9 +8,9 @@ use barkeep_protocol::page::decode::LENGTH;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
+use super::Answer;
 use super::real::last_errno;
 use super::sockets::{Extent, PageWords, SocketMessage, SocketReceived};
-use super::{Answer, Real};
 
 pub(crate) type Sendmsg = unsafe extern "C-unwind" fn(c_int, *const libc::msghdr, c_int) -> isize;
 pub(crate) type Recvmsg = unsafe extern "C-unwind" fn(c_int, *mut libc::msghdr, c_int) -> isize;
@@ -26,27 +26,19 @@ pub(super) fn keep(fd: RawFd) -> Answer<OwnedFd> {
     fcntl_dupfd_cloexec(theirs, 0)
 }
 
-pub(super) fn sendmsg(
-    real: &Real,
-    fd: RawFd,
-    message: &SocketMessage,
-    flags: i32,
-) -> Answer<usize> {
+/// By the kernel itself, as [`recvmsg`]: a thread may be cancelled in the C library's, and must not be in
+/// what is ours.
+pub(super) fn sendmsg(fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
     let header = header_of(message);
     // SAFETY: the header lives, and all that it points to is the VMM's own or the kernel's to check.
-    let sent = unsafe { (real.sendmsg)(fd, &raw const header, flags) };
+    let sent = unsafe { libc::syscall(libc::SYS_sendmsg, fd, &raw const header, flags) };
     usize::try_from(sent).map_err(|_| last_errno())
 }
 
-pub(super) fn recvmsg(
-    real: &Real,
-    fd: RawFd,
-    message: &SocketMessage,
-    flags: i32,
-) -> Answer<SocketReceived> {
+pub(super) fn recvmsg(fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<SocketReceived> {
     let mut header = header_of(message);
     // SAFETY: the header lives, and all that it points to is the VMM's own or the kernel's to check.
-    let got = unsafe { (real.recvmsg)(fd, &raw mut header, flags) };
+    let got = unsafe { libc::syscall(libc::SYS_recvmsg, fd, &raw mut header, flags) };
     Ok(SocketReceived {
         count: usize::try_from(got).map_err(|_| last_errno())?,
         name_len: header.msg_namelen,

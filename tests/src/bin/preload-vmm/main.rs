@@ -7,6 +7,7 @@
 
 mod descriptors;
 mod forks;
+mod lives;
 mod machine;
 mod mappings;
 mod measure;
@@ -75,6 +76,9 @@ const SCENARIOS: &[Scenario] = &[
     ("forks", forks::forks),
     ("fork-storm", forks::storm),
     ("programs", forks::programs),
+    ("helped", lives::helped),
+    ("daemonized", lives::daemonized),
+    ("cancelled", lives::cancelled),
     ("strangers", sockets::strangers),
     ("other-kinds", sockets::other_kinds),
     ("session", user_device::session),

@@ -215,6 +215,11 @@ pub(crate) fn in_child(work: impl FnOnce() -> i32) -> Answer<Ended> {
         let status = work();
         unsafe { libc::_exit(status) };
     }
+    ended(child)
+}
+
+/// Waits for a child to end.
+fn ended(child: i32) -> Answer<Ended> {
     let mut status = 0;
     checked(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
     Ok(if libc::WIFSIGNALED(status) {
@@ -454,4 +459,48 @@ pub(crate) fn hidden_ioctl(fd: i32, request: u64) -> Answer<()> {
 pub(crate) fn hidden_dup2(fd: i32, to: i32) -> Answer<i32> {
     let answer = unsafe { libc::syscall(libc::SYS_dup2, fd, to) };
     if answer == -1 { Err(errno()) } else { Ok(to) }
+}
+
+/// Ends the process that was started, and goes on in a child.
+pub(crate) fn go_to_background() -> Answer<()> {
+    match checked(unsafe { libc::fork() })? {
+        0 => Ok(()),
+        _ => unsafe { libc::_exit(0) },
+    }
+}
+
+/// Runs a program that has a signal's default action. Until it runs, the child has this process's memory.
+pub(crate) fn helper(signal: i32, program: &str) -> Answer<Ended> {
+    struct What {
+        signal: i32,
+        program: CString,
+    }
+    extern "C" fn child(what: *mut c_void) -> c_int {
+        let what: &What = unsafe { &*what.cast() };
+        let _ = sigaction(what.signal, Some(&action(libc::SIG_DFL, 0, &[])));
+        let arguments = [what.program.as_ptr(), ptr::null()];
+        unsafe { libc::execv(what.program.as_ptr(), arguments.as_ptr()) };
+        unsafe { libc::_exit(9) }
+    }
+    let program = CString::new(program).map_err(|_| libc::EINVAL)?;
+    let mut what = What { signal, program };
+    let mut stack = vec![0_u128; 1 << 12];
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let end = stack.as_mut_ptr_range().end.cast();
+    let pid = unsafe { libc::clone(child, end, flags, ptr::from_mut(&mut what).cast()) };
+    ended(checked(pid)?)
+}
+
+/// Has this thread end at the next point at which it can.
+pub(crate) fn cancel_this_thread() {
+    unsafe { libc::pthread_cancel(libc::pthread_self()) };
+}
+
+/// From now on there is no such point.
+pub(crate) fn stop_cancelling() {
+    const DISABLE: c_int = 1;
+    unsafe extern "C" {
+        fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+    }
+    unsafe { pthread_setcancelstate(DISABLE, ptr::null_mut()) };
 }
