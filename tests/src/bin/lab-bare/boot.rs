@@ -45,7 +45,7 @@ pub(crate) fn page_tables() -> Vec<u8> {
     let mut entries = vec![0; 2 * 512];
     entries[0] = pointers | PRESENT_WRITABLE;
     for (entry, directory) in entries[512..].iter_mut().zip(0..GIBS) {
-        *entry = directories + directory * TABLE | PRESENT_WRITABLE;
+        *entry = (directories + directory * TABLE) | PRESENT_WRITABLE;
     }
     entries.extend((0..GIBS * 512).map(|page| page << 21 | PRESENT_WRITABLE | LARGE));
     entries.iter().flat_map(|entry: &u64| entry.to_le_bytes()).collect()

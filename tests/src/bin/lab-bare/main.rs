@@ -16,6 +16,7 @@ mod program;
 use std::env;
 use std::error::Error;
 use std::fs;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// A failure is a sentence for the log; nobody handles its cause.
@@ -33,6 +34,6 @@ fn main() -> ExitCode {
 }
 
 fn fatal(message: &str) -> ExitCode {
-    eprintln!("lab-bare: {message}");
+    let _ = writeln!(io::stderr(), "lab-bare: {message}");
     ExitCode::FAILURE
 }
