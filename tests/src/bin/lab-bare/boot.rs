@@ -5,7 +5,7 @@ use iced_x86::code_asm::{CodeAssembler, ax, cr0, cr3, cr4, cs, ds, eax, ecx, ptr
 
 use crate::image::{ENTRY, GDT, PAGE_TABLES, PROGRAM};
 
-const CODE_SELECTOR: u16 = 8;
+pub(crate) const CODE_SELECTOR: u16 = 8;
 /// A null descriptor and 64-bit code; there is no need for data in long mode.
 const DESCRIPTORS: [u64; 2] = [0, 0x00af_9a00_0000_ffff];
 /// What `lgdt` reads stands behind them.

@@ -19,7 +19,9 @@ pub(crate) const PROGRAM: u32 = LOAD + 0x8000;
 const LOAD_END: u32 = LOAD + 0xa000;
 /// The stacks, which grow down.
 pub(crate) const STACKS: [u32; 2] = [LOAD + 0xc000, LOAD + 0xe000];
-const RAM_END: u32 = LOAD + 0xe000;
+/// Interrupt descriptors, filled in by the program.
+pub(crate) const INTERRUPTS: u32 = LOAD + 0xe000;
+const RAM_END: u32 = LOAD + 0xf000;
 
 /// Below 1 MiB and at a page, as a processor starts in real mode there. Neither the loader's structures
 /// nor what the firmware keeps is at 0x8000.

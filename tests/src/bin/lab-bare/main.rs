@@ -12,6 +12,7 @@ mod asm;
 mod boot;
 mod image;
 mod program;
+mod traps;
 
 use std::env;
 use std::error::Error;

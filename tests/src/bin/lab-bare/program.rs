@@ -11,6 +11,7 @@ use iced_x86::code_asm::{
 
 use crate::asm::{Assembly, seen};
 use crate::image::{PROGRAM, STACKS, TRAMPOLINE, TRAMPOLINE_SIZE, TRAMPOLINE_SOURCE, VARIABLES};
+use crate::traps::Traps;
 
 /// Variables, each a u64.
 const TICKET: u32 = VARIABLES;
@@ -63,11 +64,14 @@ const TOGGLES_AT_ONCE: u32 = 20;
 pub(crate) fn make() -> Result<(Vec<u8>, Vec<u8>), IcedError> {
     let mut program = Assembly::new()?;
     let mut second = program.label();
+    let mut traps = Traps::new(&mut program);
     program.a.mov(eax, 1)?;
     program.a.lock().xadd(dword_ptr(TICKET), eax)?;
     program.a.test(eax, eax)?;
     program.a.jne(second)?;
     program.a.mov(esp, STACKS[0])?;
+    traps.prepare(&mut program)?;
+    traps.take(&mut program)?;
     toggles(&mut program)?;
     find(&mut program)?;
     begin(&mut program)?;
@@ -76,7 +80,10 @@ pub(crate) fn make() -> Result<(Vec<u8>, Vec<u8>), IcedError> {
     result(&mut program)?;
     power_off(&mut program)?;
     program.bind(&mut second)?;
+    program.a.mov(esp, STACKS[1])?;
+    traps.take(&mut program)?;
     hammer(&mut program)?;
+    traps.handlers(&mut program)?;
     program.finish(PROGRAM.into())
 }
 
@@ -288,7 +295,7 @@ fn result(program: &mut Assembly) -> Result<(), IcedError> {
     program.say("\n")
 }
 
-fn power_off(program: &mut Assembly) -> Result<(), IcedError> {
+pub(crate) fn power_off(program: &mut Assembly) -> Result<(), IcedError> {
     program.a.mov(edx, POWER)?;
     program.a.mov(eax, POWER_OFF)?;
     program.a.out(dx, ax)?;
@@ -307,7 +314,6 @@ fn halt(program: &mut Assembly) -> Result<(), IcedError> {
 /// functions answer those, QEMU's edu doesn't, and that would be a zero of the lab's own.
 fn hammer(program: &mut Assembly) -> Result<(), IcedError> {
     let (mut next, mut end) = (program.label(), program.label());
-    program.a.mov(esp, STACKS[1])?;
     program.a.mov(ebx, dword_ptr(BAR))?;
     program.a.mov(dword_ptr(READY), 1)?;
     program.bind(&mut next)?;
