@@ -169,10 +169,15 @@ impl<S: System> Shim<S> {
 
     /// The BAR whose window in a VM a guest physical address is in. Windows are where BARs last
     /// decoded, as long as their registers have not changed since. Takes no lock and makes no system
-    /// call, but may do both after a vfio-user device changed.
+    /// call, but may do both after a vfio-user device changed, and wait for its server; so nobody who
+    /// calls this holds a lock.
     pub(crate) fn window_at(&self, vm: u32, gpa: u64) -> Option<BarAddress> {
         let mut windows = self.devices.windows.load();
         let changed = |(stream, epoch): &(u32, u64)| self.user_epoch(*stream) != *epoch;
+        let mut streams = windows.epochs().iter().map(|(stream, _)| *stream);
+        if streams.any(|stream| self.user_wants_look(stream)) {
+            windows.epochs().iter().for_each(|(stream, _)| self.user_look(*stream));
+        }
         if windows.epochs().iter().any(changed) {
             self.publish_windows(&self.devices.hold());
             windows = self.devices.windows.load();

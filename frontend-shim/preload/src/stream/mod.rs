@@ -39,7 +39,7 @@ use self::introduce::{BARS, Facts, introduce};
 use self::pending::Greeting;
 use self::place::Place;
 pub(crate) use self::place::Streams;
-use self::plain::CONFIG_SPACE;
+use self::plain::{CONFIG_SPACE, Shadow};
 use crate::Shim;
 use crate::descriptors::Descriptor;
 use crate::device::{Decode, DeviceId, Placement, Source};
@@ -208,7 +208,7 @@ impl<S: System> Shim<S> {
         command: Command,
         body: &[u8],
     ) -> Option<incoming::Answer> {
-        let reply = self.ask_server(connection, command, body)?;
+        let reply = self.ask_server(connection, command, body, Instant::now() + DEADLINE)?;
         self.status.count(Count::Forwarded);
         Some(reply)
     }
@@ -218,9 +218,10 @@ impl<S: System> Shim<S> {
         connection: &Connection,
         command: Command,
         body: &[u8],
+        deadline: Instant,
     ) -> Option<incoming::Answer> {
         let was_silent = connection.pending().silent;
-        let reply = connection.ask(command, body, Instant::now() + DEADLINE);
+        let reply = connection.ask(command, body, deadline);
         if reply.is_none() && !was_silent && connection.pending().silent {
             self.status.fail_open(FailOpen::ServerSilent);
         }
@@ -280,20 +281,20 @@ impl<S: System> Shim<S> {
         let changes = match place.page() {
             // While it is being written it never looks as it did before.
             Some(page) => page.sequence().unwrap_or(u64::MAX),
-            None => place.shadow.changes(),
+            None => place.shadow.epoch(),
         };
         generation.wrapping_shl(48) ^ changes
     }
 
     /// Where the BARs are and were, as the backend's decode page says. `None` if it does not tell.
     ///
-    /// A server without a page is asked, if something has changed: that takes the turn to send, which is
-    /// never held while devices are called, and not longer than the deadline.
+    /// A server without a page is not asked here, where locks are held: what it said when it last was counts
+    /// ([`Self::user_look`]).
     pub(crate) fn user_placements(&self, stream: u32) -> Option<[Placement; BARS]> {
         let place = self.streams.place(stream)?;
         let Some(page) = place.page() else {
-            let shadow = Some(&place.shadow).filter(|_| !place.is_lost())?;
-            return shadow.placements(|| self.config_space(stream));
+            let known = !place.is_lost() && place.device().is_some();
+            return known.then(|| place.shadow.placements());
         };
         let shown = page.read()?;
         Some(shown.bars.map(|bar| match bar {
@@ -306,12 +307,34 @@ impl<S: System> Shim<S> {
         }))
     }
 
+    /// Whether [`Self::user_look`] would ask. Takes no lock.
+    pub(crate) fn user_wants_look(&self, stream: u32) -> bool {
+        self.shadow_to_look_at(stream).is_some()
+    }
+
+    /// Asks a server that has no page what its device decodes, if that may have changed. It may let us
+    /// wait: nobody who calls this holds a lock, of ours or of the VMM's.
+    pub(crate) fn user_look(&self, stream: u32) {
+        let Some(shadow) = self.shadow_to_look_at(stream) else { return };
+        shadow.look(|deadline| self.config_space(stream, deadline));
+        if shadow.is_given_up() {
+            self.status.fail_open(FailOpen::ServerSilent);
+        }
+    }
+
+    fn shadow_to_look_at(&self, stream: u32) -> Option<&Shadow> {
+        let place = self.streams.place(stream)?;
+        let asked = place.page().is_none() && place.shadow.wants_look() && !place.is_lost();
+        asked.then_some(&place.shadow)
+    }
+
     /// The configuration space of a device, from its server.
-    fn config_space(&self, place: &Place) -> Option<[u8; CONFIG_SPACE]> {
-        let connection = place.connection().clone()?;
+    fn config_space(&self, stream: u32, deadline: Instant) -> Option<[u8; CONFIG_SPACE]> {
+        let connection = self.streams.connection(stream)?;
         let region = PciRegion::Config.index();
         let access = RegionAccess { offset: 0, region, count: CONFIG_SPACE.try_into().ok()? };
-        let reply = self.ask_server(&connection, Command::RegionRead, &access.to_bytes())?;
+        let read = &access.to_bytes();
+        let reply = self.ask_server(&connection, Command::RegionRead, read, deadline)?;
         let read = RegionData::parse(reply.body()?).ok()?;
         read.data.first_chunk().copied()
     }

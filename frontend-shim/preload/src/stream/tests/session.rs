@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::server::{BAR_SIZE, BAR_START, Habits, Server};
 use super::{ASK, CONTROL, Vmm, YES, message, version};
-use crate::device::{Decode, DeviceId, Placement, Source};
+use crate::device::{BarAddress, Decode, DeviceId, Placement, Source};
 use crate::status::Count;
 use crate::stream::introduce::Facts;
 use crate::stream::outgoing::Configured;
@@ -233,7 +233,10 @@ fn configure(vmm: &Vmm, server: &Server, offset: usize, data: &[u8]) {
 fn a_server_that_is_no_barkeep_is_asked_for_its_configuration_when_that_may_have_changed() {
     let (vmm, server) = session(Habits { extensions: None, ..Habits::default() });
     let placed = |live| Placement { size: BAR_SIZE, address: 0xe000_0000, live };
-    let seen = || (vmm.shim.user_placements(0).unwrap()[2], vmm.shim.user_decode(0, 2));
+    let seen = || {
+        vmm.shim.user_look(0);
+        (vmm.shim.user_placements(0).unwrap()[2], vmm.shim.user_decode(0, 2))
+    };
     // BAR 2 at an address where it has never decoded.
     let epoch = vmm.shim.user_epoch(0);
     configure(&vmm, &server, 0x18, &0xe000_0000_u32.to_le_bytes());
@@ -258,6 +261,32 @@ fn a_server_that_is_no_barkeep_is_asked_for_its_configuration_when_that_may_have
     assert_eq!(vmm.shim.user_epoch(0), epoch);
     assert!(server.commands.try_recv().is_err());
     assert_eq!(vmm.shim.user_decode(0, 1), Decode::Unknown);
+}
+
+#[test]
+fn nobody_waits_with_a_lock_for_a_server_that_is_no_barkeep() {
+    let (vmm, mut server) = session(Habits { extensions: None, ..Habits::default() });
+    let device = device(&vmm, &server);
+    configure(&vmm, &server, 0x18, &0xe000_0000_u32.to_le_bytes());
+    configure(&vmm, &server, 4, &[2, 0]);
+    while server.commands.try_recv().is_ok() {}
+    // With the lock of a VM's slots, and in a QEMU its big one.
+    vmm.shim.belongs(device, 0);
+    assert!(server.commands.try_recv().is_err(), "nothing is asked");
+    server.habits.lock().unwrap().ignores = vec![Command::RegionRead];
+    let vmm = Arc::new(vmm);
+    let exit = thread::spawn({
+        let vmm = Arc::clone(&vmm);
+        move || vmm.shim.window_at(0, 0xe000_0010)
+    });
+    let (asked, body) = server.commands.recv().unwrap();
+    vmm.shim.belongs(device, 0);
+    // The answer, now that this was not held up.
+    let config = server.habits.lock().unwrap().config;
+    let answer = message(asked.id.0, asked.command, YES, &[&body[..16], &config].concat());
+    server.socket.write_all(&answer).unwrap();
+    assert_eq!(exit.join().unwrap(), Some(BarAddress { device, bar: 2, offset: 0x10 }));
+    assert_eq!(vmm.shim.decode(device, 2), Decode::On);
 }
 
 #[test]
