@@ -182,7 +182,8 @@ impl<S: System> Shim<S> {
     }
 
     /// What the backend says about a memory fault. `None` for a device without one that has the
-    /// extension, and if it does not answer in time. Not for signal handlers.
+    /// extension, and if it does not answer in time; what decodes is known then, if it can be. Not for signal
+    /// handlers, nor with a lock.
     pub(crate) fn verdict(
         &self,
         device: DeviceId,
@@ -190,6 +191,9 @@ impl<S: System> Shim<S> {
         offset: u64,
         access: FaultAccess,
     ) -> Option<FaultVerdict> {
+        if let Source::VfioUser(stream) = self.source(device)? {
+            self.user_look(stream);
+        }
         let connection = self.backend(device)?;
         let Greeting::Answered(Some(extensions)) = connection.pending().greeting else {
             return None;

@@ -290,6 +290,17 @@ fn nobody_waits_with_a_lock_for_a_server_that_is_no_barkeep() {
 }
 
 #[test]
+fn a_fault_asks_a_server_that_is_no_barkeep_what_decodes() {
+    let (vmm, server) = session(Habits { extensions: None, ..Habits::default() });
+    let device = device(&vmm, &server);
+    for (command, decode) in [(2, Decode::On), (0, Decode::Off)] {
+        configure(&vmm, &server, 4, &[command, 0]);
+        assert_eq!(vmm.shim.verdict(device, 2, 0, FaultAccess::empty()), None);
+        assert_eq!(vmm.shim.user_decode(0, 2), decode);
+    }
+}
+
+#[test]
 fn a_page_that_could_shrink_is_not_looked_at() {
     let (vmm, _server) = session(Habits { unsealed: true, ..Habits::default() });
     assert!(vmm.shim.system.pages.lock().unwrap().is_empty());
