@@ -240,3 +240,19 @@ fn a_thread_that_is_cancelled_gets_through_what_the_library_does_on_kvm() {
     let seen = format!("Ok((Ok(({ONES}, 0)), true, Err({}), Ok(0)))", nix::libc::EAGAIN);
     assert_eq!(values(&wrapped, "seen"), [seen], "{wrapped}");
 }
+
+#[test]
+fn a_vmm_that_waits_for_no_signal_looks_up_while_its_guest_hammers_on_kvm() {
+    if !has_kvm() {
+        return;
+    }
+    let backend = Backend::serve(&["ivshmem,size=64K"]);
+    let wrapped = said("hammered", backend.socket(), &["2"], With::Library);
+    // Behind the instruction that reads, with what it has read, and nothing is asked of KVM any more.
+    let seen = vec![format!("(3, {ONES}, false)"); 3];
+    assert_eq!(values(&wrapped, "looks up"), seen, "{wrapped}");
+    let wrapped = said("hammered", backend.socket(), &["2", "repeats"], With::Library);
+    let repeated = values(&wrapped, "looks up");
+    assert_eq!(repeated.len(), 3, "{wrapped}");
+    assert!(repeated.iter().all(|seen| seen.ends_with("false)")), "{wrapped}");
+}

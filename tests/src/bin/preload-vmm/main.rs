@@ -87,6 +87,7 @@ const SCENARIOS: &[Scenario] = &[
     ("written", user_device::written),
     ("toggled", user_device::toggled),
     ("truncated", user_device::truncated),
+    ("hammered", user_device::hammered),
     ("deserted", user_device::deserted),
     ("measure-runs", measure::runs),
     ("count-runs", measure::counted_runs),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::machine::Machine;
 use crate::proxy::{CONFIG, Proxy, REGION_STATE, words};
 use crate::raw;
-use crate::vm::{DATA, EXITS, READS, WRITES};
+use crate::vm::{CODE, DATA, EXITS, Exit, HAMMERS, KVM_GET_REGS, READS, REPEATS, WRITES};
 use crate::{Outcome, say};
 
 /// The socket, and a second argument.
@@ -92,6 +92,26 @@ pub(crate) fn switched() -> Outcome {
     let back = u32::try_from(DATA).unwrap_or(0).to_le_bytes();
     machine.proxy.write(CONFIG, 0x10 + 4 * u64::from(machine.bar.index), &back)?;
     say("back", machine.run(&vcpu));
+    say("trouble", machine.proxy.trouble());
+    Ok(())
+}
+
+/// The guest does nothing else than to read, by many instructions or (with a third argument) by one, and the
+/// VMM looks at a flag between its `KVM_RUN`s.
+pub(crate) fn hammered() -> Outcome {
+    let repeats = std::env::args().nth(4).is_some();
+    let program = if repeats { REPEATS } else { HAMMERS };
+    let (machine, _) = Machine::new(&socket(), number(3, 2), program)?;
+    let vcpu = machine.vm.vcpu(0)?;
+    machine.enable(true)?;
+    machine.enable(false)?;
+    for _ in 0..3 {
+        let Exit::Failed(libc::EINTR, _) = vcpu.run() else { continue };
+        let mut regs = kvm_bindings::kvm_regs::default();
+        raw::ioctl_with(vcpu.fd, KVM_GET_REGS, &mut regs)?;
+        let stays = raw::load(vcpu.run) & 0xff00 != 0;
+        say("looks up", (regs.rip.wrapping_sub(CODE), regs.rax, stays));
+    }
     say("trouble", machine.proxy.trouble());
     Ok(())
 }
