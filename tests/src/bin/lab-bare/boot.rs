@@ -3,13 +3,20 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, ax, cr0, cr3, cr4, cs, ds, eax, ecx, ptr};
 
-use crate::image::{ENTRY, GDT, PAGE_TABLES, PROGRAM};
+use crate::image::{ENTRY, GDT, PAGE_TABLES, PROGRAM, TASKS};
 
 pub(crate) const CODE_SELECTOR: u16 = 8;
-/// A null descriptor and 64-bit code; there is no need for data in long mode.
-const DESCRIPTORS: [u64; 2] = [0, 0x00af_9a00_0000_ffff];
+/// A null descriptor, 64-bit code, and the task state that has the stack for traps, in both processors'
+/// tables: two words each, available, 104 bytes. There is no need for data in long mode.
+const DESCRIPTORS: [u64; 6] = [0, 0x00af_9a00_0000_ffff, task(TASKS[0]), 0, task(TASKS[1]), 0];
+pub(crate) const TASK_SELECTORS: [u32; 2] = [0x10, 0x20];
 /// What `lgdt` reads stands behind them.
-const GDT_POINTER: u32 = GDT + 16;
+const GDT_POINTER: u32 = GDT + 48;
+
+const fn task(base: u32) -> u64 {
+    let base = base as u64;
+    0x0000_8900_0000_0067 | (base & 0xff_ffff) << 16 | (base >> 24) << 56
+}
 
 /// The same for real mode, in the second processor's segment.
 const SECOND_POINTER: u32 = 0x80;
@@ -30,7 +37,7 @@ pub(crate) fn gdt() -> Vec<u8> {
 }
 
 fn pointer() -> Vec<u8> {
-    let limit = u16::try_from(size_of_val(&DESCRIPTORS) - 1).expect("two descriptors");
+    let limit = u16::try_from(size_of_val(&DESCRIPTORS) - 1).expect("a few descriptors");
     [limit.to_le_bytes().as_slice(), &GDT.to_le_bytes()].concat()
 }
 

@@ -21,7 +21,10 @@ const LOAD_END: u32 = LOAD + 0xa000;
 pub(crate) const STACKS: [u32; 2] = [LOAD + 0xc000, LOAD + 0xe000];
 /// Interrupt descriptors, filled in by the program.
 pub(crate) const INTERRUPTS: u32 = LOAD + 0xe000;
-const RAM_END: u32 = LOAD + 0xf000;
+/// Task states of both processors, and the stacks for traps: other ones, in case that the stack is what is wrong.
+pub(crate) const TASKS: [u32; 2] = [LOAD + 0xf000, LOAD + 0xf100];
+pub(crate) const TRAP_STACKS: [u32; 2] = [LOAD + 0x1_0000, LOAD + 0x1_1000];
+const RAM_END: u32 = LOAD + 0x1_1000;
 
 /// Below 1 MiB and at a page, as a processor starts in real mode there. Neither the loader's structures
 /// nor what the firmware keeps is at 0x8000.

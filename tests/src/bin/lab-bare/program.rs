@@ -71,7 +71,7 @@ pub(crate) fn make() -> Result<(Vec<u8>, Vec<u8>), IcedError> {
     program.a.jne(second)?;
     program.a.mov(esp, STACKS[0])?;
     traps.prepare(&mut program)?;
-    traps.take(&mut program)?;
+    traps.take(&mut program, 0)?;
     toggles(&mut program)?;
     find(&mut program)?;
     begin(&mut program)?;
@@ -81,7 +81,7 @@ pub(crate) fn make() -> Result<(Vec<u8>, Vec<u8>), IcedError> {
     power_off(&mut program)?;
     program.bind(&mut second)?;
     program.a.mov(esp, STACKS[1])?;
-    traps.take(&mut program)?;
+    traps.take(&mut program, 1)?;
     hammer(&mut program)?;
     traps.handlers(&mut program)?;
     program.finish(PROGRAM.into())

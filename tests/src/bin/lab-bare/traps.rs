@@ -7,14 +7,17 @@ use iced_x86::code_asm::{
 };
 
 use crate::asm::Assembly;
-use crate::boot::CODE_SELECTOR;
-use crate::image::INTERRUPTS;
+use crate::boot::{CODE_SELECTOR, TASK_SELECTORS};
+use crate::image::{INTERRUPTS, TASKS, TRAP_STACKS};
 use crate::program::power_off;
 
 const VECTORS: u32 = 256;
 /// Size of a descriptor in bytes (AMD64 APM volume 2, 4.8.4), and a present interrupt gate.
 const GATE: u32 = 16;
 const GATE_TYPE: u32 = 0x8e00;
+/// It takes the first stack of the task state, which is there (12.2.5).
+const GATE_STACK: u32 = 1;
+const TASK_STACK: u32 = 0x24;
 /// A handler is a call to what they have in common, so that the return address tells which it was.
 const HANDLER: u32 = 5;
 
@@ -40,7 +43,7 @@ impl Traps {
         a.mov(word_ptr(rdi + 2), u32::from(CODE_SELECTOR))?;
         a.mov(edx, eax)?;
         a.and(edx, 0xffff_0000_u32.cast_signed())?;
-        a.or(edx, GATE_TYPE.cast_signed())?;
+        a.or(edx, (GATE_TYPE | GATE_STACK).cast_signed())?;
         a.mov(dword_ptr(rdi + 4), edx)?;
         // The image lies in the lower 4 GiB, and RAM begins as zero.
         a.add(rdi, GATE.cast_signed())?;
@@ -50,8 +53,12 @@ impl Traps {
     }
 
     /// Has a processor use them.
-    pub(crate) fn take(&self, program: &mut Assembly) -> Result<(), IcedError> {
-        program.a.lidt(ptr(self.pointer))
+    pub(crate) fn take(&self, program: &mut Assembly, processor: usize) -> Result<(), IcedError> {
+        let a = &mut program.a;
+        a.mov(dword_ptr(TASKS[processor] + TASK_STACK), TRAP_STACKS[processor])?;
+        a.mov(eax, TASK_SELECTORS[processor])?;
+        a.ltr(ax)?;
+        a.lidt(ptr(self.pointer))
     }
 
     pub(crate) fn handlers(&mut self, program: &mut Assembly) -> Result<(), IcedError> {
