@@ -44,14 +44,13 @@ boot_guest() {
 # boot_nested BOOT QEMU_ARGUMENT...: the same with the guest of the nested lab, whose processors have
 # SVM and which has QEMU's edu function behind an IOMMU. One thread emulates both processors, and timers
 # tick: with a thread each, thousands of memory slots that came and went ended in a corrupted stack, a
-# triple fault or a lost timer, before and after the gate of decision 0009. `threads=multi` has a thread each;
-# `features` are more of the processors, such as `,-npt`.
+# triple fault or a lost timer, before and after the gate of decision 0009. `threads=multi` has a thread each.
 boot_nested() {
   local boot=$1 status=0
   shift
   : > "$work/$boot.results"
   timeout --kill-after=5 "$limit" "$host/bin/qemu-system-x86_64" \
-    -accel "tcg,thread=${threads:-single}" -smp 2 -cpu "EPYC,+svm${features:-}" -m "$megabytes" -machine q35 \
+    -accel "tcg,thread=${threads:-single}" -smp 2 -cpu "EPYC,+svm" -m "$megabytes" -machine q35 \
     -nodefaults -display none -no-reboot \
     -serial "file:$work/$boot.console" -serial "file:$work/$boot.results" \
     -device intel-iommu,intremap=on,caching-mode=on -device edu \

@@ -2,8 +2,8 @@
 //!
 //! The lab's host is emulated, and its SVM now and then hands an interrupt to a VM twice, or never. This
 //! guest has no interrupts, so it can't be hit: two processors, each of which does one thing for ever.
-//! One toggles `PCI_COMMAND.MEM` of QEMU's `edu` function, the other reads and writes the BAR meanwhile.
-//! It says on the first serial port what the [hammer](../lab-guest/hammer.rs) of a Linux guest says.
+//! One toggles `PCI_COMMAND.MEM` of an `edu` or `ivshmem` function, the other reads and writes the BAR
+//! meanwhile. It says on the first serial port what the [hammer](../lab-guest/hammer.rs) of a Linux guest says.
 //!
 //! OUT is a flat multiboot image for QEMU's `-kernel`. The last word of `-append` is how often it
 //! toggles; without a number somebody outside does, and a byte on the serial port is the end.

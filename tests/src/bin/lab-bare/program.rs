@@ -21,14 +21,31 @@ const STOP: u32 = VARIABLES + 24;
 const DONE: u32 = VARIABLES + 32;
 /// Reads of the processor that toggles, right after a toggle, that gave what was right before it.
 const LATE: u32 = VARIABLES + 40;
+/// What 4 bytes at `LIVENESS` read after `LIVENESS_PATTERN` was written, with its sign.
+const NARROW_RIGHT: u32 = VARIABLES + 48;
 /// What was read: 8 bytes by the second processor, then by the first, and 4 bytes.
 const WIDE: u32 = VARIABLES + 0x100;
 const AFTER: u32 = WIDE + seen::SIZE;
 const NARROW: u32 = AFTER + seen::SIZE;
 
-/// Vendor and device id.
-const EDU: i32 = 0x11e8_1234;
-/// Registers of the function (QEMU, docs/specs/edu.rst). What is written to the liveness check is read inverted.
+/// A function that can be hammered: something that keeps 8 bytes at `DMA_SOURCE` and `DMA_DESTINATION`.
+struct Known {
+    name: &'static str,
+    /// Vendor and device id, as they stand in configuration space.
+    id: i32,
+    /// Where in configuration space the BAR is.
+    bar: i32,
+    /// What reads give at `LIVENESS` after `LIVENESS_PATTERN`.
+    liveness: u32,
+}
+
+const KNOWN: [Known; 2] = [
+    Known { name: "edu", id: 0x11e8_1234, bar: 0x10, liveness: !LIVENESS_PATTERN },
+    // Memory, from its first byte on.
+    Known { name: "ivshmem", id: 0x1110_1af4, bar: 0x18, liveness: LIVENESS_PATTERN },
+];
+
+/// Edu's registers (QEMU, docs/specs/edu.rst). What is written to the liveness check is read inverted.
 const LIVENESS: u32 = 0x04;
 const DMA_SOURCE: u32 = 0x80;
 const DMA_DESTINATION: u32 = 0x88;
@@ -43,7 +60,6 @@ const CONFIG_ENABLE: u32 = 1 << 31;
 const CONFIG_FUNCTIONS: u32 = 0x800;
 const CONFIG_BUS_1: u32 = CONFIG_ENABLE | 1 << 16;
 const PCI_COMMAND: i32 = 0x04;
-const PCI_BAR0: i32 = 0x10;
 const MEMORY_SPACE: i32 = 1 << 1;
 const BUS_MASTER: i32 = 1 << 2;
 
@@ -118,22 +134,32 @@ fn toggles(program: &mut Assembly) -> Result<(), IcedError> {
     program.bind(&mut end)
 }
 
-/// The function on bus 0, and its BAR where the firmware put it.
+/// The first known function on bus 0, and its BAR where the firmware put it.
 fn find(program: &mut Assembly) -> Result<(), IcedError> {
     let (mut next, mut found) = (program.label(), program.label());
+    let mut kinds = KNOWN.map(|known| (known, program.label()));
     program.a.mov(r14d, CONFIG_ENABLE)?;
     program.bind(&mut next)?;
     read_config(program, 0)?;
-    program.a.cmp(eax, EDU)?;
-    program.a.je(found)?;
+    for (known, kind) in &kinds {
+        program.a.cmp(eax, known.id)?;
+        program.a.je(*kind)?;
+    }
     program.a.add(r14d, CONFIG_FUNCTIONS.cast_signed())?;
     program.a.cmp(r14d, CONFIG_BUS_1.cast_signed())?;
     program.a.jne(next)?;
-    program.say("no function 1234:11e8 on bus 0\n")?;
+    program.say("no function to hammer on bus 0\n")?;
     power_off(program)?;
 
+    for (known, kind) in &mut kinds {
+        program.bind(kind)?;
+        program.say(&format!("HAMMER {}\n", known.name))?;
+        program.a.mov(rax, i64::from(known.liveness.cast_signed()).cast_unsigned())?;
+        program.a.mov(qword_ptr(NARROW_RIGHT), rax)?;
+        read_config(program, known.bar)?;
+        program.a.jmp(found)?;
+    }
     program.bind(&mut found)?;
-    read_config(program, PCI_BAR0)?;
     program.a.and(eax, !0xf)?;
     program.a.mov(r13d, eax)?;
     program.a.mov(dword_ptr(BAR), eax)?;
@@ -146,8 +172,9 @@ fn find(program: &mut Assembly) -> Result<(), IcedError> {
 /// From here on every read has one right value.
 fn begin(program: &mut Assembly) -> Result<(), IcedError> {
     let (mut untried, mut tried) = (program.label(), program.label());
-    program.say("HAMMER edu\n")?;
     let a = &mut program.a;
+    // What memory has at its first byte; edu has its identification there, and ignores this.
+    a.mov(dword_ptr(r13), LIVENESS_PATTERN)?;
     a.mov(dword_ptr(r13 + LIVENESS), LIVENESS_PATTERN)?;
     a.mov(rcx, PATTERN)?;
     a.mov(qword_ptr(r13 + DMA_SOURCE), rcx)?;
@@ -173,7 +200,7 @@ fn begin(program: &mut Assembly) -> Result<(), IcedError> {
     program.say("\n")
 }
 
-/// The identification.
+/// Edu's identification, or what memory has there.
 fn say_first(program: &mut Assembly) -> Result<(), IcedError> {
     program.a.mov(eax, dword_ptr(r13))?;
     program.say_hexadecimal()
@@ -327,10 +354,9 @@ fn hammer(program: &mut Assembly) -> Result<(), IcedError> {
         program.a.mov(rax, qword_ptr(rbx + register))?;
         program.count()?;
     }
-    let inverted = i64::from((!LIVENESS_PATTERN).cast_signed()).cast_unsigned();
     program.a.mov(ebp, NARROW)?;
     program.a.mov(esi, LIVENESS)?;
-    program.a.mov(rcx, inverted)?;
+    program.a.mov(rcx, qword_ptr(NARROW_RIGHT))?;
     program.a.mov(dword_ptr(rbx + LIVENESS), LIVENESS_PATTERN)?;
     program.a.mov(eax, dword_ptr(rbx + LIVENESS))?;
     // All ones are all ones, then.
