@@ -102,6 +102,9 @@ impl<S: System> Shim<S> {
     fn change_mask(&self, change: Change, asked: bool) -> Answer<u64> {
         let has = change.set & BUS != 0;
         let (blocked, kernels) = match change.how {
+            libc::SIG_BLOCK | libc::SIG_SETMASK if has && !asked && self.is_blocked_anyway() => {
+                (false, change.set)
+            }
             libc::SIG_BLOCK => (asked || has, change.set & !BUS),
             libc::SIG_UNBLOCK => (asked && !has, change.set),
             libc::SIG_SETMASK => {
@@ -121,6 +124,13 @@ impl<S: System> Shim<S> {
             self.system.signal_mask(Some(Change { how: libc::SIG_UNBLOCK, set: BUS }))?;
         }
         before
+    }
+
+    /// Whether the kernel blocks `SIGBUS` in a thread that did not ask for it: while a handler runs whose own
+    /// mask has it. What blocks it once more, or brings back the mask that the handler began with, ends with the
+    /// handler, where the kernel is the only one to know.
+    fn is_blocked_anyway(&self) -> bool {
+        self.system.signal_mask(None).is_ok_and(|mask| mask & BUS != 0)
     }
 
     /// Whether a sent `SIGBUS` still waits for this thread, or for any.

@@ -14,6 +14,9 @@
 //!   blocks otherwise does not make the handler run: the signal stays pending.
 //! - While a handler runs whose own mask has `SIGBUS`, and in a thread that has left a sent one pending,
 //!   `SIGBUS` is blocked indeed: an access to a BAR ends the process there, as without the library.
+//! - What a handler of another signal changes about `SIGBUS` in its thread's mask stays when it returns, and when it
+//!   leaves by `siglongjmp`, but for blocking what is blocked while it runs: the kernel brings its mask back
+//!   without us.
 //! - A child in the VMM's memory (`vfork`) has its disposition and masks from the kernel as soon as it changes
 //!   them, and what it asks for changes nothing here.
 //! - A program that the VMM executes starts with `SIGBUS` neither blocked nor ignored.

@@ -1,6 +1,7 @@
 //! A `SIGBUS` that is not about a BAR does what it does without us.
 
 use std::ffi::{c_int, c_void};
+use std::sync::OnceLock;
 
 use super::children::{End, Mode, Process, Status, as_shipped, log, process, wrapped};
 use crate::sigbus::{Action, Change, SIGBUS};
@@ -163,6 +164,55 @@ fn a_handler_changes_where_the_thread_goes_on_and_with_which_mask() {
         process.touch(1);
     });
     assert!(log.ends_with("blocked true\n"));
+}
+
+/// In a handler of another signal, with all signals blocked meanwhile.
+fn in_another_handler(process: &Process, work: fn(&Process)) {
+    static WORK: OnceLock<fn(&Process)> = OnceLock::new();
+    extern "C" fn on_usr1(_: c_int) {
+        let process = super::children::process();
+        WORK.get().unwrap()(process);
+        log(&format!("inside {:#x}", process.mask(None)));
+    }
+    WORK.set(work).unwrap();
+    let handler: extern "C" fn(c_int) = on_usr1;
+    let action = Action { handler: handler as usize, flags: 0, mask: u64::MAX, restorer: 0 };
+    process.bench.shim.system.functions.action(libc::SIGUSR1, Some(action)).unwrap();
+    // SAFETY: of this thread itself.
+    unsafe { libc::raise(libc::SIGUSR1) };
+    log(&format!("outside {:#x}", process.mask(None)));
+}
+
+fn change_and_restore(process: &Process) {
+    let before = process.mask(Some(Change { how: libc::SIG_BLOCK, set: USR1 }));
+    process.mask(Some(Change { how: libc::SIG_SETMASK, set: before }));
+}
+
+#[test]
+fn a_mask_that_is_restored_in_another_handler_ends_with_it() {
+    let log = same(EXITED, 3, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        in_another_handler(process, change_and_restore);
+        process.touch(0);
+    });
+    assert!(log.contains("outside 0x0\nhandler 7 "), "{log}");
+    same(EXITED, 3, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        in_another_handler(process, |process| process.block(SIGBUS));
+        process.touch(0);
+    });
+    same(EXITED, 3, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        in_another_handler(process, |process| process.unblock(SIGBUS));
+        process.touch(0);
+    });
+    let log = same(KILLED, 2, |process| {
+        process.handle(INFO, 0, Mode::Mend);
+        process.block(SIGBUS);
+        in_another_handler(process, change_and_restore);
+        process.touch(0);
+    });
+    assert!(log.ends_with("outside 0x40\n"), "{log}");
 }
 
 #[test]
