@@ -15,6 +15,7 @@ use crate::system::{Answer, Duplicate, Mmap, Mremap, System};
 
 const GET_INFO: u64 = 0x3b6b;
 const GET_REGION_INFO: u64 = 0x3b6c;
+const RESET: u64 = 0x3b6f;
 /// A VFIO device, and its regions, where the kernel has them: each at its index times 2^40.
 pub(crate) const DEVICE: RawFd = 20;
 pub(crate) const CONFIG: u64 = 7 << 40;
@@ -196,9 +197,11 @@ impl Shim<Fake> {
     /// Writes to the configuration space as the VMM does.
     fn write_config(&self, at: usize, data: &[u8]) {
         let device = self.device().0;
-        self.device_to_be_written(device, CONFIG + at as u64, data.len());
+        let before = self.device_to_be_written(device, CONFIG + at as u64, data.len());
         self.system.world().config(DEVICE).config[at..at + data.len()].copy_from_slice(data);
-        self.device_written(device, CONFIG + at as u64, data.len());
+        if let Some(before) = before {
+            self.device_written(device, before);
+        }
     }
 
     fn answering(&self, answer: Answer<usize>) -> &Self {

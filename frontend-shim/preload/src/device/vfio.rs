@@ -40,28 +40,39 @@ impl<S: System> Shim<S> {
         }
     }
 
-    /// The VMM wrote to a device's descriptor: if it was its configuration space, what it tells about
-    /// decoding may be another now.
-    pub(crate) fn device_written(&self, device: u32, offset: u64, len: usize) {
+    /// The VMM is about to write to a device's descriptor. If that may change whether it decodes: whether it does
+    /// before, which is for [`Self::device_written`].
+    pub(crate) fn device_to_be_written(
+        &self,
+        device: u32,
+        offset: u64,
+        len: usize,
+    ) -> Option<Decode> {
+        let id = DeviceId(device);
+        let found = self.devices.table.get(id).filter(|found| decides(found, offset, len))?;
+        let Some(Source::Vfio(fd)) = found.source() else { return None };
+        let decode = self.vfio_decode(id, fd);
+        if decode == Decode::Off {
+            self.decode_may_come_back(id);
+        }
+        Some(decode)
+    }
+
+    /// The VMM has written to a device's configuration space. What was known before the write is told by the
+    /// caller: another thread may have looked at the device since.
+    pub(crate) fn device_written(&self, device: u32, before: Decode) {
         let id = DeviceId(device);
         let Some(found) = self.devices.table.get(id) else { return };
-        let Some(first) = offset.checked_sub(found.config()) else { return };
-        let overlaps = |from: u64, to: u64| first < to && first.saturating_add(len as u64) > from;
-        let command = config::COMMAND;
-        let power = found.power().is_some_and(|power| overlaps(power, power + 2));
-        if overlaps(command, command + 2) || overlaps(config::BARS, config::BARS_END) || power {
-            let writing = self.devices.hold();
-            let before = found.decoded();
-            self.refresh(id, &writing);
-            self.publish_windows(&writing);
-            let (came_back, went) = (found.decoded() && !before, before && !found.decoded());
-            drop(writing);
-            if came_back {
-                self.decode_came_back(id);
-            }
-            if went {
-                self.decode_went(id);
-            }
+        let writing = self.devices.hold();
+        self.refresh(id, &writing);
+        self.publish_windows(&writing);
+        let decodes = found.decoded();
+        drop(writing);
+        if decodes && before != Decode::On {
+            self.decode_came_back(id);
+        }
+        if !decodes && before != Decode::Off {
+            self.decode_went(id);
         }
     }
 

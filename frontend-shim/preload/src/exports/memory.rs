@@ -67,11 +67,19 @@ extern "C" fn mremap(
 
 #[unsafe(no_mangle)]
 extern "C-unwind" fn pwrite64(fd: c_int, data: *const c_void, len: usize, offset: i64) -> isize {
+    let device = shim().and_then(|shim| shim.descriptors.get(fd));
+    let ours = match (device, u64::try_from(offset)) {
+        (Some(Descriptor::Device(device)), Ok(offset)) => Some((device, offset)),
+        _ => None,
+    };
+    let before = ours.and_then(|(device, offset)| {
+        let before = guarded(|shim| shim.device_to_be_written(device, offset, len)).flatten();
+        before.map(|before| (device, before))
+    });
     // SAFETY: the caller's own arguments, to the function that it meant.
     let answer = unsafe { (real().pwrite)(fd, data, len, offset) };
-    let device = shim().and_then(|shim| shim.descriptors.get(fd));
-    if let (Some(Descriptor::Device(device)), Ok(offset)) = (device, u64::try_from(offset)) {
-        guarded(|shim| shim.device_written(device, offset, len));
+    if let Some((device, before)) = before {
+        guarded(|shim| shim.device_written(device, before));
     }
     answer
 }

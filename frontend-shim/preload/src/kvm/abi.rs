@@ -1,8 +1,8 @@
 //! Requests of KVM and what they point to (Linux `include/uapi/linux/kvm.h`, x86-64).
 
 use kvm_bindings::{
-    KVMIO, kvm_clear_dirty_log, kvm_dirty_log, kvm_regs, kvm_sregs, kvm_translation,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_xsave,
+    KVMIO, kvm_clear_dirty_log, kvm_dirty_log, kvm_regs, kvm_signal_mask, kvm_sregs,
+    kvm_translation, kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_xsave,
 };
 
 pub(crate) const CREATE_VM: u32 = plain(0x01);
@@ -15,6 +15,8 @@ pub(crate) const RUN: u32 = plain(0x80);
 pub(crate) const GET_REGS: u32 = request::<kvm_regs>(READ, 0x81);
 pub(crate) const GET_SREGS: u32 = request::<kvm_sregs>(READ, 0x83);
 pub(crate) const TRANSLATE: u32 = request::<kvm_translation>(READ | WRITE, 0x85);
+/// The structure is followed by a mask of no fixed length, which its size does not count.
+pub(crate) const SET_SIGNAL_MASK: u32 = request::<kvm_signal_mask>(WRITE, 0x8b);
 pub(crate) const GET_XSAVE: u32 = request::<kvm_xsave>(READ, 0xa4);
 pub(crate) const CLEAR_DIRTY_LOG: u32 = request::<kvm_clear_dirty_log>(READ | WRITE, 0xc0);
 
@@ -45,5 +47,6 @@ mod tests {
         assert_eq!((GET_DIRTY_LOG, CLEAR_DIRTY_LOG), (0x4010_ae42, 0xc018_aec0));
         assert_eq!((GET_REGS, GET_SREGS), (0x8090_ae81, 0x8138_ae83));
         assert_eq!((TRANSLATE, GET_XSAVE), (0xc018_ae85, 0x9000_aea4));
+        assert_eq!(SET_SIGNAL_MASK, 0x4004_ae8b);
     }
 }

@@ -6,7 +6,7 @@ use barkeep_protocol::wire::{FaultAccess, FaultVerdict};
 
 use crate::Shim;
 use crate::descriptors::Descriptor;
-use crate::device::{BarAddress, BarMapping, Decode, DeviceId};
+use crate::device::{BarAddress, BarMapping, Decode, DeviceId, Source};
 use crate::status::Status;
 use crate::system::System;
 
@@ -25,6 +25,10 @@ pub(super) trait Around {
 
     /// The mapping of a BAR that a range of host memory is inside of.
     fn mapping(&self, host: u64, len: u64) -> Option<BarMapping>;
+
+    /// What is known of a device's decoding may be old: asks again, and may have to wait. To be called without
+    /// a lock.
+    fn look(&self, device: DeviceId);
 
     /// Whether a BAR decodes.
     fn decode(&self, device: DeviceId, bar: u8) -> Decode;
@@ -63,6 +67,12 @@ impl<S: System> Around for Shim<S> {
 
     fn mapping(&self, host: u64, len: u64) -> Option<BarMapping> {
         self.mappings_in(usize::try_from(host).ok()?, usize::try_from(len).ok()?)
+    }
+
+    fn look(&self, device: DeviceId) {
+        if let Some(Source::VfioUser(stream)) = self.source(device) {
+            self.user_look(stream);
+        }
     }
 
     fn decode(&self, device: DeviceId, bar: u8) -> Decode {

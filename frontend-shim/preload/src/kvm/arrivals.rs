@@ -111,24 +111,33 @@ impl Arrival {
 
 /// How often devices have stopped to decode.
 #[derive(Debug)]
-pub(super) struct Losses([AtomicU64; DEVICES]);
+pub(super) struct Losses {
+    of: [AtomicU64; DEVICES],
+    in_all: AtomicU64,
+}
 
 /// Devices that are told apart. Of more than that some are counted together.
 const DEVICES: usize = 256;
 
 impl Default for Losses {
     fn default() -> Self {
-        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+        Self { of: std::array::from_fn(|_| AtomicU64::new(0)), in_all: AtomicU64::new(0) }
     }
 }
 
 impl Losses {
     pub(super) fn of(&self, device: DeviceId) -> u64 {
-        self.0[device.0 as usize % DEVICES].load(Ordering::Acquire)
+        self.of[device.0 as usize % DEVICES].load(Ordering::Acquire)
+    }
+
+    /// Of all devices.
+    pub(super) fn in_all(&self) -> u64 {
+        self.in_all.load(Ordering::Acquire)
     }
 
     pub(super) fn add(&self, device: DeviceId) {
-        self.0[device.0 as usize % DEVICES].fetch_add(1, Ordering::AcqRel);
+        self.of[device.0 as usize % DEVICES].fetch_add(1, Ordering::AcqRel);
+        self.in_all.fetch_add(1, Ordering::AcqRel);
     }
 }
 

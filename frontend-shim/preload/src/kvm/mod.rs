@@ -23,7 +23,7 @@ mod vm;
 
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use barkeep_shim::x86::XsaveLayout;
@@ -49,6 +49,8 @@ pub(crate) struct Vms {
     vcpus: Table<Vcpu>,
     arrivals: Arrivals,
     losses: Losses,
+    /// Whether the VMM sees to it that a signal between two `KVM_RUN`s ends the second one.
+    keeps_kicks: AtomicBool,
     /// Where KVM puts the vector registers.
     xsave: OnceLock<XsaveLayout>,
 }
@@ -60,21 +62,59 @@ impl Default for Vms {
             vcpus: Table::new(VCPUS),
             arrivals: Arrivals::default(),
             losses: Losses::default(),
+            keeps_kicks: AtomicBool::new(false),
             xsave: OnceLock::new(),
         }
     }
 }
 
 impl<S: System> Shim<S> {
-    /// The VMM made a device's BARs decode. Called on the thread that did, with no lock held.
-    pub(crate) fn decode_came_back(&self, device: DeviceId) {
-        let _ = device;
-    }
-
-    /// Whether a VM is the only one of the process.
-    pub(crate) fn is_only_vm(&self, vm: u32) -> bool {
-        let _ = vm;
-        true
+    /// `ioctl` of the VMM with a request of KVM's (type `0xae`).
+    ///
+    /// # Errors
+    /// Those of `ioctl`.
+    pub(crate) fn kvm_ioctl(&self, fd: RawFd, request: u64, argument: usize) -> Answer<i32> {
+        // The kernel looks at no more of it.
+        #[expect(clippy::cast_possible_truncation, reason = "the kernel's own")]
+        let known = request as u32;
+        match (known, self.descriptors.get(fd)) {
+            (abi::RUN, Some(Descriptor::Vcpu(vcpu))) => self.vms.run(self, fd, vcpu, argument),
+            (abi::CREATE_VM, _) => {
+                let created = self.system.ioctl(fd, request, argument)?;
+                self.shielded(|| self.vm_created(created));
+                Ok(created)
+            }
+            (abi::CREATE_VCPU, Some(Descriptor::Vm(vm))) => {
+                let created = self.system.ioctl(fd, request, argument)?;
+                self.shielded(|| self.vcpu_created(vm, created));
+                Ok(created)
+            }
+            (
+                abi::SET_USER_MEMORY_REGION | abi::SET_USER_MEMORY_REGION2,
+                Some(Descriptor::Vm(number)),
+            ) if let Some(vm) = self.vms.vms.get(number) => {
+                let asked = (fd, request, argument);
+                let answer = self.shielded(|| vm.set_region(self, number, asked));
+                answer.unwrap_or_else(|| self.system.ioctl(fd, request, argument))
+            }
+            (abi::GET_DIRTY_LOG, Some(Descriptor::Vm(vm)))
+                if let Some(vm) = self.vms.vms.get(vm) =>
+            {
+                vm.slots().dirty_log(&self.system, fd, argument)
+            }
+            (abi::CLEAR_DIRTY_LOG, Some(Descriptor::Vm(vm)))
+                if let Some(vm) = self.vms.vms.get(vm) =>
+            {
+                vm.slots().clear_dirty_log(&self.system, fd, argument)
+            }
+            (abi::SET_SIGNAL_MASK, Some(Descriptor::Vcpu(_))) => {
+                // Signals wait for the next `KVM_RUN` and end that.
+                let answer = self.system.ioctl(fd, request, argument)?;
+                self.vms.keeps_kicks.store(true, Ordering::Relaxed);
+                Ok(answer)
+            }
+            _ => self.system.ioctl(fd, request, argument),
+        }
     }
 
     /// The VMM is about to write to the configuration of a device that does not decode. To be called on
@@ -99,6 +139,11 @@ impl<S: System> Shim<S> {
     /// after the write: the VMM takes the BARs away next.
     pub(crate) fn decode_went(&self, device: DeviceId) {
         self.vms.losses.add(device);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn losses_of(&self, device: DeviceId) -> u64 {
+        self.vms.losses.of(device)
     }
 
     /// Whether a VM is the only one of the process.
@@ -126,8 +171,10 @@ impl<S: System> Shim<S> {
     /// The last descriptor of a VM is closed.
     pub(crate) fn vm_closed(&self, vm: u32) {
         if let Some(vm) = self.vms.vms.get(vm) {
-            vm.open.store(false, Ordering::Release);
-            self.free_if_unused(vm);
+            // Whoever changes slots has looked for its descriptor under the lock.
+            let slots = vm.slots();
+            drop(slots);
+            self.let_go(vm);
         }
     }
 
@@ -135,10 +182,11 @@ impl<S: System> Shim<S> {
     pub(crate) fn vcpu_closed(&self, vcpu: u32) {
         let Some(vcpu) = self.vms.vcpus.get(vcpu) else { return };
         let vm = vcpu.vm.load(Ordering::Acquire);
-        vcpu.close();
-        if let Some(vm) = self.vms.vms.get(vm) {
-            vm.vcpus.fetch_sub(1, Ordering::AcqRel);
-            self.free_if_unused(vm);
+        // Of two threads that close the last two descriptors, each may think that it has the last one.
+        if vcpu.close()
+            && let Some(vm) = self.vms.vms.get(vm)
+        {
+            self.let_go(vm);
         }
     }
 
@@ -152,8 +200,8 @@ impl<S: System> Shim<S> {
     }
 
     /// Lets another VM have the entry, if nothing in this process refers to this one any more.
-    fn free_if_unused(&self, vm: &Vm) {
-        if vm.is_unused() && vm.state().free() {
+    fn let_go(&self, vm: &Vm) {
+        if vm.let_go() && vm.state().free() {
             self.status.vm_gone();
         }
     }
@@ -182,16 +230,16 @@ impl<S: System> Shim<S> {
 
     fn vcpu_created(&self, vm: u32, fd: RawFd) {
         self.forget_stale(fd);
+        let Some(its) = self.vms.vms.get(vm).filter(|vm| vm.hold()) else { return };
         let Some((number, vcpu)) = self.vms.vcpus.take() else {
+            self.let_go(its);
             return self.status.fail_open(FailOpen::TooManyVms);
         };
         vcpu.begin(vm);
         if !self.descriptors.set(fd, Descriptor::Vcpu(number)) {
             vcpu.state().free();
-            return self.status.fail_open(FailOpen::TooManyDescriptors);
-        }
-        if let Some(vm) = self.vms.vms.get(vm) {
-            vm.vcpus.fetch_add(1, Ordering::AcqRel);
+            self.let_go(its);
+            self.status.fail_open(FailOpen::TooManyDescriptors);
         }
     }
 }

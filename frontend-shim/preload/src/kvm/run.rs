@@ -24,6 +24,10 @@ use crate::system::{Answer, System as _};
 
 /// How many exits are completed here before the VMM gets to look up: it may wait for nothing but the
 /// return of `KVM_RUN`, and without us each access is one. To go round costs a hundredth of so many.
+///
+/// It is one of them until the VMM was seen to keep its kicks, by `immediate_exit` or by a mask for `KVM_RUN`:
+/// the signal of another may come while an exit is completed, and its handler leave nothing behind
+/// that would end the next `KVM_RUN`.
 const MOST: u32 = 64;
 
 /// What is done about the end of a `KVM_RUN`.
@@ -58,7 +62,8 @@ impl Vms {
         }
         let mut again = 0;
         loop {
-            let leaves = again >= MOST && vcpu.run().is_some_and(RunArea::ask_to_leave);
+            let most = if self.keeps_kicks.load(Ordering::Relaxed) { MOST } else { 1 };
+            let leaves = again >= most && vcpu.run().is_some_and(RunArea::ask_to_leave);
             let answer = enter();
             if vcpu.generation() != generation {
                 // Closed meanwhile. The entry, and the descriptor's number, may be another's.
@@ -81,7 +86,16 @@ impl Vms {
                     next.unwrap_or(Next::Vmm)
                 }
                 // A signal: the VMM wants to be asked. It will enter again.
-                Err(_) => return answer,
+                Err(error) => {
+                    if run.is_asked_to_leave() {
+                        self.keeps_kicks.store(true, Ordering::Relaxed);
+                    }
+                    if error == Errno::INTR && again > 0 {
+                        // With `immediate_exit` KVM leaves the last reason, of an exit that is completed.
+                        run.set_exit_reason(KVM_EXIT_INTR);
+                    }
+                    return answer;
+                }
             };
             if next == Next::Vmm || vcpu.generation() != generation {
                 return answer;
@@ -119,10 +133,8 @@ impl Vms {
         run: RunArea,
     ) -> Next {
         let exit = run.mmio();
-        let mut slots = vm.slots();
-        let slot = slots.at(run.address_space(), exit.address).copied();
+        let slot = vm.slots().at(run.address_space(), exit.address).copied();
         let Some(Slot { region, place: Place::Suspended(bar), .. }) = slot else {
-            drop(slots);
             let place = around.window_at(number, exit.address);
             return place.map_or(Next::Vmm, |place| self.window(around, vcpu, place, run));
         };
@@ -130,16 +142,16 @@ impl Vms {
         if !region.contains(last) {
             return Next::Vmm;
         }
+        around.look(bar.device);
+        let losses = self.losses.of(bar.device);
         match around.decode(bar.device, bar.bar) {
             Decode::Off => {
-                drop(slots);
                 complete(around, region.in_bar(&bar, exit.address), run, exit);
                 Next::Enter
             }
             Decode::On => {
-                vm.restore(around, number, &mut slots, region.slot);
-                drop(slots);
-                self.hand(vcpu, region.in_bar(&bar, exit.address), exit)
+                vm.restore(around, number, &region);
+                hand(vcpu, region.in_bar(&bar, exit.address), losses, run)
             }
             Decode::Unknown => Next::Vmm,
         }
@@ -147,6 +159,7 @@ impl Vms {
 
     /// An exit in the window of a BAR that has no slot there.
     fn window<A: Around>(&self, around: &A, vcpu: &Vcpu, place: BarAddress, run: RunArea) -> Next {
+        let losses = self.losses.of(place.device);
         match around.decode(place.device, place.bar) {
             Decode::Off => {
                 complete(around, place, run, run.mmio());
@@ -163,17 +176,9 @@ impl Vms {
                 }
                 Next::Enter
             }
-            Decode::On => self.hand(vcpu, place, run.mmio()),
+            Decode::On => hand(vcpu, place, losses, run),
             Decode::Unknown => Next::Vmm,
         }
-    }
-
-    /// The VMM completes an exit, since the BAR decodes. By the time that it does, it may not any more.
-    fn hand(&self, vcpu: &Vcpu, place: BarAddress, exit: MmioExit) -> Next {
-        if !exit.write {
-            vcpu.hand(Handed { place, len: exit.len, losses: self.losses.of(place.device) });
-        }
-        Next::Vmm
     }
 
     /// The VMM has completed a read. Where the BAR was lost to it meanwhile, it has found nothing there
@@ -227,7 +232,8 @@ impl Vms {
         if suspended > 0 {
             around.status().count(Count::FaultsLocated);
         }
-        let changes = vm.changes();
+        // A guest that toggles meets faults that are over when they are looked at.
+        let changes = vm.changes().wrapping_add(self.losses.in_all());
         if vcpu.with_guard(|guard| guard.fault(&fault, changes)).is_err() {
             around.status().fail_open(FailOpen::NoProgress);
             return Next::Vmm;
@@ -238,6 +244,18 @@ impl Vms {
         }
         Next::Enter
     }
+}
+
+/// The VMM completes an exit, since the BAR decodes. By the time that it does, it may not any more: `losses` is
+/// from before it was asked whether it does.
+fn hand(vcpu: &Vcpu, place: BarAddress, losses: u64, run: RunArea) -> Next {
+    let exit = run.mmio();
+    if !exit.write {
+        // What a VMM that knows of nothing there leaves as it is.
+        run.set_mmio_data([0xff; 8]);
+        vcpu.hand(Handed { place, len: exit.len, losses });
+    }
+    Next::Vmm
 }
 
 /// Whether a fault can be about a BAR: it is in one, or in what was one a moment ago.

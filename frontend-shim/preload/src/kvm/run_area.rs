@@ -17,8 +17,8 @@ const OURS: u8 = 0x80;
 
 /// The VMM's mapping of a virtual CPU's `struct kvm_run`.
 ///
-/// It is touched only right after `KVM_RUN`, by the thread that called it: the VMM has to keep it mapped
-/// then, since that is where it looks itself.
+/// It is touched only right before and after `KVM_RUN`, by the thread that calls it: the VMM has to keep it
+/// mapped then, since that is where it looks itself. If it unmaps it, that is seen first.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RunArea {
     address: usize,
@@ -71,6 +71,11 @@ impl RunArea {
     pub(super) fn ask_no_more(self) {
         let place = self.u8(IMMEDIATE_EXIT);
         let _ = place.compare_exchange(OURS, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has asked for that.
+    pub(super) fn is_asked_to_leave(self) -> bool {
+        self.u8(IMMEDIATE_EXIT).load(Ordering::Relaxed) != 0
     }
 
     /// The number of the address space in which the virtual CPU is: 1 in System Management Mode.

@@ -141,10 +141,11 @@ impl Vcpu {
         self.progress();
     }
 
-    /// Its last descriptor is closed. Another thread may be in `KVM_RUN` still.
-    pub(super) fn close(&self) {
+    /// Its last descriptor is closed. Another thread may be in `KVM_RUN` still. Returns false to all but one who
+    /// say so.
+    pub(super) fn close(&self) -> bool {
         self.generation.fetch_add(1, Ordering::AcqRel);
-        self.state.free();
+        self.state.free()
     }
 
     /// What tells it from those that are here before and after it.

@@ -17,10 +17,8 @@ use crate::system::{Answer, System};
 #[derive(Debug)]
 pub(super) struct Vm {
     state: Use,
-    /// Whether the VMM has a descriptor of it. Its virtual CPUs keep it alive otherwise.
-    pub(super) open: AtomicBool,
-    /// Virtual CPUs that have a descriptor.
-    pub(super) vcpus: AtomicU32,
+    /// How many keep it alive: 1 as long as the VMM has a descriptor of it, and 1 for each virtual CPU that has one.
+    holders: AtomicU32,
     /// Locked across every ioctl that changes slots, so that both sides change together.
     slots: Mutex<Slots>,
     /// Moves whenever slots change.
@@ -37,8 +35,7 @@ impl Default for Vm {
     fn default() -> Self {
         Self {
             state: Use::default(),
-            open: AtomicBool::new(false),
-            vcpus: AtomicU32::new(0),
+            holders: AtomicU32::new(0),
             slots: Mutex::default(),
             changes: AtomicU64::new(0),
             bars: AtomicBool::new(false),
@@ -61,13 +58,19 @@ impl Vm {
         *slots = Slots::default();
         self.publish(&slots);
         self.bars.store(false, Ordering::Release);
-        self.vcpus.store(0, Ordering::Release);
-        self.open.store(true, Ordering::Release);
+        self.holders.store(1, Ordering::Release);
     }
 
-    /// Whether nothing in this process refers to it any more.
-    pub(super) fn is_unused(&self) -> bool {
-        !self.open.load(Ordering::Acquire) && self.vcpus.load(Ordering::Acquire) == 0
+    /// One more keeps it alive. Returns false if it is gone.
+    pub(super) fn hold(&self) -> bool {
+        let more = |holders: u32| (holders > 0).then(|| holders + 1);
+        self.holders.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+
+    /// One less does. Returns true to one caller: there is none left.
+    pub(super) fn let_go(&self) -> bool {
+        let less = |holders: u32| holders.checked_sub(1);
+        self.holders.fetch_update(Ordering::AcqRel, Ordering::Acquire, less) == Ok(1)
     }
 
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -137,11 +140,12 @@ impl Vm {
         if wanted.is_empty() {
             return Some(0);
         }
+        // Locked, since the number may be another VM's once this one is closed.
+        let mut slots = self.slots();
         let Some(fd) = around.descriptor_of(number) else {
             around.status().fail_open(FailOpen::NoVmDescriptor);
             return None;
         };
-        let mut slots = self.slots();
         let mut suspended = 0;
         for (slot, bar) in wanted {
             match slots.suspend(around.system(), fd, &slot.region, *bar) {
@@ -161,14 +165,19 @@ impl Vm {
         Some(suspended)
     }
 
-    /// Gives a slot back to the kernel. If that fails it stays suspended.
-    pub(super) fn restore<A: Around>(&self, around: &A, number: u32, slots: &mut Slots, slot: u32) {
+    /// Gives a slot back to the kernel, if the VMM has not changed it meanwhile. If the kernel refuses, it stays
+    /// suspended.
+    pub(super) fn restore<A: Around>(&self, around: &A, number: u32, region: &Region) {
+        let mut slots = self.slots();
+        if slots.get(region.slot).is_none_or(|slot| slot.region != *region) {
+            return;
+        }
         let fd = around.descriptor_of(number);
-        match fd.map(|fd| slots.restore(around.system(), fd, slot)) {
+        match fd.map(|fd| slots.restore(around.system(), fd, region.slot)) {
             Some(Ok(restored)) => {
                 if restored {
                     around.status().count(Count::SlotsRestored);
-                    self.publish(slots);
+                    self.publish(&slots);
                 }
             }
             Some(Err(_)) => around.status().fail_open(FailOpen::SlotNotRestored),
@@ -181,17 +190,18 @@ impl Vm {
         if self.end.load(Ordering::Acquire) == 0 {
             return;
         }
-        let mut slots = self.slots();
-        let suspended: Vec<(u32, BarMapping)> = slots
+        // Asked without the lock: the answer can take its time.
+        let suspended: Vec<(Region, BarMapping)> = self
+            .slots()
             .iter()
             .filter_map(|slot| match slot.place {
-                Place::Suspended(bar) if bar.device == device => Some((slot.region.slot, bar)),
+                Place::Suspended(bar) if bar.device == device => Some((slot.region, bar)),
                 _ => None,
             })
             .collect();
-        for (slot, bar) in suspended {
+        for (region, bar) in suspended {
             if around.decode(bar.device, bar.bar) == Decode::On {
-                self.restore(around, number, &mut slots, slot);
+                self.restore(around, number, &region);
             }
         }
     }

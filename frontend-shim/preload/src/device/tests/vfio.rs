@@ -1,6 +1,6 @@
 use std::os::fd::RawFd;
 
-use super::{COMMAND, DEVICE, Fake, GET_REGION_INFO, MEMORY, VM};
+use super::{COMMAND, CONFIG, DEVICE, Fake, GET_REGION_INFO, MEMORY, RESET, VM};
 use crate::Shim;
 use crate::descriptors::Descriptor;
 use crate::device::{BarAddress, Decode, Source};
@@ -261,10 +261,24 @@ fn writes_that_say_nothing_of_decoding_are_not_looked_at() {
     shim.write_config(0x0c, &[0, 0, 0, 0]);
     shim.write_config(0x28, &[0, 0, 0, 0]);
     shim.write_config(0x66, &[0, 0]);
-    shim.device_written(shim.device().0, 0, 0x1000);
+    assert_eq!(shim.device_to_be_written(shim.device().0, 0, 0x1000), None);
     assert_eq!(shim.system.world().reads, before);
     shim.write_config(0x02, &[0, 0, 0, 0]);
     assert_ne!(shim.system.world().reads, before);
+}
+
+#[test]
+fn a_device_that_was_looked_at_during_the_write_is_known_to_have_stopped() {
+    let shim = Shim::faked();
+    let device = shim.device();
+    shim.write_config(COMMAND, &[MEMORY, 0]);
+    assert_eq!(shim.losses_of(device), 0);
+    let before = shim.device_to_be_written(device.0, CONFIG + COMMAND as u64, 2).unwrap();
+    shim.system.world().config(DEVICE).config[COMMAND] = 0;
+    shim.belongs(device, VM);
+    shim.vfio_asked(DEVICE, RESET);
+    shim.device_written(device.0, before);
+    assert_eq!(shim.losses_of(device), 1);
 }
 
 #[test]

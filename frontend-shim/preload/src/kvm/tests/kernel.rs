@@ -169,6 +169,7 @@ impl System for Kernel {
                 Ok(vcpu)
             }
             abi::RUN if fd >= VCPU => state.run(fd),
+            abi::SET_SIGNAL_MASK if fd >= VCPU => Ok(0),
             abi::GET_REGS | abi::GET_SREGS if state.registers_unreadable => Err(Errno::INVAL),
             abi::GET_REGS => {
                 let vcpu = &state.vcpus[&fd];

@@ -1,4 +1,5 @@
 use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::kernel::{DEV_KVM, Do, Kernel};
@@ -124,6 +125,29 @@ fn a_vm_lasts_as_long_as_its_virtual_cpus() {
     let vm = create_vm(&shim);
     assert_eq!(shim.descriptors.get(vm), Some(Descriptor::Vm(0)));
     assert!(belief(&shim, vm).is_empty());
+}
+
+#[test]
+fn whoever_says_twice_that_a_virtual_cpu_is_closed_takes_it_from_its_vm_once() {
+    let shim = shim();
+    let vm = create_vm(&shim);
+    let vcpus = [create_vcpu(&shim, vm), create_vcpu(&shim, vm)];
+    close(&shim, vm);
+    shim.vcpu_closed(1);
+    shim.vcpu_closed(1);
+    assert_eq!(shim.vms.vms.iter().count(), 1, "one is left");
+    vcpus.into_iter().for_each(|vcpu| close(&shim, vcpu));
+    assert_eq!(shim.vms.vms.iter().count(), 0);
+}
+
+#[test]
+fn kicks_are_kept_by_a_mask_of_signals_for_kvm_run() {
+    let shim = shim();
+    let vm = create_vm(&shim);
+    let vcpu = create_vcpu(&shim, vm);
+    assert!(!shim.vms.keeps_kicks.load(Ordering::Relaxed));
+    shim.kvm_ioctl(vcpu, abi::SET_SIGNAL_MASK.into(), 0).unwrap();
+    assert!(shim.vms.keeps_kicks.load(Ordering::Relaxed));
 }
 
 #[test]

@@ -2,7 +2,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_MEMORY_EXIT_FLAG_PRIVATE,
 };
 use rustix::io::Errno;
 
@@ -198,6 +198,20 @@ fn faults_with_signals_between_them_are_bounded_too() {
 }
 
 #[test]
+fn faults_that_were_over_when_they_were_looked_at_are_no_standstill_while_the_guest_toggles() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    world.around.devices().decode.insert((DEVICE.0, 2), Decode::On);
+    world.around.kernel.state().signals = Some((8, 0));
+    assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::INTR));
+    for _ in 0..20 {
+        world.vms.losses.add(DEVICE);
+        assert_eq!(world.run(), Err(Errno::INTR));
+    }
+    assert_eq!(world.count(Count::FailOpens), 0);
+}
+
+#[test]
 fn another_exit_in_between_is_progress() {
     let world = World::new();
     world.decode(Decode::Off);
@@ -225,7 +239,7 @@ fn calls_until_all_is_done(world: &World, reads: usize) -> usize {
     let mut calls = 1;
     let mut answer = world.does(&todo);
     while world.done().len() < reads {
-        assert_eq!(answer, Err(Errno::INTR));
+        assert_eq!((answer, world.exit_reason()), (Err(Errno::INTR), KVM_EXIT_INTR));
         answer = world.run();
         calls += 1;
     }
@@ -247,6 +261,25 @@ fn a_guest_that_does_nothing_else_lets_the_vmm_look_up_between_two_instructions(
 }
 
 #[test]
+fn a_vmm_whose_kicks_may_get_lost_looks_up_after_each_access() {
+    let world = World::new();
+    world.vms.keeps_kicks.store(false, Ordering::Relaxed);
+    assert_eq!(calls_until_all_is_done(&world, 10), 10);
+}
+
+#[test]
+fn a_vmm_that_was_seen_to_ask_for_the_exit_itself_keeps_its_kicks() {
+    let world = World::new();
+    world.vms.keeps_kicks.store(false, Ordering::Relaxed);
+    let (_, vcpu) = world.vms.vcpus.iter().next().unwrap();
+    assert!(vcpu.run().unwrap().ask_to_leave());
+    assert_eq!(world.run(), Err(Errno::INTR));
+    assert!(vcpu.run().unwrap().is_asked_to_leave(), "it is the VMM's to take back");
+    vcpu.run().unwrap().ask_no_more();
+    assert_eq!(calls_until_all_is_done(&world, 10), 1);
+}
+
+#[test]
 fn an_instruction_that_reads_without_end_lets_the_vmm_look_up_too() {
     let world = World::new();
     world.around.kernel.state().vcpus.get_mut(&world.vcpu).unwrap().repeats = true;
@@ -265,6 +298,41 @@ fn a_slot_that_the_kernel_does_not_delete_leaves_the_fault_to_the_vmm() {
     assert_eq!(world.count(Count::FailOpens), 1);
     // And the next one may go better.
     assert_eq!(world.does(&[Do::Port]), Ok(0));
+}
+
+#[test]
+fn a_server_that_has_to_be_asked_is_asked_before_an_exit_in_a_suspended_slot() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    // It said something else meanwhile, which may be old.
+    world.around.devices().decode.insert((DEVICE.0, 2), Decode::Unknown);
+    world.around.devices().after_a_look = Some(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    assert_eq!(world.done(), [Done::Read(ONES); 2]);
+}
+
+#[test]
+fn a_slot_that_the_vmm_has_changed_since_is_not_given_back() {
+    let world = World::new();
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    let vm = world.vms.vms.get(world.number).unwrap();
+    vm.restore(&world.around, world.number, &Region { guest: bar().guest + PAGE, ..bar() });
+    assert!(!world.kernel_has(BAR_SLOT));
+    vm.restore(&world.around, world.number, &bar());
+    assert!(world.kernel_has(BAR_SLOT));
+}
+
+#[test]
+fn a_vmm_that_knows_of_nothing_there_leaves_all_ones_in_an_exit_of_a_bar_that_decodes() {
+    let world = World::new();
+    world.set(Region { size: 0, ..bar() }).unwrap();
+    world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+    assert_eq!(world.run(), Ok(0));
+    assert_eq!(world.done(), [Done::Read(ONES)]);
 }
 
 #[test]
@@ -333,6 +401,30 @@ fn a_read_that_the_vmm_lost_on_its_way_is_an_unsupported_request() {
         assert_eq!(world.run(), Ok(0));
         assert_eq!(world.done(), [Done::Read(read)]);
         assert_eq!(world.count(Count::UrReads), u64::from(read == ONES));
+    }
+}
+
+#[test]
+fn a_read_that_was_lost_while_the_device_was_asked_is_an_unsupported_request() {
+    for suspended in [false, true] {
+        let world: &'static World = Box::leak(Box::new(World::new()));
+        if suspended {
+            world.decode(Decode::Off);
+            assert_eq!(world.does(&[Do::Write(BAR, 0), Do::Port]), Ok(0));
+            world.decode(Decode::On);
+        } else {
+            world.set(Region { size: 0, ..bar() }).unwrap();
+            world.around.devices().windows.push((BAR..BAR + BAR_SIZE, in_bar(0)));
+        }
+        // Decode goes, and comes back before the VMM has answered.
+        let lost = || world.vms.losses.add(DEVICE);
+        world.around.devices().after_decode = Some(Box::new(lost));
+        assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+        assert_eq!(world.exit_reason(), KVM_EXIT_MMIO);
+        let (_, vcpu) = world.vms.vcpus.iter().next().unwrap();
+        vcpu.run().unwrap().set_mmio_data([0; 8]);
+        assert_eq!(world.run(), Ok(0));
+        assert_eq!(world.done().last(), Some(&Done::Read(ONES)));
     }
 }
 

@@ -91,7 +91,9 @@ fn suspend(world: &World, slot: u32) {
 
 fn restore(world: &World, slot: u32) {
     let vm = world.vms.vms.get(world.number).unwrap();
-    vm.restore(&world.around, world.number, &mut vm.slots(), slot);
+    if let Some(Slot { region, .. }) = believed(world, slot) {
+        vm.restore(&world.around, world.number, &region);
+    }
 }
 
 fn dirty_log(world: &World, slot: u32) -> (Answer<i32>, u64) {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use barkeep_protocol::wire::FaultAccess;
@@ -37,6 +38,10 @@ pub(super) struct Devices {
     pub(super) mappings: Vec<BarMapping>,
     /// Those that are not here are on.
     pub(super) decode: BTreeMap<(u32, u8), Decode>,
+    /// What another thread does right after somebody has asked whether a BAR decodes.
+    pub(super) after_decode: Option<Box<dyn FnOnce() + Send>>,
+    /// What a server would say of BAR 2.
+    pub(super) after_a_look: Option<Decode>,
     pub(super) windows: Vec<(std::ops::Range<u64>, BarAddress)>,
     /// What was completed: place, direction, data.
     pub(super) completed: Vec<(BarAddress, bool, Vec<u8>)>,
@@ -84,8 +89,20 @@ impl Around for Neighbours {
         mappings.iter().find(inside).copied()
     }
 
+    fn look(&self, device: DeviceId) {
+        let mut devices = self.devices();
+        if let Some(decode) = devices.after_a_look.take() {
+            devices.decode.insert((device.0, 2), decode);
+        }
+    }
+
     fn decode(&self, device: DeviceId, bar: u8) -> Decode {
-        self.devices().decode.get(&(device.0, bar)).copied().unwrap_or(Decode::On)
+        let mut devices = self.devices();
+        let decode = devices.decode.get(&(device.0, bar)).copied().unwrap_or(Decode::On);
+        if let Some(then) = devices.after_decode.take() {
+            then();
+        }
+        decode
     }
 
     fn verdict(&self, place: BarAddress, _: FaultAccess) -> Decode {
@@ -144,6 +161,8 @@ impl World {
         entry.begin(number);
         entry.mapped(around.kernel.run_area(vcpu), 12288);
         around.devices().vm = Some(vm);
+        // As QEMU was seen to, early on.
+        vms.keeps_kicks.store(true, Ordering::Relaxed);
         Self { around, vms, vm, number, vcpu, vcpu_number }
     }
 
