@@ -82,8 +82,8 @@ impl Connection {
             passing: AtomicBool::new(false),
         };
         // On a new socket there is room for it; if not, the rest is owed.
-        let _ = connection.pay(&mut connection.writer(), Instant::now() + PATIENCE);
-        Ok(connection)
+        self.pay_all(&mut writer, Instant::now() + PATIENCE);
+        Ok(())
     }
 
     pub(super) fn is_passing(&self) -> bool {

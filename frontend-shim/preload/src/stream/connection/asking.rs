@@ -24,6 +24,17 @@ enum Pumped {
     Ended,
 }
 
+/// What became of a command of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::stream) enum Posted {
+    /// Some of it is out, at least.
+    Sent(MessageId),
+    /// There is no room for any of it now.
+    Full,
+    /// It can't be sent.
+    Refused,
+}
+
 impl Connection {
     /// Asks the server something of our own. `None` if it does not answer by the deadline, or nothing may
     /// be asked.
@@ -37,9 +48,16 @@ impl Connection {
             return None;
         }
         let boundary = |writer: &Writer| writer.outgoing.at_boundary();
-        let mut writer = self.writer.take_when(deadline, boundary);
-        let id = writer.as_mut().and_then(|writer| self.post(writer, command, body, deadline));
-        drop(writer);
+        let id = loop {
+            let writer = self.writer.take_when(deadline, boundary);
+            let posted = writer.map(|mut writer| self.post(&mut writer, command, body));
+            match posted {
+                Some(Posted::Sent(id)) => break Some(id),
+                // Without the turn: whoever has to read, so that there is room, may need it first.
+                Some(Posted::Full) if self.make_room(deadline) => {}
+                _ => break None,
+            }
+        };
         let Some(id) = id else {
             // The next thread need not wait for the same in vain.
             self.pending().silent = true;
@@ -48,7 +66,8 @@ impl Connection {
         self.wait(id, deadline)
     }
 
-    /// Likewise, between two messages of the VMM and with the turn to send.
+    /// Likewise, between two messages of the VMM and with the turn to send, in a call of the VMM's that
+    /// sends.
     pub(in crate::stream) fn ask_between(
         &self,
         writer: &mut Writer,
@@ -59,58 +78,80 @@ impl Connection {
         if self.is_passing() || !self.pending().may_ask() {
             return None;
         }
-        let id = self.post(writer, command, body, deadline)?;
+        let id = loop {
+            match self.post(writer, command, body) {
+                Posted::Sent(id) => break id,
+                Posted::Full if self.make_room(deadline) => {}
+                Posted::Full | Posted::Refused => return None,
+            }
+        };
+        self.pay_all(writer, deadline);
         self.wait(id, deadline)
     }
 
-    /// Sends a command of ours, between two messages of the VMM. What the socket has no room for is owed.
+    /// Sends a command of ours, between two messages of the VMM. Never waits: if some of it is out, what the
+    /// socket has no room for is owed.
     pub(in crate::stream) fn post(
         &self,
         writer: &mut Writer,
         command: Command,
         body: &[u8],
-        deadline: Instant,
-    ) -> Option<MessageId> {
-        if !writer.outgoing.at_boundary() || !self.is_itself() {
-            return None;
+    ) -> Posted {
+        if !writer.outgoing.at_boundary() || !self.is_itself() || self.pay(writer).is_err() {
+            return Posted::Refused;
         }
-        self.pay(writer, deadline).ok().filter(|()| writer.owed.is_empty())?;
-        let id = self.pending().ask(command)?;
+        if !writer.owed.is_empty() {
+            return Posted::Full;
+        }
+        let Ok(body_size) = u32::try_from(body.len()) else { return Posted::Refused };
+        let Some(id) = self.pending().ask(command) else { return Posted::Refused };
         let kind = MessageKind::Command { no_reply: false };
-        let body_size = u32::try_from(body.len()).ok()?;
         let header = Header { id, command: command.code(), body_size, kind };
         writer.owed = [&header.to_bytes(), body].concat();
         let whole = writer.owed.len();
-        let paid = self.pay(writer, deadline);
+        let paid = self.pay(writer);
         if writer.owed.len() == whole {
             // Not a byte of it is out.
             writer.owed.clear();
             self.pending().forget(id);
-            return None;
+            return if paid.is_ok() { Posted::Full } else { Posted::Refused };
         }
         if paid.is_err() {
             self.close();
         }
-        Some(id)
+        Posted::Sent(id)
     }
 
-    /// Sends what is owed, as far as the socket has room for it before the deadline.
-    pub(super) fn pay(&self, writer: &mut Writer, deadline: Instant) -> Answer<()> {
+    /// Sends what is owed, as far as the socket has room for it.
+    fn pay(&self, writer: &mut Writer) -> Answer<()> {
         while !writer.owed.is_empty() {
             match send(&self.socket, &writer.owed, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Ok(());
-                    }
-                    self.poll(PollFlags::OUT, left)?;
-                }
+                Err(Errno::AGAIN) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Sends what is owed, as far as there is room for it before the deadline.
+    pub(super) fn pay_all(&self, writer: &mut Writer, deadline: Instant) {
+        while self.pay(writer).is_ok() && !writer.owed.is_empty() && self.make_room(deadline) {}
+    }
+
+    /// Waits a while for the socket to have room, and reads what is for us meanwhile: a server that waits for
+    /// us to read does not read. Returns whether there is time for that.
+    fn make_room(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || self.is_passing() {
+            return false;
+        }
+        let polled = self.poll(PollFlags::OUT, left.min(TICK));
+        if let Some(mut reader) = self.reader.try_take() {
+            self.pump(&mut reader);
+        }
+        polled.is_ok()
     }
 
     /// Takes what is there for us, if the VMM does not read.
@@ -165,6 +206,10 @@ impl Connection {
         let before = self.poll(PollFlags::IN, left.min(TICK));
         let over = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         let over = before.is_ok_and(|events| events.intersects(over));
+        // The rest of what is asked, unless the VMM sends and with that sees to it.
+        if let Some(mut writer) = self.writer.try_take() {
+            let _ = self.pay(&mut writer);
+        }
         // Reading is the VMM's while it does.
         let Some(mut reader) = self.reader.try_take() else { return Pumped::Theirs };
         match self.pump(&mut reader) {

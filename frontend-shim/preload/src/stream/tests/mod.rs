@@ -5,6 +5,7 @@ mod pieces;
 mod property;
 mod server;
 mod session;
+mod trouble;
 
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};

@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use barkeep_protocol::wire::{Command, Header, MessageId, MessageKind};
 use proptest::prelude::*;
@@ -18,7 +17,7 @@ use super::{ASK, Vmm, YES, message, version};
 use crate::stream::connection::Connection;
 
 /// A VMM after its handshake with a server that says this. Its device has not been asked anything.
-fn greeted(json: &str) -> (Vmm, UnixStream, Arc<Connection>) {
+pub(super) fn greeted(json: &str) -> (Vmm, UnixStream, Arc<Connection>) {
     let (vmm, mut server) = Vmm::new();
     let hello = version(0);
     vmm.shim.system.place(0, &hello);
@@ -36,7 +35,7 @@ fn greeted(json: &str) -> (Vmm, UnixStream, Arc<Connection>) {
     (vmm, server, connection)
 }
 
-const BARKEEP: &str = r#"{"capabilities":{"barkeep":{"memory_fault":true}}}"#;
+pub(super) const BARKEEP: &str = r#"{"capabilities":{"barkeep":{"memory_fault":true}}}"#;
 
 #[derive(Clone, Debug)]
 enum FromServer {
@@ -213,8 +212,7 @@ proptest! {
             step += 1;
             if asks[step % asks.len()] {
                 let mut writer = connection.writer();
-                let now = Instant::now();
-                connection.post(&mut writer, Command::RegionRead, &filled(40, step), now);
+                connection.post(&mut writer, Command::RegionRead, &filled(40, step));
             }
             let piece = pieces[step % pieces.len()].min(stream.len() - sent);
             match vmm.send(&stream[sent..sent + piece]) {
