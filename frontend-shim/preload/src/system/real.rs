@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::real_sockets::{self, Recv, Recvmsg, Send, Sendmsg};
 use super::{Answer, Duplicate, Mmap, Mremap, PageWords, SocketMessage, SocketReceived, System};
 
-type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
+type Ioctl = unsafe extern "C-unwind" fn(c_int, c_ulong, *mut c_void) -> c_int;
 type Pwrite = unsafe extern "C-unwind" fn(c_int, *const c_void, usize, i64) -> isize;
 type MmapCall = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, c_int, i64) -> *mut c_void;
 type Munmap = unsafe extern "C" fn(*mut c_void, usize) -> c_int;
