@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use barkeep_protocol::wire::limits::HEADER_SIZE;
 use barkeep_protocol::wire::{Header, MessageId, MessageKind};
 
-/// As much of an answer to us as is kept. Longer ones are no answers that we know.
-const KEPT: usize = 64 << 10;
+/// As long as an answer to us may be, in bytes. Nothing that we ask has a longer one.
+const LONGEST: u64 = 64 << 10;
 
 /// Where in the server's stream the next byte is that nobody has read.
 ///
@@ -44,7 +44,8 @@ pub(super) struct Answer {
     /// Header and payload.
     bytes: Vec<u8>,
     left: u64,
-    pub(super) fds: Vec<OwnedFd>,
+    /// The first descriptor that came with it: no answer has more.
+    pub(super) fd: Option<OwnedFd>,
 }
 
 /// Whose the next message is, by what of it has arrived.
@@ -91,7 +92,7 @@ impl Incoming {
         let size = u64::from(header.body_size) + HEADER_SIZE as u64;
         if read.is_empty() {
             if expected.is_ours(&header) {
-                return Next::Ours(header);
+                return if size <= LONGEST { Next::Ours(header) } else { Next::Lost };
             }
             if expected.is_welcome(&header) {
                 return usize::try_from(size).map_or(Next::Lost, Next::Welcome);
@@ -134,7 +135,7 @@ impl Answer {
     /// The answer with this header, of which nothing has been taken from the socket.
     pub(super) fn new(header: &Header) -> Self {
         let left = u64::from(header.body_size) + HEADER_SIZE as u64;
-        Self { id: header.id, bytes: Vec::new(), left, fds: Vec::new() }
+        Self { id: header.id, bytes: Vec::new(), left, fd: None }
     }
 
     /// Bytes to be taken from the socket, at most so many at once.
@@ -145,16 +146,17 @@ impl Answer {
     /// Adds what was taken from the socket, at most what was [`wanted`](Self::wanted).
     pub(super) fn add(&mut self, bytes: &[u8], fds: Vec<OwnedFd>) {
         self.left = self.left.saturating_sub(bytes.len() as u64);
-        let room = KEPT.saturating_sub(self.bytes.len());
-        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
-        self.fds.extend(fds);
+        self.bytes.extend_from_slice(bytes);
+        // The others are closed at once: a server may send any number, piece by piece.
+        let first = fds.into_iter().next();
+        self.fd = self.fd.take().or(first);
     }
 
     pub(super) fn is_complete(&self) -> bool {
         self.left == 0
     }
 
-    /// What it says, if it says yes and is not too long to be one.
+    /// What it says, if it says yes.
     pub(super) fn body(&self) -> Option<&[u8]> {
         let (header, body) = self.bytes.split_first_chunk()?;
         let header = Header::parse(header).ok()?;

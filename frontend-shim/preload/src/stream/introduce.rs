@@ -54,7 +54,7 @@ pub(super) fn introduce(
             continue;
         };
         *size = info.size;
-        if let Some(Ok(stat)) = reply.fds.first().map(fstat) {
+        if let Some(Ok(stat)) = reply.fd.as_ref().map(fstat) {
             let identity = (stat.st_dev, stat.st_ino);
             facts.files.push(BarFile { identity, bar, start: info.file_offset, len: info.size });
         }
@@ -64,7 +64,7 @@ pub(super) fn introduce(
         let reply = connection.ask_between(writer, Command::DecodePage, &query, deadline)?;
         let info = reply.body().and_then(|body| DecodePageInfo::parse(body).ok());
         let long = info.is_some_and(|info| info.length >= LENGTH as u64);
-        facts.page = reply.fds.into_iter().next().filter(|file| long && is_page(file));
+        facts.page = reply.fd.filter(|file| long && is_page(file));
     }
     Some(facts)
 }

@@ -138,6 +138,39 @@ fn the_beginning_of_a_header_is_withheld_only_while_an_answer_to_us_is_due() {
     assert_eq!(Incoming::Header(vec![0; 3]).decide(&[0; 5], &pending), Next::Theirs(5));
 }
 
+#[test]
+fn of_an_answer_to_us_one_descriptor_is_kept() {
+    let mut answer = Answer::new(&Header { body_size: 2, ..header(1, Command::DecodePage, YES) });
+    let (mut first, mut others) = (None, Vec::new());
+    for _ in 0..10 {
+        let (reader, writer) = std::io::pipe().unwrap();
+        first.get_or_insert(reader.try_clone().unwrap());
+        others.push(reader);
+        answer.add(&[0], vec![writer.try_clone().unwrap().into(), writer.into()]);
+    }
+    let kept = answer.fd.expect("one");
+    rustix::io::write(&kept, &[7]).unwrap();
+    let mut byte = [0];
+    std::io::Read::read_exact(&mut first.unwrap(), &mut byte).unwrap();
+    assert_eq!(byte, [7], "the first");
+    // Nobody can write to the others any more.
+    for mut other in others.into_iter().skip(1) {
+        assert_eq!(std::io::Read::read(&mut other, &mut byte).unwrap(), 0);
+    }
+}
+
+#[test]
+fn an_answer_to_us_that_is_too_long_ends_the_messages() {
+    let mut pending = Pending::new(MessageId(1));
+    let ours = pending.ask(Command::RegionRead).unwrap().0;
+    let next = |body_size| {
+        let header = Header { body_size, ..header(ours, Command::RegionRead, YES) };
+        Incoming::default().decide(&header.to_bytes(), &pending)
+    };
+    assert!(matches!(next((64 << 10) - 16), Next::Ours(_)));
+    assert_eq!(next((64 << 10) - 15), Next::Lost);
+}
+
 proptest! {
     #[test]
     fn boundaries_are_found_in_any_pieces(
