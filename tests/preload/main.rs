@@ -4,4 +4,5 @@
 mod calls;
 mod devices;
 mod same;
+mod words;
 mod wrapped;

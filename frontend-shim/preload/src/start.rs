@@ -6,7 +6,7 @@
 //! The library's beginning and end, and the forks between them.
 
 use std::cell::RefCell;
-use std::panic::catch_unwind;
+use std::panic::{catch_unwind, set_hook};
 use std::sync::MutexGuard;
 use std::sync::atomic::AtomicU64;
 
@@ -54,12 +54,23 @@ extern "C" fn begin() {
 }
 
 fn status() -> Status {
-    let quiet = std::env::var_os(QUIET).is_some_and(|value| !value.is_empty() && value != "0");
+    let mut quiet = std::env::var_os(QUIET).is_some_and(|value| !value.is_empty() && value != "0");
+    if has_no_standard_error() {
+        quiet = true;
+        // This library's copy of Rust's runtime, and no other.
+        set_hook(Box::new(|_| {}));
+    }
     Status::shared(quiet).unwrap_or_else(|_| {
         let status = Status::private(quiet);
         status.fail_open(FailOpen::NoPage);
         status
     })
+}
+
+/// What the VMM opens first has the number of standard error then, be it a disk. To be asked before this
+/// library opens anything.
+fn has_no_standard_error() -> bool {
+    rustix::io::fcntl_getfd(rustix::stdio::stderr()).is_err()
 }
 
 /// Whether the loader has found another build of this library before this one. Two would take each

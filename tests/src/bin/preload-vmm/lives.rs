@@ -5,9 +5,10 @@ use libc::{SIG_DFL, SIGBUS};
 use crate::machine::Machine;
 use crate::proxy::{CONFIG, Proxy};
 use crate::raw::{self, CODE, HANDLED};
-use crate::vm::READS;
+use crate::vm::{READS, Vm};
 use crate::{Outcome, say};
 
+/// The file that the scenario is about.
 fn socket() -> String {
     std::env::args().nth(2).unwrap_or_default()
 }
@@ -26,6 +27,14 @@ pub(crate) fn daemonized() -> Outcome {
     say("off", machine.run(&vcpu));
     say("trouble", machine.proxy.trouble());
     Ok(())
+}
+
+/// The first file that a VMM without standard error opens, a disk for instance, has its number.
+pub(crate) fn no_standard_error() -> Outcome {
+    // Rust's runtime has put something there; C's does not.
+    raw::close(2)?;
+    say("the disk", raw::open(&socket()));
+    Vm::bare().map(drop)
 }
 
 /// A helper that is started by way of `vfork` sets its own signals first, in the memory of the VMM.

@@ -78,6 +78,7 @@ const SCENARIOS: &[Scenario] = &[
     ("programs", forks::programs),
     ("helped", lives::helped),
     ("daemonized", lives::daemonized),
+    ("no-standard-error", lives::no_standard_error),
     ("cancelled", lives::cancelled),
     ("strangers", sockets::strangers),
     ("other-kinds", sockets::other_kinds),
