@@ -330,6 +330,58 @@ fn a_program_that_gets_more_rights_is_not_executed_without_the_library() {
     }
 }
 
+/// `barkeep wrap` that a program of the system starts, which changes something before.
+fn wrapped_by(starter: &[&str], arguments: &[&str]) -> Output {
+    let plain = wrap_with_library();
+    let mut command = Command::new(starter[0]);
+    command.args(&starter[1..]).arg(plain.get_program()).args(plain.get_args()).args(arguments);
+    for variable in plain.get_envs().map(|(variable, _)| variable) {
+        command.env_remove(variable);
+    }
+    command.output().expect("a program of the system starts")
+}
+
+#[test]
+fn a_program_that_gets_no_more_rights_here_has_the_library() {
+    let directory = directory();
+    if !geteuid().is_root() {
+        return skip(&"only root makes a program of another user's");
+    }
+    let program = directory.path().join("program");
+    fs::copy("/bin/cat", &program).expect("a program");
+    chown(&program, Some(1), Some(1)).expect("our file");
+    set_permissions(&program, Permissions::from_mode(0o6755)).expect("our file");
+    let program = program.to_str().expect("UTF-8");
+    let arguments = [program, "/proc/self/maps"];
+    assert_refused(&wrapped_by(&["env"], &arguments), 126, &["more rights"]);
+    let output = wrapped_by(&["setpriv", "--no-new-privs"], &arguments);
+    assert!(stdout(&output).contains(LIBRARY), "no new privileges: {}", stderr(&output));
+    let mount = "mount --bind \"$0\" \"$0\" && mount -o remount,bind,nosuid \"$0\" && exec \"$@\"";
+    let folder = directory.path().to_str().expect("UTF-8");
+    let output = wrapped_by(&["unshare", "--mount", "sh", "-c", mount, folder], &arguments);
+    assert!(stdout(&output).contains(LIBRARY), "nosuid: {}", stderr(&output));
+}
+
+/// The loader preloads nothing into whatever such a process executes.
+#[test]
+fn a_caller_of_two_identities_is_refused() {
+    if !geteuid().is_root() {
+        return skip(&"only root has another identity");
+    }
+    let directory = directory();
+    let script = directory.path().join("script");
+    executable(&script, b"#!/bin/cat\n");
+    set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("ours");
+    for identity in ["--ruid=1", "--rgid=1"] {
+        for program in [Path::new("/bin/cat"), &script] {
+            let program = program.to_str().expect("UTF-8");
+            let starter = ["setpriv", "--clear-groups", identity];
+            let output = wrapped_by(&starter, &[program, "/proc/self/maps"]);
+            assert_refused(&output, 126, &[program, "other effective IDs", "preloads nothing"]);
+        }
+    }
+}
+
 #[test]
 fn the_program_is_looked_for_as_a_shell_does() {
     let directory = directory();

@@ -5,8 +5,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, access, getxattr};
-use rustix::process::{getgid, getuid};
+use nix::sys::prctl::get_no_new_privs;
+use rustix::fs::{Access, StatVfsMountFlags, access, getxattr, statvfs};
+use rustix::process::{getegid, geteuid, getgid, getuid};
 
 use super::elf::{Elf, ElfError, Image};
 
@@ -54,6 +55,11 @@ pub(super) enum ProgramError {
         "it runs with more rights than its caller, so the loader preloads nothing: start it as its owner"
     )]
     Privileged,
+    #[error(
+        "this process has other effective IDs than real ones, so the loader preloads nothing: start it as one \
+         user and group"
+    )]
+    MixedCaller,
     #[error("{0}")]
     Elf(#[from] ElfError),
 }
@@ -89,14 +95,18 @@ impl Program {
         access(path, Access::EXEC_OK).map_err(io::Error::from)?;
         let kind = match Image::open(path) {
             Ok(Image::Elf(elf)) => {
-                if is_privileged(path, &metadata) {
-                    return Err(ProgramError::Privileged);
-                }
+                check_rights(path, Some(&metadata))?;
                 kind(&elf)?
             }
-            Ok(Image::Script) => Kind::Script,
+            Ok(Image::Script) => {
+                check_rights(path, None)?;
+                Kind::Script
+            }
             // What is executable need not be readable.
-            Ok(Image::Other) | Err(ElfError::System(_)) => Kind::Unknown,
+            Ok(Image::Other) | Err(ElfError::System(_)) => {
+                check_rights(path, None)?;
+                Kind::Unknown
+            }
             Err(error) => return Err(error.into()),
         };
         Ok(Self { path: path.to_owned(), kind })
@@ -112,14 +122,38 @@ fn kind(elf: &Elf) -> Result<Kind, ProgramError> {
     }
 }
 
-/// Whether the kernel has the loader ignore the environment: the program would run with another identity, or
-/// with capabilities of its file.
-fn is_privileged(path: &Path, metadata: &Metadata) -> bool {
-    let mode = metadata.mode();
-    let (user, group) = (getuid().as_raw(), getgid().as_raw());
-    (mode & SET_USER != 0 && metadata.uid() != user)
-        || (mode & SET_GROUP == SET_GROUP && metadata.gid() != group)
-        || (user != 0 && getxattr(path, "security.capability", &mut [0_u8; 64]).is_ok())
+/// Whether the kernel would have the loader ignore the environment: a process whose effective identity is not
+/// its real one, or with capabilities of its file. Scripts have the identity of their caller.
+fn check_rights(path: &Path, binary: Option<&Metadata>) -> Result<(), ProgramError> {
+    let (real_user, real_group) = (getuid().as_raw(), getgid().as_raw());
+    let (mut user, mut group) = (geteuid().as_raw(), getegid().as_raw());
+    let mut refused = ProgramError::MixedCaller;
+    if let Some(binary) = binary.filter(|_| heeds_set_id(path)) {
+        if binary.mode() & SET_USER != 0 {
+            (user, refused) = (binary.uid(), ProgramError::Privileged);
+        }
+        if binary.mode() & SET_GROUP == SET_GROUP {
+            (group, refused) = (binary.gid(), ProgramError::Privileged);
+        }
+    }
+    if (user, group) != (real_user, real_group) {
+        return Err(refused);
+    }
+    // Where no new privileges are allowed they are not gained either, but the kernel tells the loader as if.
+    let gains = |path| getxattr(path, "security.capability", &mut [0_u8; 64]).is_ok();
+    if binary.is_some() && real_user != 0 && !is_on_nosuid(path) && gains(path) {
+        return Err(ProgramError::Privileged);
+    }
+    Ok(())
+}
+
+/// Whether the kernel heeds set-user-ID and set-group-ID here.
+fn heeds_set_id(path: &Path) -> bool {
+    !get_no_new_privs().unwrap_or(false) && !is_on_nosuid(path)
+}
+
+fn is_on_nosuid(path: &Path) -> bool {
+    statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::NOSUID))
 }
 
 fn missing(failure: io::Error) -> ProgramError {
