@@ -3,7 +3,7 @@
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,10 +18,14 @@ use rustix::net::{
 
 mod asking;
 
+#[cfg(test)]
+pub(super) use self::asking::Posted;
+
 use super::hello::{Hello, LONGEST, Welcome};
 use super::incoming::{Answer as Reply, Incoming, Next, Patched};
 use super::outgoing::{Configured, Outgoing};
 use super::pending::{Greeting, Pending};
+use super::socket::Socket;
 use super::turn::{Taken, Turn};
 use crate::system::{Answer, SocketMessage, SocketReceived, System};
 
@@ -32,9 +36,7 @@ const TICK: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// Of our own, so that it is this connection whatever the VMM does with its descriptors.
-    socket: OwnedFd,
-    identity: (u64, u64),
+    socket: Socket,
     writer: Turn<Writer>,
     reader: Turn<Reader>,
     pending: Mutex<Pending>,
@@ -64,6 +66,22 @@ struct Reader {
 }
 
 impl Connection {
+    /// One on which a VERSION is about to be sent.
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub(super) fn new(socket: OwnedFd, hello: &Hello) -> Answer<Self> {
+        Ok(Self {
+            socket: Socket::new(socket)?,
+            writer: Turn::new(Writer::default()),
+            reader: Turn::new(Reader::default()),
+            pending: Mutex::new(Pending::new(hello.id)),
+            news: Condvar::new(),
+            passing: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+        })
+    }
+
     /// Sends a VERSION instead of the VMM's, whose bytes it stands for.
     ///
     /// # Errors
@@ -131,7 +149,7 @@ impl Connection {
         message: &SocketMessage,
         flags: i32,
     ) -> (Answer<usize>, Option<Configured>) {
-        if let Err(error) = self.settle(writer, flags) {
+        if let Err(error) = self.settle(system, writer, fd, flags) {
             return (Err(error), None);
         }
         let read = |at, data: &mut [u8]| read(system, message, at, data);
@@ -154,10 +172,21 @@ impl Connection {
     }
 
     /// Sends what is owed, as the VMM's own call would: with its flags, and whether it waits or not.
-    fn settle(&self, writer: &mut Writer, flags: i32) -> Answer<()> {
+    fn settle(
+        &self,
+        system: &impl System,
+        writer: &mut Writer,
+        fd: RawFd,
+        flags: i32,
+    ) -> Answer<()> {
+        if writer.owed.is_empty() {
+            return Ok(());
+        }
+        let theirs = if self.socket.is_itself() { None } else { Some(system.keep(fd)?) };
+        let socket = theirs.as_ref().map_or(self.socket.as_fd(), AsFd::as_fd);
         let flags = SendFlags::from_bits_truncate(flags.cast_unsigned()) & SendFlags::DONTWAIT;
         while !writer.owed.is_empty() {
-            match send(&self.socket, &writer.owed, flags | SendFlags::NOSIGNAL) {
+            match send(socket, &writer.owed, flags | SendFlags::NOSIGNAL) {
                 Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
                 Err(error @ (Errno::AGAIN | Errno::INTR)) => return Err(error),
                 // The VMM's own call is told the same.
@@ -205,7 +234,7 @@ impl Connection {
         flags: i32,
     ) -> Answer<SocketReceived> {
         loop {
-            if self.is_passing() || message.len() == 0 {
+            if self.is_passing() || message.len() == 0 || !self.is_readable(reader) {
                 return system.recvmsg(fd, message, flags);
             }
             let wait = RecvFlags::from_bits_truncate(flags.cast_unsigned()) & RecvFlags::DONTWAIT;
@@ -382,10 +411,20 @@ impl Connection {
         rustix::io::ioctl_fionread(&self.socket).unwrap_or(0)
     }
 
-    /// Whether our descriptor is what it was: the VMM may have closed numbers that are not its own.
-    fn is_itself(&self) -> bool {
-        rustix::fs::fstat(&self.socket)
-            .is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.identity)
+    /// Whether the stream can be read through our descriptor. If not, all that comes is the VMM's.
+    fn is_readable(&self, reader: &mut Reader) -> bool {
+        let readable = self.socket.is_itself();
+        if !readable && !matches!(reader.incoming, Incoming::Lost) {
+            reader.incoming = Incoming::Lost;
+            self.lose();
+        }
+        readable
+    }
+
+    /// As if the VMM had used the number of our descriptor for something else.
+    #[cfg(test)]
+    pub(super) fn replace(&mut self, other: impl AsFd) {
+        self.socket.replace(other);
     }
 
     /// Looks at what waits in the socket.

@@ -15,6 +15,7 @@ mod outgoing;
 mod pending;
 mod place;
 mod plain;
+mod socket;
 mod turn;
 
 #[cfg(test)]

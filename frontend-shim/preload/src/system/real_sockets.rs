@@ -5,12 +5,12 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU64;
 
 use barkeep_protocol::page::decode::LENGTH;
-use rustix::io::fcntl_dupfd_cloexec;
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use super::Answer;
 use super::real::last_errno;
-use super::sockets::{Extent, PageWords, SocketMessage, SocketReceived};
+use super::sockets::{Extent, PageWords, SocketMessage, SocketReceived, duplicate};
 
 pub(crate) type Sendmsg = unsafe extern "C-unwind" fn(c_int, *const libc::msghdr, c_int) -> isize;
 pub(crate) type Recvmsg = unsafe extern "C-unwind" fn(c_int, *mut libc::msghdr, c_int) -> isize;
@@ -23,7 +23,7 @@ pub(super) fn keep(fd: RawFd) -> Answer<OwnedFd> {
     // SAFETY: the VMM is in a call with this descriptor; if it closes it meanwhile, it is told so as any
     // call of its own would be.
     let theirs = unsafe { BorrowedFd::borrow_raw(fd) };
-    fcntl_dupfd_cloexec(theirs, 0)
+    duplicate(theirs)
 }
 
 /// By the kernel itself, as [`recvmsg`]: a thread may be cancelled in the C library's, and must not be in

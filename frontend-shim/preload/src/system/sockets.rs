@@ -1,7 +1,20 @@
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU64;
+
+use rustix::io::fcntl_dupfd_cloexec;
+
+use super::Answer;
 
 /// A page of memory that others write.
 pub(crate) type PageWords = &'static [AtomicU64];
+
+/// Where descriptors begin whose numbers no program counts on. The usual limit is 1024.
+const HIGH: RawFd = 1000;
+
+/// A duplicate with a high number, if the limit permits one.
+pub(crate) fn duplicate(file: impl AsFd) -> Answer<OwnedFd> {
+    fcntl_dupfd_cloexec(&file, HIGH).or_else(|_| fcntl_dupfd_cloexec(&file, 0))
+}
 
 /// Bytes of the VMM's memory, laid out as a `struct iovec`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,5 +69,25 @@ impl SocketMessage {
             }
         }
         if from == 0 { Self { extents, ..self.clone() } } else { Self { extents, ..Self::default() } }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    use super::*;
+
+    #[test]
+    fn duplicates_stay_out_of_the_programs_way_as_far_as_they_can() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(duplicate(&file).unwrap().as_raw_fd() >= HIGH);
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(500), ..limit }).unwrap();
+        let low = duplicate(&file);
+        setrlimit(Resource::Nofile, limit).unwrap();
+        assert!(low.unwrap().as_raw_fd() < 500);
     }
 }

@@ -97,7 +97,7 @@ impl Connection {
         command: Command,
         body: &[u8],
     ) -> Posted {
-        if !writer.outgoing.at_boundary() || !self.is_itself() || self.pay(writer).is_err() {
+        if !writer.outgoing.at_boundary() || !self.socket.is_itself() || self.pay(writer).is_err() {
             return Posted::Refused;
         }
         if !writer.owed.is_empty() {
@@ -124,6 +124,9 @@ impl Connection {
 
     /// Sends what is owed, as far as the socket has room for it.
     fn pay(&self, writer: &mut Writer) -> Answer<()> {
+        if !writer.owed.is_empty() && !self.socket.is_itself() {
+            return Err(Errno::BADF);
+        }
         while !writer.owed.is_empty() {
             match send(&self.socket, &writer.owed, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
@@ -229,6 +232,9 @@ impl Connection {
 
     /// Takes what is for us, and nothing else. Never waits.
     fn pump(&self, reader: &mut Reader) -> Pumped {
+        if !self.is_readable(reader) {
+            return Pumped::Ended;
+        }
         loop {
             match &reader.incoming {
                 Incoming::Ours(_) => match self.swallow(reader) {

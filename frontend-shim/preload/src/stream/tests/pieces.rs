@@ -145,6 +145,7 @@ fn of_an_answer_to_us_one_descriptor_is_kept() {
     for _ in 0..10 {
         let (reader, writer) = std::io::pipe().unwrap();
         first.get_or_insert(reader.try_clone().unwrap());
+        rustix::io::ioctl_fionbio(&reader, true).unwrap();
         others.push(reader);
         answer.add(&[0], vec![writer.try_clone().unwrap().into(), writer.into()]);
     }

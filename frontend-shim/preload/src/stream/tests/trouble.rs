@@ -1,15 +1,19 @@
 //! Full sockets, servers that mean harm, and descriptors that others close.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use barkeep_protocol::wire::{Command, Header};
+use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
 use super::property::{BARKEEP, greeted};
-use super::{Vmm, YES, message};
+use super::{ASK, Vmm, YES, message};
+use crate::status::Count;
+use crate::stream::connection::{Connection, Posted};
 
 const READ: u16 = Command::RegionRead as u16;
 
@@ -68,4 +72,70 @@ fn the_rest_of_a_question_goes_out_while_who_asked_waits() {
     let header = Header::parse(asked.first_chunk().unwrap()).unwrap();
     server.write_all(&message(header.id.0, header.command, YES, &[7])).unwrap();
     assert_eq!(asker.join().unwrap().expect("an answer").body(), Some(&[7][..]));
+}
+
+/// The VMM uses the number of our descriptor for the first of these.
+fn replaced(vmm: &Vmm, connection: Arc<Connection>) -> (UnixStream, UnixStream) {
+    drop(connection);
+    let (other, other_end) = UnixStream::pair().unwrap();
+    other_end.set_nonblocking(true).unwrap();
+    let mut place = vmm.shim.streams.place(0).unwrap().connection();
+    Arc::get_mut(place.as_mut().unwrap()).unwrap().replace(&other);
+    (other, other_end)
+}
+
+#[test]
+fn what_the_vmm_uses_our_number_for_is_not_touched() {
+    for ask_first in [true, false] {
+        let (vmm, mut server, connection) = greeted(BARKEEP);
+        let ours = connection.pending().ask(Command::RegionRead).unwrap();
+        let (mut other, mut other_end) = replaced(&vmm, connection);
+        let foreign = message(ours.0, READ, YES, &[]);
+        other_end.write_all(&foreign).unwrap();
+        let told = message(9, READ, YES, &[1, 2, 3]);
+        server.write_all(&told).unwrap();
+        let ask = || {
+            let connection = vmm.shim.connection_of(vmm.fd).unwrap().1;
+            connection.look();
+            let deadline = Instant::now() + Duration::from_secs(5);
+            assert!(connection.ask(Command::RegionRead, &[0; 16], deadline).is_none());
+        };
+        if ask_first {
+            ask();
+        }
+        assert_eq!(vmm.message(), told);
+        assert_eq!(vmm.send(&message(10, READ, ASK, &[0; 16])), Ok(32));
+        ask();
+        assert_eq!(vmm.shim.status.get(Count::FailOpens), 1);
+        drop(vmm);
+        let mut left = vec![0; foreign.len()];
+        other.read_exact(&mut left).unwrap();
+        assert_eq!(left, foreign);
+        assert!(other_end.read(&mut [0]).is_err(), "nothing was sent there");
+        server.read_exact(&mut [0; 32]).unwrap();
+    }
+}
+
+#[test]
+fn a_half_sent_question_is_finished_through_the_vmms_own_descriptor() {
+    let (vmm, mut server, connection) = greeted(BARKEEP);
+    let socket = vmm.shim.system.socket(vmm.fd).unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&socket, 4608).unwrap();
+    let long = vec![3; 40_000];
+    let mut writer = connection.writer();
+    let Posted::Sent(id) = connection.post(&mut writer, Command::RegionWrite, &long) else {
+        panic!("there is room for some of it");
+    };
+    drop(writer);
+    let (_other, mut other_end) = replaced(&vmm, connection);
+    server.set_nonblocking(true).unwrap();
+    let asked = message(10, READ, ASK, &[0; 16]);
+    let mut got = Vec::new();
+    while vmm.send(&asked) == Err(Errno::AGAIN) {
+        let _ = server.read_to_end(&mut got);
+    }
+    let _ = server.read_to_end(&mut got);
+    let ours = message(id.0, Command::RegionWrite.code(), ASK, &long);
+    assert!(got == [ours, asked].concat());
+    assert!(other_end.read(&mut [0]).is_err(), "nothing was sent there");
 }
