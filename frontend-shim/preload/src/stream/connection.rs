@@ -52,7 +52,7 @@ pub(super) struct Writer {
     outgoing: Outgoing,
     /// Bytes of a message of ours, or of the VERSION, that the socket had no room for. They come before
     /// anything else.
-    owed: Vec<u8>,
+    pub(super) owed: Vec<u8>,
     /// What the device is was asked.
     pub(super) introduced: bool,
 }
@@ -188,12 +188,13 @@ impl Connection {
         while !writer.owed.is_empty() {
             match send(socket, &writer.owed, flags | SendFlags::NOSIGNAL) {
                 Ok(sent) => drop(writer.owed.drain(..sent.min(writer.owed.len()))),
-                Err(error @ (Errno::AGAIN | Errno::INTR)) => return Err(error),
                 // The VMM's own call is told the same.
-                Err(_) => {
+                Err(Errno::PIPE | Errno::CONNRESET) => {
                     writer.owed.clear();
                     self.close();
                 }
+                // Half a message of ours is out: nothing of the VMM's may come before the rest.
+                Err(error) => return Err(error),
             }
         }
         Ok(())

@@ -11,9 +11,11 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
 use super::property::{BARKEEP, greeted};
-use super::{ASK, Vmm, YES, message};
+use super::{ASK, Vmm, YES, message, version};
+use crate::device::Decode;
 use crate::status::Count;
 use crate::stream::connection::{Connection, Posted};
+use crate::stream::hello::Hello;
 
 const READ: u16 = Command::RegionRead as u16;
 
@@ -138,4 +140,27 @@ fn a_half_sent_question_is_finished_through_the_vmms_own_descriptor() {
     let ours = message(id.0, Command::RegionWrite.code(), ASK, &long);
     assert!(got == [ours, asked].concat());
     assert!(other_end.read(&mut [0]).is_err(), "nothing was sent there");
+}
+
+#[test]
+fn what_is_owed_stays_owed_when_it_can_not_be_sent() {
+    let (vmm, mut server, _) = greeted(BARKEEP);
+    // No socket, which is an error as good as any.
+    let file = rustix::fs::memfd_create("none", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let hello = Hello::with_ours(&version(7)).unwrap();
+    let connection = Connection::new(file, &hello).unwrap();
+    let mut writer = connection.writer();
+    writer.owed = vec![1, 2, 3];
+    let asked = message(10, READ, ASK, &[0; 16]);
+    vmm.shim.system.place(0, &asked);
+    for _ in 0..2 {
+        let whole = super::whole(0, asked.len());
+        let decode = || Decode::Unknown;
+        let sent = connection.send(&vmm.shim.system, &mut writer, vmm.fd, &whole, 0, decode);
+        assert_eq!(sent, (Err(Errno::NOTSOCK), None));
+    }
+    assert_eq!(writer.owed, [1, 2, 3]);
+    assert!(!connection.was_lost());
+    server.set_nonblocking(true).unwrap();
+    assert!(server.read(&mut [0]).is_err(), "nothing of the VMM's has gone before it");
 }
