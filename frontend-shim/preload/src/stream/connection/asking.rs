@@ -209,6 +209,7 @@ impl Connection {
         let before = self.poll(PollFlags::IN, left.min(TICK));
         let over = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         let over = before.is_ok_and(|events| events.intersects(over));
+        let came = before.is_ok_and(|events| events.contains(PollFlags::IN));
         // The rest of what is asked, unless the VMM sends and with that sees to it.
         if let Some(mut writer) = self.writer.try_take() {
             let _ = self.pay(&mut writer);
@@ -217,6 +218,12 @@ impl Connection {
         let Some(mut reader) = self.reader.try_take() else { return Pumped::Theirs };
         match self.pump(&mut reader) {
             Pumped::Dry if over && self.waiting() == 0 => Pumped::Ended,
+            // An end of the server's half alone is no hangup. If there is an error, it is not looked at.
+            Pumped::Dry
+                if came && self.peek(&mut [0], RecvFlags::DONTWAIT).is_ok_and(<[u8]>::is_empty) =>
+            {
+                Pumped::Ended
+            }
             pumped => pumped,
         }
     }

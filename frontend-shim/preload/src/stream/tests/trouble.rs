@@ -164,3 +164,13 @@ fn what_is_owed_stays_owed_when_it_can_not_be_sent() {
     server.set_nonblocking(true).unwrap();
     assert!(server.read(&mut [0]).is_err(), "nothing of the VMM's has gone before it");
 }
+
+#[test]
+fn a_server_that_says_no_more_is_not_waited_for() {
+    let (vmm, server, connection) = greeted(BARKEEP);
+    server.shutdown(std::net::Shutdown::Write).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    assert!(connection.ask(Command::RegionRead, &[0; 16], deadline).is_none());
+    assert!(connection.pending().closed, "it was seen to end");
+    assert_eq!(vmm.receive(16), Ok(Vec::new()));
+}
