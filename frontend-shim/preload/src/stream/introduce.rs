@@ -7,7 +7,7 @@ use barkeep_protocol::page::decode::LENGTH;
 use barkeep_protocol::wire::{
     BarkeepExtensions, Command, DecodePageInfo, DecodePageQuery, InfoQuery, RegionInfo,
 };
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 
 use super::connection::{Connection, Writer};
 
@@ -37,6 +37,9 @@ pub(super) struct BarFile {
 
 /// Room for an answer with sparse areas: some servers send no descriptor with one that is cut.
 const ROOM: u32 = 1024;
+
+/// File system of a plain memfd (`TMPFS_MAGIC`).
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 
 /// Asks the server. `None` if it does not answer.
 pub(super) fn introduce(
@@ -69,9 +72,31 @@ pub(super) fn introduce(
     Some(facts)
 }
 
-/// A file that shrank would be a `SIGBUS` wherever it is looked at.
+/// Whether nobody can take the memory of the file away, which would be a `SIGBUS` wherever it is looked at. A
+/// hole gets zeros where the file is one of `tmpfs`; in huge pages there may be none left for it.
 fn is_page(file: impl AsFd) -> bool {
     let sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    let plain = fstatfs(&file).is_ok_and(|system| system.f_type == TMPFS);
     let long = |size: i64| u64::try_from(size).is_ok_and(|size| size >= LENGTH as u64);
-    sealed && fstat(&file).is_ok_and(|stat| long(stat.st_size))
+    sealed && plain && fstat(&file).is_ok_and(|stat| long(stat.st_size))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+    use super::*;
+
+    fn sealed(flags: MemfdFlags) -> OwnedFd {
+        let file = memfd_create("page", flags | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&file, 2 << 20).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_page_is_a_file_of_plain_memory() {
+        assert!(is_page(sealed(MemfdFlags::CLOEXEC)));
+        assert!(!is_page(sealed(MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)));
+    }
 }
