@@ -159,6 +159,9 @@ impl Connection {
         let mut pending = self.pending();
         for begun in &begins.begun {
             pending.begins(*begun);
+            if let (Begun::Asked(id, _), Some(before)) = (begun, before) {
+                pending.configures(*id, before);
+            }
         }
         drop(pending);
         let sent = system.sendmsg(fd, message, flags);

@@ -28,8 +28,8 @@ impl Default for State {
 /// A message that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Begun {
-    /// A command that gets an answer.
-    Asked(MessageId),
+    /// A command that gets an answer, and its code.
+    Asked(MessageId, u16),
     /// An answer, or a command without one.
     Told,
 }
@@ -131,7 +131,7 @@ fn begin(start: &[u8], passed: &mut Passed) -> State {
         return State::Start(start.to_vec());
     }
     passed.begun.push(match header.kind {
-        MessageKind::Command { no_reply: false } => Begun::Asked(header.id),
+        MessageKind::Command { no_reply: false } => Begun::Asked(header.id, header.command),
         _ => Begun::Told,
     });
     if let Some(new) = configured(&header, start) {

@@ -84,11 +84,14 @@ impl Pending {
 
     /// The VMM is about to send this.
     pub(super) fn begins(&mut self, begun: Begun) {
-        let Begun::Asked(id) = begun else { return };
+        let Begun::Asked(id, command) = begun else { return };
         self.last = id;
         self.theirs.insert(id);
-        // It comes round to an id of ours: so late, the answer will not come.
-        if let Some(AskState::Abandoned) = self.ours.get(&id).map(|ask| &ask.state) {
+        // It comes round to an id of ours. The answer to us may still come, and is told by its command; where
+        // that is the same, the VMM must have its own.
+        let same =
+            |ask: &Ask| matches!(ask.state, AskState::Abandoned) && ask.command.code() == command;
+        if self.ours.get(&id).is_some_and(same) {
             self.ours.remove(&id);
         }
     }

@@ -25,6 +25,10 @@ fn header(id: u16, command: Command, kind: MessageKind) -> Header {
     Header { id: MessageId(id), command: command.code(), body_size: 0, kind }
 }
 
+fn asked(id: MessageId, command: Command) -> Begun {
+    Begun::Asked(id, command.code())
+}
+
 #[test]
 fn only_writes_to_configuration_space_change_what_decodes() {
     let moves = Some(Configured { moves: true, enables: false });
@@ -80,8 +84,8 @@ fn our_ids_are_nobody_elses() {
     let first = pending.ask(Command::RegionRead).unwrap();
     assert_eq!(first, MessageId(0x7ffe));
     assert_eq!(pending.ask(Command::RegionRead), Some(MessageId(0x7fff)));
-    pending.begins(Begun::Asked(MessageId(0x8000)));
-    pending.begins(Begun::Asked(MessageId(0xffff)));
+    pending.begins(asked(MessageId(0x8000), Command::GetInfo));
+    pending.begins(asked(MessageId(0xffff), Command::GetInfo));
     assert_eq!(pending.ask(Command::RegionRead), Some(MessageId(0x8001)));
 }
 
@@ -96,7 +100,7 @@ fn an_answer_to_us_is_told_from_the_vmms_by_id_and_command() {
     assert!(pending.is_ours(&header(ours, Command::Version, YES)));
     // The server's own commands have ids of their own.
     assert!(!pending.is_ours(&header(ours, Command::DmaRead, ASK)));
-    pending.begins(Begun::Asked(MessageId(ours)));
+    pending.begins(asked(MessageId(ours), Command::GetInfo));
     assert!(!pending.is_ours(&header(ours, Command::GetInfo, YES)));
     assert!(pending.is_ours(&header(ours, Command::RegionRead, YES)));
     pending.deliver(Answer::new(&header(ours, Command::RegionRead, YES)));
@@ -109,9 +113,24 @@ fn an_abandoned_id_that_the_vmm_comes_round_to_is_the_vmms() {
     let ours = pending.ask(Command::RegionRead).unwrap();
     pending.abandon(ours);
     assert!(pending.owes_us());
-    pending.begins(Begun::Asked(ours));
+    pending.begins(asked(ours, Command::RegionRead));
     assert!(!pending.owes_us());
     assert!(!pending.is_ours(&header(ours.0, Command::RegionRead, YES)));
+}
+
+#[test]
+fn an_abandoned_id_stays_ours_for_its_command() {
+    let mut pending = Pending::new(MessageId(1));
+    let ours = pending.ask(Command::RegionRead).unwrap();
+    pending.abandon(ours);
+    pending.begins(asked(ours, Command::GetInfo));
+    assert!(pending.owes_us());
+    let late = header(ours.0, Command::RegionRead, YES);
+    assert!(!pending.is_ours(&header(ours.0, Command::GetInfo, YES)));
+    assert!(pending.is_ours(&late));
+    pending.deliver(Answer::new(&late));
+    assert!(!pending.owes_us());
+    assert!(!pending.is_ours(&late));
 }
 
 #[test]
@@ -184,7 +203,7 @@ proptest! {
         for (id, len, told) in messages {
             stream.extend(message(id, 10, if told { YES } else { ASK }, &vec![7; len]));
             ends.push(stream.len());
-            expected.push(if told { Begun::Told } else { Begun::Asked(MessageId(id)) });
+            expected.push(if told { Begun::Told } else { Begun::Asked(MessageId(id), 10) });
         }
         let mut outgoing = Outgoing::default();
         let mut begun = Vec::new();

@@ -96,7 +96,7 @@ proptest! {
             };
             match *kind {
                 FromServer::Reply { len, with_fd } => {
-                    connection.pending().begins(super::super::outgoing::Begun::Asked(MessageId(id)));
+                    connection.pending().begins(super::super::outgoing::Begun::Asked(MessageId(id), 9));
                     let bytes = message(id, 9, YES, &filled(len, n));
                     expected.extend_from_slice(&bytes);
                     if with_fd {
