@@ -215,20 +215,28 @@ impl Connection {
         flags: i32,
     ) -> Answer<SocketReceived> {
         let mut reader = self.reader.take();
-        let first = self.receive_once(system, &mut reader, fd, message, flags)?;
-        let all = libc::MSG_WAITALL;
-        let mut got = first;
-        // It ended with a message, which the VMM's own call would not have done.
-        while flags & all != 0 && flags & libc::MSG_PEEK == 0 && got.count < message.len() {
+        let (mut got, mut cut) = self.receive_once(system, &mut reader, fd, message, flags)?;
+        let all = flags & libc::MSG_WAITALL != 0 && flags & libc::MSG_PEEK == 0;
+        // It ended with a message, which the VMM's own call would not have done. That would have ended behind
+        // ancillary data.
+        while all && cut && got.control_len == 0 {
             let rest = message.part(got.count, message.len() - got.count);
+            let (control, control_len) = (message.control, message.control_len);
+            let rest = SocketMessage { control, control_len, ..rest };
             match self.receive_once(system, &mut reader, fd, &rest, flags) {
-                Ok(more) if more.count > 0 => got.count += more.count,
+                Ok((more, again)) if more.count > 0 => {
+                    got.count += more.count;
+                    got.control_len = more.control_len;
+                    got.flags |= more.flags;
+                    cut = again;
+                }
                 _ => break,
             }
         }
         Ok(got)
     }
 
+    /// The same up to the end of a message at most. Returns besides whether it ended there, with room left.
     fn receive_once(
         &self,
         system: &impl System,
@@ -236,14 +244,16 @@ impl Connection {
         fd: RawFd,
         message: &SocketMessage,
         flags: i32,
-    ) -> Answer<SocketReceived> {
+    ) -> Answer<(SocketReceived, bool)> {
         loop {
             if self.is_passing() || message.len() == 0 || !self.is_readable(reader) {
-                return system.recvmsg(fd, message, flags);
+                return system.recvmsg(fd, message, flags).map(|got| (got, false));
             }
             let wait = RecvFlags::from_bits_truncate(flags.cast_unsigned()) & RecvFlags::DONTWAIT;
             let (most, waiting) = match &mut reader.incoming {
-                Incoming::Lost => return system.recvmsg(fd, message, flags),
+                Incoming::Lost => {
+                    return system.recvmsg(fd, message, flags).map(|got| (got, false));
+                }
                 Incoming::Theirs(left) => (*left, Vec::new()),
                 Incoming::Welcome(patched) => {
                     ((patched.shown.len() - patched.at) as u64, Vec::new())
@@ -279,7 +289,7 @@ impl Connection {
                 reader.incoming = Incoming::Lost;
                 self.close();
             }
-            return Ok(got);
+            return Ok((got, got.count == most && most < message.len()));
         }
     }
 

@@ -96,6 +96,7 @@ impl System for Machine {
         let room = &mut [IoSliceMut::new(&mut data)];
         let got = rustix::net::recvmsg(self.socket(fd)?, room, control, flags)?;
         let mut fds = self.received.lock().unwrap();
+        let before = fds.len();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
                 fds.extend(rights);
@@ -107,7 +108,8 @@ impl System for Machine {
             self.place(extent.address, some);
             left = rest;
         }
-        Ok(SocketReceived { count: got.bytes, ..SocketReceived::default() })
+        let control_len = (fds.len() - before) * 24;
+        Ok(SocketReceived { count: got.bytes, control_len, ..SocketReceived::default() })
     }
 
     fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {

@@ -174,3 +174,36 @@ fn a_server_that_says_no_more_is_not_waited_for() {
     assert!(connection.pending().closed, "it was seen to end");
     assert_eq!(vmm.receive(16), Ok(Vec::new()));
 }
+
+/// Two commands of the server, one of which comes with a descriptor.
+fn told_twice(server: &mut UnixStream, with_fd: usize) -> [Vec<u8>; 2] {
+    let told = [40, 41].map(|id| message(id, Command::DmaRead.code(), ASK, &[5; 16]));
+    for (at, bytes) in told.iter().enumerate() {
+        let file = rustix::fs::memfd_create("fd", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        super::server::send(server, bytes, (at == with_fd).then_some(file));
+    }
+    told
+}
+
+#[test]
+fn a_descriptor_reaches_a_vmm_that_reads_on_behind_the_end_of_a_message() {
+    let (vmm, mut server, _) = greeted(BARKEEP);
+    let told = told_twice(&mut server, 1);
+    assert_eq!(vmm.receive_with(100, libc::MSG_WAITALL), Ok(told.concat()));
+    assert_eq!(vmm.shim.system.received.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn a_vmm_that_waits_for_all_gets_no_more_than_up_to_a_descriptor() {
+    let (vmm, mut server, _) = greeted(BARKEEP);
+    let told = told_twice(&mut server, 0);
+    assert_eq!(vmm.receive_with(100, libc::MSG_WAITALL).as_ref(), Ok(&told[0]));
+    assert_eq!(vmm.receive_with(100, libc::MSG_WAITALL).as_ref(), Ok(&told[1]));
+    // In the middle of a message, and without room for it.
+    let file = rustix::fs::memfd_create("fd", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    super::server::send(&mut server, &told[0][..20], Some(file));
+    super::server::send(&mut server, &told[0][20..], None);
+    let room = super::whole(super::ROOM, 100);
+    let got = vmm.shim.recvmsg(vmm.fd, &room, libc::MSG_WAITALL).unwrap();
+    assert_eq!(got.count, 20);
+}
