@@ -119,11 +119,10 @@ unsafe extern "C" fn in_parent() {
 /// The child has the devices and their mappings. VMs and connections are its parent's.
 unsafe extern "C" fn in_child() {
     let Some(shim) = shim() else { return };
-    shim.shielded(|| {
-        shim.status.forked();
-        shim.kvm_forked();
-        shim.streams.forked();
-        shim.at_home();
-        HELD.take();
-    });
+    // One by one: whatever happens to the first, the last must let go.
+    shim.shielded(|| shim.status.forked());
+    shim.shielded(|| shim.kvm_forked());
+    shim.shielded(|| shim.streams.forked(&shim.system));
+    shim.at_home();
+    shim.shielded(|| HELD.take());
 }

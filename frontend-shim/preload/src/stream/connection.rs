@@ -3,7 +3,7 @@
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -433,6 +433,17 @@ impl Connection {
             self.lose();
         }
         readable
+    }
+
+    /// In a child, whose parent has the connection: closes our descriptor, which nobody uses here.
+    pub(super) fn let_go(&self, system: &impl System) {
+        if self.socket.is_itself() {
+            system.close_own(self.number());
+        }
+    }
+
+    pub(super) fn number(&self) -> RawFd {
+        self.socket.as_fd().as_raw_fd()
     }
 
     /// As if the VMM had used the number of our descriptor for something else.

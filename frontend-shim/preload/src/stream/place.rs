@@ -47,12 +47,16 @@ pub(super) struct Place {
 impl Streams {
     /// In a child: the connections are the parent's, and it may have others of its own. Takes no lock, as
     /// other threads of the parent may have had any.
-    pub(crate) fn forked(&self) {
+    pub(crate) fn forked(&self, system: &impl System) {
         for place in &self.places {
             // Whatever happens to the VMM's, ours would keep the connection from ending.
             let ours =
                 place.connection.try_lock().ok().and_then(|mut connection| connection.take());
-            drop(ours);
+            if let Some(ours) = ours {
+                ours.let_go(system);
+                // A thread that is not here may have it as well: the last one is never dropped.
+                std::mem::forget(ours);
+            }
             if place.taken.load(Ordering::Acquire) || place.is_held() {
                 place.lost.store(true, Ordering::Release);
                 place.taken.store(true, Ordering::Release);

@@ -158,4 +158,34 @@ pub(crate) trait System: Send + Sync + 'static {
     fn signals_pending(&self) -> Answer<u64> {
         Err(Errno::NOSYS)
     }
+
+    /// A descriptor of our own for what a descriptor of the VMM's refers to.
+    fn keep(&self, fd: RawFd) -> Answer<OwnedFd> {
+        let _ = fd;
+        Err(Errno::NOSYS)
+    }
+
+    /// Closes a descriptor of our own, in a child of which the threads that used it are not part.
+    fn close_own(&self, number: RawFd) {
+        let _ = number;
+    }
+
+    /// `sendmsg` with the VMM's own data.
+    fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {
+        let _ = (fd, message, flags);
+        Err(Errno::NOSYS)
+    }
+
+    /// `recvmsg` into the VMM's own memory.
+    fn recvmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<SocketReceived> {
+        let _ = (fd, message, flags);
+        Err(Errno::NOSYS)
+    }
+
+    /// A page of memory for the rest of the process's life, at a place of its own or instead of the one
+    /// at `over`: a file's first, which can't shrink, or zeros.
+    fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {
+        let _ = (file, over);
+        Err(Errno::NOSYS)
+    }
 }

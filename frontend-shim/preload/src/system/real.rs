@@ -210,6 +210,10 @@ impl System for Real {
         real_sockets::recvmsg(fd, message, flags)
     }
 
+    fn close_own(&self, number: RawFd) {
+        real_sockets::close_own(number);
+    }
+
     fn page(&self, file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {
         real_sockets::page(file, over)
     }

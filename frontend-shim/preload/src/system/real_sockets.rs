@@ -26,6 +26,12 @@ pub(super) fn keep(fd: RawFd) -> Answer<OwnedFd> {
     duplicate(theirs)
 }
 
+pub(super) fn close_own(number: RawFd) {
+    // SAFETY: the number is our own descriptor's, which its owner here never closes nor uses again; the other
+    // threads that borrow it are the parent's.
+    unsafe { rustix::io::close(number) };
+}
+
 /// By the kernel itself, as [`recvmsg`]: a thread may be cancelled in the C library's, and must not be in
 /// what is ours.
 pub(super) fn sendmsg(fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {

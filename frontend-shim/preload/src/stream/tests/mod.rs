@@ -34,6 +34,8 @@ pub(super) struct Machine {
     sockets: Mutex<HashMap<RawFd, Arc<OwnedFd>>>,
     /// What the VMM gets by `SCM_RIGHTS`.
     received: Mutex<Vec<OwnedFd>>,
+    /// Our own that were to be closed.
+    closed: Mutex<Vec<RawFd>>,
     /// A page that was mapped, with what of it is loaded.
     pages: Mutex<Vec<PageWords>>,
 }
@@ -70,6 +72,10 @@ impl System for Machine {
 
     fn keep(&self, fd: RawFd) -> Answer<OwnedFd> {
         Ok(self.socket(fd)?.try_clone().unwrap())
+    }
+
+    fn close_own(&self, number: RawFd) {
+        self.closed.lock().unwrap().push(number);
     }
 
     fn sendmsg(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<usize> {

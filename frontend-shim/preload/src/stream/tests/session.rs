@@ -342,7 +342,7 @@ fn a_closed_connection_is_let_go() {
 fn a_forked_child_leaves_connections_alone() {
     let (vmm, server) = session(Habits::default());
     let device = device(&vmm, &server);
-    vmm.shim.streams.forked();
+    vmm.shim.streams.forked(&vmm.shim.system);
     let mut data = [0; 4];
     vmm.shim.complete(device, 2, 8, &mut data, false);
     assert_eq!(data, [0xff; 4]);
@@ -374,7 +374,7 @@ fn a_forked_child_has_connections_of_its_own() {
         // Another thread of the parent has it for ever.
         std::mem::forget(streams.place(0).unwrap().files());
         std::mem::forget(streams.place(1).unwrap().connection());
-        streams.forked();
+        streams.forked(&vmm.shim.system);
     });
     let device = device(&vmm, &server);
     assert_eq!(vmm.shim.source(device), Some(Source::VfioUser(2)));

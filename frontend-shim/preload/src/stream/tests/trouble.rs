@@ -207,3 +207,21 @@ fn a_vmm_that_waits_for_all_gets_no_more_than_up_to_a_descriptor() {
     let got = vmm.shim.recvmsg(vmm.fd, &room, libc::MSG_WAITALL).unwrap();
     assert_eq!(got.count, 20);
 }
+
+#[test]
+fn a_child_closes_the_descriptor_that_a_thread_of_its_parent_uses() {
+    let (vmm, _server, connection) = greeted(BARKEEP);
+    // Which the child has a reference of, for ever.
+    let used = Arc::clone(&connection);
+    vmm.shim.streams.forked(&vmm.shim.system);
+    assert_eq!(*vmm.shim.system.closed.lock().unwrap(), [connection.number()]);
+    assert_eq!(Arc::strong_count(&used), 3, "not to be closed once more");
+}
+
+#[test]
+fn a_child_closes_nothing_that_is_not_ours_any_more() {
+    let (vmm, _server, connection) = greeted(BARKEEP);
+    let _others = replaced(&vmm, connection);
+    vmm.shim.streams.forked(&vmm.shim.system);
+    assert!(vmm.shim.system.closed.lock().unwrap().is_empty());
+}
