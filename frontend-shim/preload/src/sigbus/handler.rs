@@ -8,7 +8,7 @@
 //! the kernel say what happens to one that is blocked or ignored, and `setup_rt_frame` how a handler is
 //! entered.
 
-use std::arch::asm;
+use std::arch::naked_asm;
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
@@ -257,27 +257,43 @@ unsafe fn call(action: &Action, signal: c_int, info: *mut libc::siginfo_t, conte
     if let Some(top) = action.has(libc::SA_ONSTACK).then(alternate_stack).flatten() {
         // SAFETY: the stack is the thread's and not in use; the handler gets what it declares, or, without
         // SA_SIGINFO, more.
-        unsafe {
-            asm!(
-                "mov r12, rsp",
-                "mov rsp, {top}",
-                "call {handler}",
-                "mov rsp, r12",
-                top = in(reg) top,
-                handler = in(reg) action.handler,
-                in("rdi") signal,
-                in("rsi") info,
-                in("rdx") context,
-                out("r12") _,
-                clobber_abi("C"),
-            );
-        }
+        unsafe { call_on(signal, info, context, action.handler, top) };
         return;
     }
     // SAFETY: with SA_SIGINFO it is such a function; without, one that takes the first argument, and leaves
     // the other registers alone.
     let handler: Handler = unsafe { std::mem::transmute::<usize, Handler>(action.handler) };
     handler(signal, info, context);
+}
+
+/// Calls a handler with the stack pointer at `top`, which is aligned as before a call. A handler that ends
+/// the thread unwinds both stacks: the frame of this one is found by RBP.
+///
+/// # Safety
+/// Below `top` is a stack that nobody uses, and `handler` is a function that takes the first three arguments.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn call_on(
+    signal: c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut c_void,
+    handler: usize,
+    top: usize,
+) {
+    naked_asm!(
+        ".cfi_startproc",
+        "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
+        "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
+        "mov rsp, r8",
+        "call rcx",
+        "mov rsp, rbp",
+        "pop rbp",
+        ".cfi_def_cfa rsp, 8",
+        "ret",
+        ".cfi_endproc",
+    )
 }
 
 /// The top of this thread's alternate stack. `None` if it has none, or is on it.

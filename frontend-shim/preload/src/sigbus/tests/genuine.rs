@@ -2,6 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::children::{End, Mode, Process, Status, as_shipped, log, process, wrapped};
 use crate::sigbus::{Action, Change, SIGBUS};
@@ -112,15 +113,25 @@ fn a_fault_in_a_handler_is_for_it_again_only_if_it_asked_for_that() {
     });
 }
 
+/// Length of an alternate stack, and where the last one begins.
+const STACK: usize = 1 << 16;
+static ALTERNATE: AtomicUsize = AtomicUsize::new(0);
+
+fn with_stack(flags: c_int) {
+    let memory = Box::leak(vec![0_u8; STACK].into_boxed_slice()).as_mut_ptr();
+    let stack = libc::stack_t { ss_sp: memory.cast(), ss_flags: flags, ss_size: STACK };
+    ALTERNATE.store(memory.addr(), Ordering::SeqCst);
+    // SAFETY: the memory stays.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) }, 0);
+}
+
+fn is_on_stack(address: usize) -> bool {
+    let start = ALTERNATE.load(Ordering::SeqCst);
+    (start..start + STACK).contains(&address)
+}
+
 #[test]
 fn a_handler_runs_on_its_alternate_stack_if_there_is_one() {
-    fn with_stack(flags: c_int) {
-        const SIZE: usize = 1 << 16;
-        let memory = Box::leak(vec![0_u8; SIZE].into_boxed_slice()).as_mut_ptr();
-        let stack = libc::stack_t { ss_sp: memory.cast(), ss_flags: flags, ss_size: SIZE };
-        // SAFETY: the memory stays.
-        assert_eq!(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) }, 0);
-    }
     let on = same(EXITED, 1, |process| {
         with_stack(0);
         process.handle(INFO | libc::SA_ONSTACK, 0, Mode::Mend);
@@ -148,6 +159,55 @@ fn a_handler_runs_on_its_alternate_stack_if_there_is_one() {
         with_stack(0);
         process.handle(INFO | libc::SA_ONSTACK | libc::SA_NODEFER, 0, Mode::Fault);
         process.touch(0);
+    });
+}
+
+/// By `pthread_exit`, which unwinds the stack, from the alternate one to the thread's own. What code without
+/// optimisation has in RBP helps an unwinder, so that this says more of a release build.
+#[test]
+fn a_handler_on_its_alternate_stack_ends_its_thread() {
+    unsafe extern "C-unwind" {
+        fn pthread_exit(value: *mut c_void) -> !;
+        fn pthread_create(
+            thread: *mut libc::pthread_t,
+            attributes: *const libc::pthread_attr_t,
+            start: extern "C-unwind" fn(*mut c_void) -> *mut c_void,
+            argument: *mut c_void,
+        ) -> c_int;
+    }
+    extern "C-unwind" fn on_signal(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
+        let here = 0_u8;
+        log(&format!("on it {}", is_on_stack(std::ptr::from_ref(&here).addr())));
+        // SAFETY: what is on the two stacks can be unwound.
+        unsafe { pthread_exit(7 as *mut c_void) }
+    }
+    struct Below;
+    impl Drop for Below {
+        fn drop(&mut self) {
+            log("what is below the handler is dropped");
+        }
+    }
+    #[inline(never)]
+    fn touch() -> u8 {
+        super::children::process().touch(0)
+    }
+    extern "C-unwind" fn start(_: *mut c_void) -> *mut c_void {
+        with_stack(0);
+        let _below = Below;
+        std::hint::black_box(touch());
+        std::ptr::null_mut()
+    }
+    same(EXITED, 3, |process| {
+        let handler: extern "C-unwind" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_signal;
+        let flags = INFO | libc::SA_ONSTACK;
+        process.action(Some(Action { handler: handler as usize, flags, mask: 0, restorer: 0 }));
+        let (mut thread, mut value) = (0, std::ptr::null_mut());
+        // SAFETY: the pointers are valid or null.
+        unsafe {
+            pthread_create(&raw mut thread, std::ptr::null(), start, std::ptr::null_mut());
+            libc::pthread_join(thread, &raw mut value);
+        }
+        log(&format!("ended with {}", value.addr()));
     });
 }
 
