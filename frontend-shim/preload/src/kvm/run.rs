@@ -149,6 +149,8 @@ impl Vms {
                 complete(around, region.in_bar(&bar, exit.address), run, exit);
                 Next::Enter
             }
+            // The VMM may have deleted the slot since, and not made another.
+            Decode::On if self.arrivals.has(bar.device, Instant::now()) => not_yet(around, run),
             Decode::On => {
                 vm.restore(around, number, &region);
                 hand(vcpu, region.in_bar(&bar, exit.address), losses, run)
@@ -165,17 +167,7 @@ impl Vms {
                 complete(around, place, run, run.mmio());
                 Next::Enter
             }
-            Decode::On if self.arrivals.has(place.device, Instant::now()) => {
-                // A backend would answer already; what the VMM itself emulates in the BAR it would not know.
-                let exit = run.mmio();
-                if exit.write {
-                    around.status().count(Count::UrWrites);
-                } else {
-                    run.set_mmio_data([0xff; 8]);
-                    around.status().count(Count::UrReads);
-                }
-                Next::Enter
-            }
+            Decode::On if self.arrivals.has(place.device, Instant::now()) => not_yet(around, run),
             Decode::On => hand(vcpu, place, losses, run),
             Decode::Unknown => Next::Vmm,
         }
@@ -244,6 +236,18 @@ impl Vms {
         }
         Next::Enter
     }
+}
+
+/// Completes an exit for a BAR that decodes already, but not yet for the guest. A backend would answer; what the VMM
+/// itself emulates in the BAR it would not know.
+fn not_yet<A: Around>(around: &A, run: RunArea) -> Next {
+    if run.mmio().write {
+        around.status().count(Count::UrWrites);
+    } else {
+        run.set_mmio_data([0xff; 8]);
+        around.status().count(Count::UrReads);
+    }
+    Next::Enter
 }
 
 /// The VMM completes an exit, since the BAR decodes. By the time that it does, it may not any more: `losses` is

@@ -383,6 +383,22 @@ fn an_exit_while_the_vmm_still_puts_the_bar_back_is_an_unsupported_request() {
 }
 
 #[test]
+fn a_slot_that_the_vmm_deletes_while_the_device_is_asked_is_none_until_it_has_put_the_bar_back() {
+    let world: &'static World = Box::leak(Box::new(World::new()));
+    world.decode(Decode::Off);
+    assert_eq!(world.does(&[Do::Write(BAR, 0), Do::Port]), Ok(0));
+    world.decode(Decode::On);
+    world.around.devices().after_decode = Some(Box::new(|| {
+        world.vms.vms.get(world.number).unwrap().slots().note(Region { size: 0, ..bar() });
+        let writes = || world.vms.arrivals.begin(DEVICE, Instant::now());
+        std::thread::spawn(writes).join().unwrap();
+    }));
+    assert_eq!(world.does(&[Do::Read(BAR), Do::Port]), Ok(0));
+    assert_eq!(world.exit_reason(), KVM_EXIT_IO);
+    assert_eq!(world.done().last(), Some(&Done::Read(ONES)));
+}
+
+#[test]
 fn a_read_that_the_vmm_lost_on_its_way_is_an_unsupported_request() {
     for (lost, off, value, read) in
         [(true, false, 0, ONES), (false, true, 0, ONES), (false, false, 0, 0), (true, true, 5, 5)]
