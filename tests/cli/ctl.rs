@@ -115,11 +115,7 @@ fn a_wrapped_process_is_told_of_in_three_formats() {
 fn a_child_has_a_page_of_its_own() {
     let mut command = wrap_with_library();
     // The first one becomes another program; the subshell is a fork that does not.
-    command.args([
-        "sh",
-        "-c",
-        "read line; { read more <&3; } 3<&0 & echo $line; echo $! >&2; wait",
-    ]);
+    command.args(["sh", "-c", "read line; exec 3<&0; { read more <&3; } & echo $line; wait"]);
     let shell = Waiting::start(command);
     let children = format!("/proc/{0}/task/{0}/children", shell.pid());
     let children = std::fs::read_to_string(children).expect("a process");

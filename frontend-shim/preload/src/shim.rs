@@ -60,7 +60,7 @@ impl<S: System> Shim<S> {
     pub(crate) fn shielded<T>(&self, of_ours: impl FnOnce() -> T) -> Option<T> {
         let answer = catch_unwind(AssertUnwindSafe(of_ours));
         if answer.is_err() {
-            self.status.fail_open(FailOpen::Panicked);
+            self.status.fail_open(FailOpen::Panic);
         }
         answer.ok()
     }

@@ -166,3 +166,92 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     array.copy_from_slice(&bytes[at..at + N]);
     array
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ask(bytes: &[u8]) -> Result<(Option<String>, bool), ElfError> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(bytes)?;
+        match Image::open(file.path())? {
+            Image::Elf(elf) => Ok((elf.interpreter()?, elf.exports("a_symbol")?)),
+            Image::Script | Image::Other => Ok((None, false)),
+        }
+    }
+
+    /// A file with an interpreter, and a dynamic symbol in section 1 whose name is in section 2.
+    fn sound() -> Vec<u8> {
+        let mut file = vec![0; 512];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(18, &[62]);
+        put(32, &[64]);
+        put(40, &[0, 1]);
+        put(54, &[56, 0, 1, 0, 64, 0, 3, 0]);
+        put(64, &[3]);
+        put(64 + 8, &[128]);
+        put(64 + 32, &[10]);
+        put(128, b"/lib/ld.so\0");
+        let (symbols, names) = (256 + 64, 256 + 128);
+        put(symbols + 4, &[11]);
+        put(symbols + 24, &[144]);
+        put(symbols + 32, &[48]);
+        put(symbols + 40, &[2]);
+        put(names + 24, &[200]);
+        put(names + 32, &[20]);
+        put(144 + 24, &[1, 0, 0, 0, 0, 0, 7]);
+        put(200, b"\0a_symbol\0");
+        file
+    }
+
+    #[test]
+    fn interpreter_and_symbols_are_found() {
+        let mut file = sound();
+        assert_eq!(ask(&file).expect("sound"), (Some("/lib/ld.so".into()), true));
+        file[144 + 24 + 6] = 0;
+        assert_eq!(ask(&file).expect("sound"), (Some("/lib/ld.so".into()), false), "undefined");
+        file[256 + 64 + 4] = 2;
+        assert_eq!(ask(&file).expect("sound"), (Some("/lib/ld.so".into()), false), "no table");
+        file[64] = 1;
+        assert_eq!(ask(&file).expect("sound"), (None, false));
+    }
+
+    #[test]
+    fn tables_outside_of_the_file_are_unsound() {
+        for (at, bytes) in [
+            (32, &[0xff; 8][..]),
+            (40, &[0xff; 8]),
+            (54, &[55]),
+            (58, &[63]),
+            (60, &[0xff; 2]),
+            (64 + 8, &[0xff; 8]),
+            (64 + 32, &[0, 2]),
+            (256 + 64 + 32, &[0xff; 8]),
+            (256 + 64 + 40, &[9]),
+            (256 + 128 + 24, &[0xff; 8]),
+        ] {
+            let mut file = sound();
+            file[at..at + bytes.len()].copy_from_slice(bytes);
+            assert!(matches!(ask(&file), Err(ElfError::Unsound)), "{at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_is_more_than_an_error(
+            changes in proptest::collection::vec((0..512_usize, any::<u8>()), 1..20),
+            length in 0..=512_usize,
+        ) {
+            let mut file = sound();
+            for (at, byte) in changes {
+                file[at] = byte;
+            }
+            let _ = ask(&file[..length]);
+        }
+    }
+}

@@ -195,6 +195,16 @@ impl<S: System> Shim<S> {
     }
 }
 
+/// Whether a write changes what the configuration space tells about decoding.
+fn decides(device: &Device, offset: u64, len: usize) -> bool {
+    let Some(first) = offset.checked_sub(device.config()) else { return false };
+    let overlaps = |from: u64, to: u64| first < to && first.saturating_add(len as u64) > from;
+    let power = device.power().is_some_and(|power| overlaps(power, power + 2));
+    overlaps(config::COMMAND, config::COMMAND + 2)
+        || overlaps(config::BARS, config::BARS_END)
+        || power
+}
+
 fn word(data: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]])
 }

@@ -78,9 +78,7 @@ extern "C-unwind" fn send(fd: c_int, data: *const c_void, len: usize, flags: c_i
 #[unsafe(no_mangle)]
 extern "C-unwind" fn recv(fd: c_int, data: *mut c_void, len: usize, flags: c_int) -> isize {
     let answer = stream(fd).and_then(|shim| {
-        shielded(shim, || {
-            Some(shim.recvmsg(fd, &plain(data, len), flags).map(|got| got.count))
-        })
+        shielded(shim, || Some(shim.recvmsg(fd, &plain(data, len), flags).map(|got| got.count)))
     });
     match answer {
         Some(answer) => length(answer),
@@ -114,7 +112,10 @@ fn length(answer: Answer<usize>) -> isize {
 }
 
 fn plain(data: *const c_void, len: usize) -> SocketMessage {
-    SocketMessage { extents: vec![Extent { address: data.addr(), len }], ..SocketMessage::default() }
+    SocketMessage {
+        extents: vec![Extent { address: data.addr(), len }],
+        ..SocketMessage::default()
+    }
 }
 
 /// Whether a message can be the first of a connection, by its first bytes. Any socket's messages are looked

@@ -29,6 +29,7 @@ use std::time::Instant;
 use barkeep_shim::x86::XsaveLayout;
 
 use crate::Shim;
+use crate::descriptors::Descriptor;
 use crate::device::DeviceId;
 use crate::status::FailOpen;
 use crate::system::{Answer, System};
@@ -160,11 +161,13 @@ impl<S: System> Shim<S> {
         }
     }
 
-    /// Host memory is about to be unmapped, or mapped anew. Called for all memory, so it must be quick, and may be
-    /// called inside of an allocation. Before a change it asks [`Shim::elsewhere`].
+    /// Host memory is about to be unmapped, or mapped anew. Called for all memory, so it must be quick, and
+    /// may be called inside of an allocation.
     pub(crate) fn unmapped(&self, start: usize, len: usize) {
         for (_, vcpu) in self.vms.vcpus.iter() {
-            vcpu.unmapped(start, len);
+            if vcpu.has_run_in(start, len) && !self.elsewhere() {
+                vcpu.mapped(0, 0);
+            }
         }
     }
 

@@ -158,20 +158,18 @@ impl Vcpu {
         RunArea::mapped(address, self.run_len.load(Ordering::Relaxed))
     }
 
-    /// Notes where the VMM has mapped its `struct kvm_run`.
+    /// Notes where the VMM has mapped its `struct kvm_run`; 0 for nowhere.
     pub(super) fn mapped(&self, address: usize, len: usize) {
         self.run.store(0, Ordering::Release);
         self.run_len.store(len, Ordering::Release);
         self.run.store(address, Ordering::Release);
     }
 
-    /// Notes that host memory is mapped no more.
-    pub(super) fn unmapped(&self, address: usize, len: usize) {
+    /// Whether any of its `struct kvm_run` is in a range of host memory.
+    pub(super) fn has_run_in(&self, start: usize, len: usize) -> bool {
         let run = self.run.load(Ordering::Acquire);
         let end = run.saturating_add(self.run_len.load(Ordering::Acquire));
-        if run != 0 && run < address.saturating_add(len) && address < end {
-            self.run.store(0, Ordering::Release);
-        }
+        run != 0 && run < start.saturating_add(len) && start < end
     }
 
     /// Notes that the guest got on: anything but another fault.
@@ -230,8 +228,9 @@ mod tests {
     }
 
     #[test]
-    fn a_run_area_is_gone_when_any_of_it_is_unmapped() {
+    fn a_run_area_is_found_by_any_of_it() {
         let vcpu = Vcpu::default();
+        assert!(!vcpu.has_run_in(0, usize::MAX));
         vcpu.mapped(0x10000, 0x3000);
         assert!(vcpu.run().is_some());
         let parts = [(0x13000, 0x1000), (0xf000, 0x1000), (0x12000, 0x1000), (0, usize::MAX)];

@@ -35,6 +35,12 @@ reasons! {
     Panic => "a bug in barkeep",
 
     // Of devices.
+    /// There are more devices than are followed.
+    TooManyDevices => "more devices than are followed",
+    /// There are more mappings of BARs than are followed.
+    TooManyMappings => "more mappings of BARs than are followed",
+    /// A VFIO device does not tell what is needed.
+    DeviceUnreadable => "a VFIO device does not tell what is needed",
 
     // Of VMs.
     /// There are more VMs or virtual CPUs than are followed.
@@ -51,6 +57,18 @@ reasons! {
     NoProgress => "KVM_RUN fails without end",
 
     // Of SIGBUS.
+    /// An access to a BAR that does not decode was made by an instruction that is not known here.
+    SigbusInstruction => "an unknown instruction accesses a BAR that does not decode",
+    /// Accesses to a BAR are refused again and again although it decodes.
+    SigbusRepeats => "accesses to a BAR are refused although it decodes",
 
     // Of vfio-user connections.
+    /// There are more vfio-user connections than are followed.
+    TooManyStreams => "more vfio-user connections than are followed",
+    /// What the VMM or the server sends is no vfio-user any more, or passes by in calls that are not seen.
+    StreamLost => "a vfio-user connection can't be followed",
+    /// A server did not say what its BARs are.
+    StreamSetup => "a vfio-user server does not tell what is needed",
+    /// A server did not answer in time.
+    ServerSilent => "a vfio-user server does not answer",
 }

@@ -144,3 +144,88 @@ fn seal(file: &OwnedFd) -> Result<(), Errno> {
     let _ = fcntl_add_seals(file, SealFlags::FUTURE_WRITE | SealFlags::SEAL);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    fn link(memory: &Memory) -> String {
+        format!("/proc/self/fd/{}", number(memory))
+    }
+
+    fn number(memory: &Memory) -> RawFd {
+        memory.file.as_ref().expect("a file").number
+    }
+
+    fn first_word(link: &str) -> u64 {
+        let mut word = [0; 8];
+        fs::File::open(link).expect("our own").read_exact_at(&mut word, 0).expect("a page");
+        u64::from_ne_bytes(word)
+    }
+
+    #[test]
+    fn others_read_what_is_written_and_write_nothing() {
+        let memory = Memory::shared().expect("a memfd");
+        memory.words[0].store(7, Ordering::Relaxed);
+        let link = link(&memory);
+        assert_eq!(first_word(&link), 7);
+        assert_eq!(fs::metadata(&link).expect("our own").len(), LENGTH as u64);
+        let writable = fs::OpenOptions::new().write(true).open(&link).expect("our own");
+        assert!(writable.write_at(&[1], 0).is_err(), "sealed");
+        assert!(writable.set_len(0).is_err(), "sealed");
+        assert!(number(&memory) >= HIGH, "{link}");
+    }
+
+    #[test]
+    fn a_child_goes_on_in_a_file_of_its_own() {
+        let memory = Memory::shared().expect("a memfd");
+        memory.words[0].store(7, Ordering::Relaxed);
+        let parents = fs::File::open(link(&memory)).expect("our own");
+        memory.separate();
+        assert_eq!(memory.words[0].load(Ordering::Relaxed), 7, "it says what it said");
+        memory.words[0].store(8, Ordering::Relaxed);
+        assert_eq!(first_word(&link(&memory)), 8);
+        let mut word = [0; 8];
+        parents.read_exact_at(&mut word, 0).expect("a page");
+        assert_eq!(u64::from_ne_bytes(word), 7, "the parent's is as it was");
+        memory.separate();
+        memory.words[0].store(9, Ordering::Relaxed);
+        assert_eq!(first_word(&link(&memory)), 9, "and so does the child's child");
+    }
+
+    #[test]
+    fn a_descriptor_that_the_program_uses_for_something_else_is_left_alone() {
+        let memory = Memory::shared().expect("a memfd");
+        let other = tempfile().expect("a memfd");
+        // SAFETY: the number is the page's, which has no owner.
+        let mut number = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number(&memory)) });
+        dup3(&other, &mut number, DupFlags::CLOEXEC).expect("a descriptor");
+        memory.separate();
+        memory.words[0].store(7, Ordering::Relaxed);
+        let found = fs::metadata(link(&memory)).expect("still there");
+        assert_eq!(found.ino(), fstat(&other).expect("ours").st_ino);
+        memory.file.as_ref().expect("a file").close();
+        assert!(fs::metadata(link(&memory)).is_ok());
+    }
+
+    fn tempfile() -> Result<OwnedFd, Errno> {
+        memfd_create("something-else", MemfdFlags::CLOEXEC)
+    }
+
+    #[test]
+    fn memory_without_a_file_has_words_as_well() {
+        let memory = Memory::private();
+        memory.words[WORDS - 1].store(7, Ordering::Relaxed);
+        memory.separate();
+        assert_eq!(memory.as_ref()[WORDS - 1].load(Ordering::Relaxed), 7);
+        let memory = Memory::shared().expect("a memfd");
+        memory.words[0].store(7, Ordering::Relaxed);
+        memory.make_anonymous();
+        assert_eq!(memory.words[0].load(Ordering::Relaxed), 0);
+        memory.words[0].store(8, Ordering::Relaxed);
+        assert_eq!(first_word(&link(&memory)), 7, "nobody else's any more");
+    }
+}

@@ -5,6 +5,8 @@
 mod fail_open;
 mod line;
 mod memory;
+#[cfg(test)]
+mod tests;
 
 use barkeep_protocol::page::wrap::Page;
 use rustix::io::Errno;
@@ -109,22 +111,12 @@ impl Status {
     }
 }
 
-/// Why something is left to the VMM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub(crate) enum FailOpen {
-    /// A descriptor's number is too high to be followed.
-    TooManyDescriptors,
-    /// Something of ours panicked.
-    Panicked,
-    /// There are more devices than are followed.
-    TooManyDevices,
-    /// There are more mappings of BARs than are followed.
-    TooManyMappings,
-    /// A VFIO device does not tell what is needed.
-    DeviceUnreadable,
-    /// An access to a BAR that does not decode was made by an instruction that is not known here.
-    SigbusInstruction,
-    /// Accesses to a BAR are refused again and again although it decodes.
-    SigbusRepeats,
+impl Default for Status {
+    fn default() -> Self {
+        Self::private(false)
+    }
+}
+
+fn pid() -> u32 {
+    getpid().as_raw_nonzero().get().unsigned_abs()
 }

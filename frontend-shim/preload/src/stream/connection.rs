@@ -23,10 +23,11 @@ pub(super) use self::asking::Posted;
 
 use super::hello::{Hello, LONGEST, Welcome};
 use super::incoming::{Answer as Reply, Incoming, Next, Patched};
-use super::outgoing::{Configured, Outgoing};
+use super::outgoing::{Begun, Configured, Outgoing};
 use super::pending::{Greeting, Pending};
 use super::socket::Socket;
 use super::turn::{Taken, Turn};
+use crate::device::Decode;
 use crate::system::{Answer, SocketMessage, SocketReceived, System};
 
 /// How long the server may leave a message unfinished that may be for us, before all is the VMM's.
@@ -44,6 +45,8 @@ pub(super) struct Connection {
     news: Condvar,
     /// Nothing is done with the stream any more.
     passing: AtomicBool,
+    /// What passes is not understood, which nobody has been told yet.
+    lost: AtomicBool,
 }
 
 /// The stream to the server.
@@ -63,6 +66,8 @@ struct Reader {
     incoming: Incoming,
     /// Since when it has been unclear whose the next message is.
     unclear: Option<Instant>,
+    /// The VMM's message is an answer to something that configures the device, which decoded this before.
+    configured: Option<Decode>,
 }
 
 impl Connection {
@@ -86,19 +91,10 @@ impl Connection {
     ///
     /// # Errors
     /// Those of `sendmsg`, with nothing sent.
-    pub(super) fn begin(socket: OwnedFd, hello: &Hello, flags: SendFlags) -> Answer<Self> {
-        let sent = send(&socket, &hello.bytes, flags | SendFlags::NOSIGNAL)?;
-        let stat = rustix::fs::fstat(&socket)?;
-        let owed = hello.bytes[sent.min(hello.bytes.len())..].to_vec();
-        let connection = Self {
-            identity: (stat.st_dev, stat.st_ino),
-            socket,
-            writer: Turn::new(Writer { owed, ..Writer::default() }),
-            reader: Turn::new(Reader::default()),
-            pending: Mutex::new(Pending::new(hello.id)),
-            news: Condvar::new(),
-            passing: AtomicBool::new(false),
-        };
+    pub(super) fn greet(&self, hello: &Hello, flags: SendFlags) -> Answer<()> {
+        let mut writer = self.writer();
+        let sent = send(&self.socket, &hello.bytes, flags | SendFlags::NOSIGNAL)?;
+        writer.owed = hello.bytes[sent.min(hello.bytes.len())..].to_vec();
         // On a new socket there is room for it; if not, the rest is owed.
         self.pay_all(&mut writer, Instant::now() + PATIENCE);
         Ok(())
@@ -118,10 +114,16 @@ impl Connection {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Nothing more is asked. What was asked is still taken out of the stream.
-    fn close(&self) {
+    /// Something is not understood: nothing more is asked. What was asked is still taken out of the stream.
+    fn lose(&self) {
         self.pending().closed = true;
+        self.lost.store(true, Ordering::Release);
         self.news.notify_all();
+    }
+
+    /// Whether that happened since this was last asked.
+    pub(super) fn was_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire) && self.lost.swap(false, Ordering::AcqRel)
     }
 
     /// For the VMM's next bytes to the server.
@@ -140,7 +142,8 @@ impl Connection {
             && !pending.vmm_waits()
     }
 
-    /// `sendmsg` of the VMM. Returns besides what of it may change what the device decodes.
+    /// `sendmsg` of the VMM. Returns besides what of it may change what the device decodes. Before that,
+    /// `decode` is called, which tells what the device decodes so far.
     pub(super) fn send(
         &self,
         system: &impl System,
@@ -148,6 +151,7 @@ impl Connection {
         fd: RawFd,
         message: &SocketMessage,
         flags: i32,
+        decode: impl FnOnce() -> Decode,
     ) -> (Answer<usize>, Option<Configured>) {
         if let Err(error) = self.settle(system, writer, fd, flags) {
             return (Err(error), None);
@@ -156,6 +160,7 @@ impl Connection {
         // The answer may be here before the call returns.
         let mut ahead = writer.outgoing.clone();
         let begins = ahead.pass(message.len(), read);
+        let before = begins.configured.map(|_| decode());
         let mut pending = self.pending();
         for begun in &begins.begun {
             pending.begins(*begun);
@@ -169,7 +174,7 @@ impl Connection {
             writer.outgoing.pass(count, read);
         }
         if writer.outgoing.is_lost() {
-            self.close();
+            self.lose();
         }
         (sent, begins.configured)
     }
@@ -194,7 +199,7 @@ impl Connection {
                 // The VMM's own call is told the same.
                 Err(Errno::PIPE | Errno::CONNRESET) => {
                     writer.owed.clear();
-                    self.close();
+                    self.lose();
                 }
                 // Half a message of ours is out: nothing of the VMM's may come before the rest.
                 Err(error) => return Err(error),
@@ -203,7 +208,8 @@ impl Connection {
         Ok(())
     }
 
-    /// `recvmsg` of the VMM.
+    /// `recvmsg` of the VMM. If with that it has all of an answer to something that configures the device,
+    /// what the device decoded before is returned besides.
     ///
     /// # Errors
     /// Those of `recvmsg`.
@@ -213,7 +219,7 @@ impl Connection {
         fd: RawFd,
         message: &SocketMessage,
         flags: i32,
-    ) -> Answer<SocketReceived> {
+    ) -> Answer<(SocketReceived, Option<Decode>)> {
         let mut reader = self.reader.take();
         let (mut got, mut cut) = self.receive_once(system, &mut reader, fd, message, flags)?;
         let all = flags & libc::MSG_WAITALL != 0 && flags & libc::MSG_PEEK == 0;
@@ -233,7 +239,9 @@ impl Connection {
                 _ => break,
             }
         }
-        Ok(got)
+        let whole = matches!(&reader.incoming, Incoming::Header(read) if read.is_empty());
+        let configured = if whole { reader.configured.take() } else { None };
+        Ok((got, configured))
     }
 
     /// The same up to the end of a message at most. Returns besides whether it ended there, with room left.
@@ -287,7 +295,7 @@ impl Connection {
             let got = system.recvmsg(fd, &message.part(0, most), flags)?;
             if self.give(system, reader, message, got.count, flags, &waiting).is_none() {
                 reader.incoming = Incoming::Lost;
-                self.close();
+                self.lose();
             }
             return Ok((got, got.count == most && most < message.len()));
         }
@@ -305,7 +313,7 @@ impl Connection {
             Next::Unclear => {}
             Next::Lost => {
                 reader.incoming = Incoming::Lost;
-                self.close();
+                self.lose();
             }
             Next::Ours(header) => reader.incoming = Incoming::Ours(Reply::new(&header)),
             Next::Welcome(size) => self.welcome(reader, size)?,
@@ -345,7 +353,7 @@ impl Connection {
         let since = *reader.unclear.get_or_insert_with(Instant::now);
         if since.elapsed() > PATIENCE {
             reader.incoming = Incoming::Lost;
-            self.close();
+            self.lose();
             return Ok(());
         }
         let flags = rustix::fs::fcntl_getfl(&self.socket)?;
@@ -379,12 +387,15 @@ impl Connection {
                 reader.incoming = Incoming::default();
                 self.hide(hidden)?;
             }
-        } else if !peeks
-            && let Some(header) = reader.incoming.given(count, waiting)
-            && !self.pending().answered(&header)
-        {
-            // It asks in calls that are not seen, so that nobody knows where its messages end.
-            self.close();
+        } else if !peeks && let Some(header) = reader.incoming.given(count, waiting) {
+            let mut pending = self.pending();
+            reader.configured = pending.configured(&header).or(reader.configured);
+            let seen = pending.answered(&header);
+            drop(pending);
+            if !seen {
+                // It asks in calls that are not seen, so that nobody knows where its messages end.
+                self.lose();
+            }
         }
         if !peeks {
             self.pending().silent = false;

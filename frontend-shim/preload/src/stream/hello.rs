@@ -5,9 +5,7 @@
 use std::ops::Range;
 
 use barkeep_protocol::wire::limits::{HEADER_SIZE, HEADER_SIZE_U32, MAX_VERSION_DATA};
-use barkeep_protocol::wire::{
-    BarkeepExtensions, Command, Header, MessageId, MessageKind, Version,
-};
+use barkeep_protocol::wire::{BarkeepExtensions, Command, Header, MessageId, MessageKind, Version};
 use serde_json::Value;
 
 /// The longest message that may be a VERSION, in bytes.
@@ -73,8 +71,7 @@ pub(super) struct Welcome {
 impl Welcome {
     /// Takes our object out of an answer. One that is not understood stays as it is.
     pub(super) fn without_ours(message: &[u8]) -> Self {
-        Self::cut(message)
-            .unwrap_or_else(|| Self { shown: message.to_vec(), extensions: None })
+        Self::cut(message).unwrap_or_else(|| Self { shown: message.to_vec(), extensions: None })
     }
 
     fn cut(message: &[u8]) -> Option<Self> {

@@ -49,6 +49,8 @@ use crate::system::{Answer, SocketMessage, SocketReceived, System};
 
 /// How long the VMM's first command waits for the device to say what it is.
 const INTRODUCTION: Duration = Duration::from_secs(1);
+/// How long a backend may take to write its page, in which it has a handful of stores to do.
+const WRITING: Duration = Duration::from_millis(1);
 /// How long a virtual CPU waits for a backend, once.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -86,7 +88,10 @@ impl<S: System> Shim<S> {
             }
             writer = connection.writer();
         }
-        let (sent, configured) = connection.send(&self.system, &mut writer, fd, message, flags);
+        let about_to = || self.about_to_configure(stream);
+        let (sent, configured) =
+            connection.send(&self.system, &mut writer, fd, message, flags, about_to);
+        self.tell_lost(&connection);
         // With the turn still, so that whoever asks now asks behind this.
         if let Some(configured) = configured
             && let Some(place) = self.streams.place(stream)
@@ -106,7 +111,7 @@ impl<S: System> Shim<S> {
         message: &SocketMessage,
         flags: i32,
     ) -> Answer<SocketReceived> {
-        let Some((_, connection)) = self.connection_of(fd) else {
+        let Some((stream, connection)) = self.connection_of(fd) else {
             return self.system.recvmsg(fd, message, flags);
         };
         if flags & libc::MSG_OOB != 0 {
@@ -115,7 +120,47 @@ impl<S: System> Shim<S> {
         if connection.is_passing() || flags & libc::MSG_ERRQUEUE != 0 {
             return self.system.recvmsg(fd, message, flags);
         }
-        connection.receive(&self.system, fd, message, flags)
+        let answer = connection.receive(&self.system, fd, message, flags);
+        self.tell_lost(&connection);
+        let (got, configured) = answer?;
+        if let Some(before) = configured {
+            self.configured(stream, before);
+        }
+        Ok(got)
+    }
+
+    /// The VMM is about to send something that may change what a device decodes. Returns what it decodes.
+    fn about_to_configure(&self, stream: u32) -> Decode {
+        let decode = self.function_decode(stream);
+        if decode == Decode::Off
+            && let Some(device) = self.streams.place(stream).and_then(Place::device)
+        {
+            self.decode_may_come_back(device);
+        }
+        decode
+    }
+
+    /// The VMM has the answer, as of now, and goes on when this returns.
+    fn configured(&self, stream: u32, before: Decode) {
+        let Some(device) = self.streams.place(stream).and_then(Place::device) else { return };
+        match (before, self.function_decode(stream)) {
+            (Decode::Off, Decode::On) => self.decode_came_back(device),
+            (Decode::On, Decode::Off) => self.decode_went(device),
+            _ => {}
+        }
+    }
+
+    /// What all memory BARs of a function do.
+    fn function_decode(&self, stream: u32) -> Decode {
+        let bars = (0..BARS).filter_map(|bar| u8::try_from(bar).ok());
+        let decodes = bars.map(|bar| self.user_decode(stream, bar));
+        decodes.into_iter().find(|decode| *decode != Decode::Unknown).unwrap_or(Decode::Unknown)
+    }
+
+    fn tell_lost(&self, connection: &Connection) {
+        if connection.was_lost() {
+            self.status.fail_open(FailOpen::StreamLost);
+        }
     }
 
     /// The last descriptor of a connection is about to be closed, or just was.
@@ -237,7 +282,7 @@ impl<S: System> Shim<S> {
     /// it does with a BAR that does not decode.
     fn backend(&self, device: DeviceId) -> Option<Arc<Connection>> {
         let Source::VfioUser(stream) = self.source(device)? else { return None };
-        let connection = self.streams.place(stream)?.connection().clone()?;
+        let connection = self.streams.connection(stream)?;
         let greeting = connection.pending().greeting;
         matches!(greeting, Greeting::Answered(Some(_))).then_some(connection)
     }
@@ -255,8 +300,7 @@ impl<S: System> Shim<S> {
                 .iter()
                 .find(|file| file.identity == identity && file.offset(offset).is_some());
             if let Some(file) = file {
-                let device = place.device.load(Ordering::Acquire).checked_sub(1)?;
-                return Some((DeviceId(device), file.bar, file.offset(offset)?));
+                return Some((place.device()?, file.bar, file.offset(offset)?));
             }
         }
         None
@@ -271,9 +315,14 @@ impl<S: System> Shim<S> {
     pub(crate) fn user_decode(&self, stream: u32, bar: u8) -> Decode {
         let Some(place) = self.streams.place(stream) else { return Decode::Unknown };
         let Some(page) = place.page() else { return place.shadow.decode(bar) };
-        match page.bar(usize::from(bar)) {
+        let shown = patiently(|| page.bar(usize::from(bar)));
+        match shown {
             Some(Some(ShownBar { bar, .. })) if bar.space == Space::Memory => {
-                if bar.decodes { Decode::On } else { Decode::Off }
+                if bar.decodes {
+                    Decode::On
+                } else {
+                    Decode::Off
+                }
             }
             _ => Decode::Unknown,
         }
@@ -301,13 +350,11 @@ impl<S: System> Shim<S> {
             let known = !place.is_lost() && place.device().is_some();
             return known.then(|| place.shadow.placements());
         };
-        let shown = page.read()?;
+        let shown = patiently(|| page.read())?;
         Some(shown.bars.map(|bar| match bar {
-            Some(ShownBar { bar, decoded_at }) if bar.space == Space::Memory => Placement {
-                size: bar.size,
-                address: bar.address,
-                live: decoded_at.unwrap_or(0),
-            },
+            Some(ShownBar { bar, decoded_at }) if bar.space == Space::Memory => {
+                Placement { size: bar.size, address: bar.address, live: decoded_at.unwrap_or(0) }
+            }
             _ => Placement::default(),
         }))
     }
@@ -347,7 +394,7 @@ impl<S: System> Shim<S> {
     /// The connection that a descriptor of the VMM's is.
     fn connection_of(&self, fd: RawFd) -> Option<(u32, Arc<Connection>)> {
         let Some(Descriptor::Stream(stream)) = self.descriptors.get(fd) else { return None };
-        let connection = self.streams.place(stream)?.connection().clone()?;
+        let connection = self.streams.connection(stream)?;
         Some((stream, connection))
     }
 
@@ -359,7 +406,12 @@ impl<S: System> Shim<S> {
     }
 
     /// If this is a VERSION on a socket that nothing is known of: sends it with ours in it.
-    pub(crate) fn greet(&self, fd: RawFd, message: &SocketMessage, flags: i32) -> Option<Answer<usize>> {
+    pub(crate) fn greet(
+        &self,
+        fd: RawFd,
+        message: &SocketMessage,
+        flags: i32,
+    ) -> Option<Answer<usize>> {
         let len = message.len();
         let plain = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let flags = SendFlags::from_bits_retain(flags.cast_unsigned());
@@ -371,7 +423,8 @@ impl<S: System> Shim<S> {
             return None;
         }
         let mut start = [0; 8];
-        if !connection::read(&self.system, message, 0, &mut start) || !hello::may_begin(start, len) {
+        if !connection::read(&self.system, message, 0, &mut start) || !hello::may_begin(start, len)
+        {
             return None;
         }
         let mut bytes = vec![0; len];
@@ -392,18 +445,30 @@ impl<S: System> Shim<S> {
         Some(answer?.map(|()| len))
     }
 
-    fn follow_connection(&self, fd: RawFd, stream: u32, hello: &Hello, flags: SendFlags) -> Option<Answer<()>> {
+    fn follow_connection(
+        &self,
+        fd: RawFd,
+        stream: u32,
+        hello: &Hello,
+        flags: SendFlags,
+    ) -> Option<Answer<()>> {
         let socket = self.system.keep(fd).ok().filter(is_unix_stream)?;
+        // Known before the first byte is sent: the answer may be read by another thread.
+        let connection = Arc::new(Connection::new(socket, hello).ok()?);
+        let place = self.streams.place(stream)?;
+        *place.connection() = Some(Arc::clone(&connection));
         if !self.descriptors.set(fd, Descriptor::Stream(stream)) {
             self.status.fail_open(FailOpen::TooManyDescriptors);
+            *place.connection() = None;
             return None;
         }
-        let begun = Connection::begin(socket, hello, flags);
-        if begun.is_err() {
+        let greeted = connection.greet(hello, flags);
+        if greeted.is_err() {
             self.descriptors.clear(fd);
+            connection.pass();
+            *place.connection() = None;
         }
-        let place = self.streams.place(stream)?;
-        Some(begun.map(|connection| *place.connection() = Some(Arc::new(connection))))
+        Some(greeted)
     }
 
     fn introduced(&self, stream: u32, connection: &Arc<Connection>, facts: &Facts) {
@@ -443,6 +508,24 @@ impl<S: System> Shim<S> {
             self.remove_device(DeviceId(device));
         }
     }
+}
+
+/// Looks at a page until it can be read. Who writes it may have to wait for this very processor. Safe
+/// in a signal handler.
+fn patiently<T>(look: impl Fn() -> Option<T>) -> Option<T> {
+    let shown = look();
+    if shown.is_some() {
+        return shown;
+    }
+    let begin = Instant::now();
+    while begin.elapsed() < WRITING {
+        rustix::thread::sched_yield();
+        let shown = look();
+        if shown.is_some() {
+            return shown;
+        }
+    }
+    None
 }
 
 fn is_unix_stream(socket: &OwnedFd) -> bool {

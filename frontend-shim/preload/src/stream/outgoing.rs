@@ -75,11 +75,7 @@ impl Outgoing {
 
     /// The VMM sends `count` more bytes, of which `read` reads some from a place in them on, and says
     /// whether it could.
-    pub(super) fn pass(
-        &mut self,
-        count: usize,
-        read: impl Fn(usize, &mut [u8]) -> bool,
-    ) -> Passed {
+    pub(super) fn pass(&mut self, count: usize, read: impl Fn(usize, &mut [u8]) -> bool) -> Passed {
         let mut passed = Passed::default();
         let mut at = 0;
         while at < count {

@@ -6,12 +6,15 @@ use barkeep_protocol::wire::{BarkeepExtensions, Command, Header, MessageId, Mess
 
 use super::incoming::{Answer, Expected};
 use super::outgoing::Begun;
+use crate::device::Decode;
 
 /// Commands that have no answer yet.
 #[derive(Debug)]
 pub(super) struct Pending {
     theirs: Ids,
     ours: HashMap<MessageId, Ask>,
+    /// The VMM's that configure the device, and what it decoded before.
+    configuring: Vec<(MessageId, Decode)>,
     /// The VMM's last id.
     last: MessageId,
     pub(super) greeting: Greeting,
@@ -59,6 +62,7 @@ impl Pending {
         Self {
             theirs,
             ours: HashMap::new(),
+            configuring: Vec::new(),
             last: hello,
             greeting: Greeting::Asked(hello),
             closed: false,
@@ -94,6 +98,21 @@ impl Pending {
         if self.ours.get(&id).is_some_and(same) {
             self.ours.remove(&id);
         }
+    }
+
+    /// This one of the VMM's may change what the device decodes, so far this.
+    pub(super) fn configures(&mut self, id: MessageId, before: Decode) {
+        self.configuring.retain(|(other, _)| *other != id);
+        if self.configuring.len() < MOST {
+            self.configuring.push((id, before));
+        }
+    }
+
+    /// What the device decoded before the VMM asked what this answers, if that may have changed it.
+    pub(super) fn configured(&mut self, header: &Header) -> Option<Decode> {
+        let MessageKind::Reply { .. } = header.kind else { return None };
+        let at = self.configuring.iter().position(|(id, _)| *id == header.id)?;
+        Some(self.configuring.swap_remove(at).1)
     }
 
     /// The VMM has an answer. Returns whether it was seen to ask.

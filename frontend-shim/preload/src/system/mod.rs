@@ -6,6 +6,7 @@ mod kernel;
 mod real;
 #[cfg(not(test))]
 mod real_sockets;
+mod signals;
 mod sockets;
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -22,6 +23,7 @@ pub(crate) use signals::SignalFunctions;
 pub(crate) use signals::to_set;
 #[cfg(not(test))]
 pub(crate) use signals::{Start, from_c, from_set, to_c};
+pub(crate) use sockets::{Extent, PageWords, SocketMessage, SocketReceived};
 
 /// A result as the C library gives it.
 pub(crate) type Answer<T> = Result<T, Errno>;

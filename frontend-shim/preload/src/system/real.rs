@@ -8,7 +8,11 @@ use std::os::unix::ffi::OsStringExt;
 use rustix::io::Errno;
 
 use super::real_sockets::{self, Recv, Recvmsg, Send, Sendmsg};
-use super::{Answer, Duplicate, Mmap, Mremap, PageWords, SocketMessage, SocketReceived, System};
+use super::{
+    Answer, Duplicate, Mmap, Mremap, PageWords, SignalFunctions, SocketMessage, SocketReceived,
+    System,
+};
+use crate::sigbus::{Action, Change};
 
 type Ioctl = unsafe extern "C-unwind" fn(c_int, c_ulong, *mut c_void) -> c_int;
 type Pwrite = unsafe extern "C-unwind" fn(c_int, *const c_void, usize, i64) -> isize;
@@ -41,6 +45,7 @@ pub(crate) struct Real {
     pub(crate) dup2: Dup2,
     pub(crate) dup3: Dup3,
     pub(crate) fcntl: Fcntl,
+    pub(crate) signals: SignalFunctions,
     pub(crate) sendmsg: Sendmsg,
     pub(crate) recvmsg: Recvmsg,
     pub(crate) send: Send,
@@ -74,6 +79,7 @@ impl Real {
             dup2: next!(c"dup2" as Dup2)?,
             dup3: next!(c"dup3" as Dup3)?,
             fcntl: next!(c"fcntl" as Fcntl)?,
+            signals: SignalFunctions::find(next)?,
             sendmsg: next!(c"sendmsg" as Sendmsg)?,
             recvmsg: next!(c"recvmsg" as Recvmsg)?,
             send: next!(c"send" as Send)?,
@@ -96,8 +102,8 @@ impl System for Real {
         checked(answer.into()).map(|_| answer)
     }
 
-    fn signal_action(&self, signal: i32, new: Option<Action>) -> Answer<Action> {
-        self.signals.action(signal, new)
+    fn ask(&self, fd: RawFd, request: u64, argument: &mut [u8]) -> Answer<i32> {
+        self.ioctl(fd, request, argument.as_mut_ptr().expose_provenance())
     }
 
     fn pread(&self, fd: RawFd, data: &mut [u8], offset: u64) -> Answer<usize> {
@@ -111,8 +117,12 @@ impl System for Real {
         rustix::io::pread(fd, data, offset)
     }
 
-    fn signals_pending(&self) -> Answer<u64> {
-        SignalFunctions::pending()
+    fn mmap(&self, request: Mmap) -> Answer<usize> {
+        let Mmap { address, len, protection, flags, fd, offset } = request;
+        // SAFETY: the VMM asks for it, and vouches for what it maps over.
+        let answer =
+            unsafe { (self.mmap)(address as *mut c_void, len, protection, flags, fd, offset) };
+        placed(answer)
     }
 
     fn munmap(&self, address: usize, len: usize) -> Answer<()> {
@@ -196,6 +206,18 @@ impl System for Real {
         // SAFETY: the call above succeeded, so that all of it is written.
         let found = unsafe { found.assume_init() };
         Ok((found.st_dev, found.st_ino))
+    }
+
+    fn signal_action(&self, signal: i32, new: Option<Action>) -> Answer<Action> {
+        self.signals.action(signal, new)
+    }
+
+    fn signal_mask(&self, change: Option<Change>) -> Answer<u64> {
+        self.signals.mask(change)
+    }
+
+    fn signals_pending(&self) -> Answer<u64> {
+        SignalFunctions::pending()
     }
 
     fn keep(&self, fd: RawFd) -> Answer<OwnedFd> {

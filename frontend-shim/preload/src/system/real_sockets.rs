@@ -20,8 +20,11 @@ pub(crate) type Recv = unsafe extern "C-unwind" fn(c_int, *mut c_void, usize, c_
 const _: () = assert!(size_of::<Extent>() == size_of::<libc::iovec>());
 
 pub(super) fn keep(fd: RawFd) -> Answer<OwnedFd> {
-    // SAFETY: the VMM is in a call with this descriptor; if it closes it meanwhile, it is told so as any
-    // call of its own would be.
+    if fd < 0 {
+        return Err(Errno::BADF);
+    }
+    // SAFETY: the number may be a descriptor's, and is the VMM's in a call of its own; what it is not, the
+    // kernel refuses.
     let theirs = unsafe { BorrowedFd::borrow_raw(fd) };
     duplicate(theirs)
 }
@@ -53,10 +56,7 @@ pub(super) fn recvmsg(fd: RawFd, message: &SocketMessage, flags: i32) -> Answer<
     })
 }
 
-pub(super) fn page(
-    file: Option<BorrowedFd<'_>>,
-    over: Option<PageWords>,
-) -> Answer<PageWords> {
+pub(super) fn page(file: Option<BorrowedFd<'_>>, over: Option<PageWords>) -> Answer<PageWords> {
     let at = over.map_or(std::ptr::null_mut(), |page| page.as_ptr().cast_mut().cast());
     let fixed = if over.is_some() { MapFlags::FIXED } else { MapFlags::empty() };
     let place = match file {
@@ -65,9 +65,7 @@ pub(super) fn page(
             mmap(at, LENGTH, ProtFlags::READ, MapFlags::SHARED | fixed, file, 0)
         },
         // SAFETY: likewise.
-        None => unsafe {
-            mmap_anonymous(at, LENGTH, ProtFlags::READ, MapFlags::PRIVATE | fixed)
-        },
+        None => unsafe { mmap_anonymous(at, LENGTH, ProtFlags::READ, MapFlags::PRIVATE | fixed) },
     }?;
     // SAFETY: whole words that are mapped for the rest of the process's life, and only loaded from.
     // Whoever else writes there does it as to atomics, or is another process.

@@ -68,7 +68,11 @@ impl SocketMessage {
                 extents.push(Extent { address: extent.address.wrapping_add(skipped), len });
             }
         }
-        if from == 0 { Self { extents, ..self.clone() } } else { Self { extents, ..Self::default() } }
+        if from == 0 {
+            Self { extents, ..self.clone() }
+        } else {
+            Self { extents, ..Self::default() }
+        }
     }
 }
 

@@ -459,7 +459,7 @@ fn without_a_run_structure_everything_is_the_vmms() {
     let world = World::new();
     world.decode(Decode::Off);
     let (_, vcpu) = world.vms.vcpus.iter().next().unwrap();
-    vcpu.unmapped(world.around.kernel.run_area(world.vcpu), 4096);
+    vcpu.mapped(0, 0);
     assert_eq!(world.does(&[Do::Read(BAR)]), Err(Errno::FAULT));
     vcpu.mapped(world.around.kernel.run_area(world.vcpu), 12288);
     assert_eq!(world.does(&[Do::Port]), Ok(0));

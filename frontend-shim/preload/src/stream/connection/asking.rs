@@ -117,7 +117,7 @@ impl Connection {
             return if paid.is_ok() { Posted::Full } else { Posted::Refused };
         }
         if paid.is_err() {
-            self.close();
+            self.lose();
         }
         Posted::Sent(id)
     }

@@ -94,6 +94,59 @@ fn the_backend_answers_for_a_bar_that_does_not_decode() {
 }
 
 #[test]
+fn the_answer_to_version_may_be_read_by_another_thread_at_once() {
+    for _ in 0..40 {
+        let (vmm, socket) = Vmm::new();
+        let _server = Server::start(socket, Habits::default());
+        let vmm = Arc::new(vmm);
+        let reader = thread::spawn({
+            let vmm = Arc::clone(&vmm);
+            move || vmm.message()
+        });
+        let hello = version(7);
+        assert_eq!(vmm.send(&hello), Ok(hello.len()));
+        let said = Version::parse(&reader.join().unwrap()[16..]).unwrap();
+        assert_eq!(said.capabilities.barkeep, None);
+        assert_eq!(vmm.send(&message(8, GET_INFO, ASK, &[0; 16])), Ok(32));
+        assert_eq!(vmm.message(), message(8, GET_INFO, YES, &[]));
+        assert!(vmm.shim.has_user_bar_files());
+    }
+}
+
+#[test]
+fn a_version_that_can_not_be_sent_begins_nothing() {
+    let (vmm, socket) = Vmm::new();
+    drop(socket);
+    assert_eq!(vmm.send(&version(7)), Err(Errno::PIPE));
+    assert_eq!(vmm.shim.descriptors.get(vmm.fd), None);
+    assert!(vmm.shim.connection_of(vmm.fd).is_none());
+}
+
+#[test]
+fn what_decoded_before_is_told_with_the_whole_answer_to_a_write_of_configuration() {
+    let (vmm, _server) = session(Habits::default());
+    let (_, connection) = vmm.shim.connection_of(vmm.fd).unwrap();
+    let system = &vmm.shim.system;
+    let access = RegionAccess { offset: 4, region: 7, count: 2 };
+    let bytes = message(30, 10, ASK, &RegionData { access, data: &[0, 0] }.to_bytes());
+    system.place(0, &bytes);
+    let begun = super::whole(0, bytes.len());
+    let mut writer = connection.writer();
+    let (sent, configured) = connection.send(system, &mut writer, vmm.fd, &begun, 0, || Decode::On);
+    drop(writer);
+    assert_eq!((sent, configured), (Ok(bytes.len()), Some(Configured::default())));
+    vmm.wait();
+    let mut told = Vec::new();
+    for len in [16, 10, 6] {
+        let room = super::whole(super::ROOM, len);
+        let (got, configured) = connection.receive(system, vmm.fd, &room, 0).unwrap();
+        assert_eq!(got.count, len);
+        told.push(configured);
+    }
+    assert_eq!(told, [None, None, Some(Decode::On)]);
+}
+
+#[test]
 fn many_threads_ask_while_the_vmm_talks_and_reads() {
     let (vmm, server) = session(Habits::default());
     let device = device(&vmm, &server);
@@ -349,6 +402,11 @@ fn a_forked_child_leaves_connections_alone() {
     assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
     assert_eq!(vmm.send(&message(9, GET_INFO, ASK, &[0; 16])), Ok(32));
     assert_eq!(vmm.message(), message(9, GET_INFO, YES, &[]));
+    // What it has mapped is still a BAR, and the page is still there.
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Off);
+    assert_eq!(bar_file(&vmm, &server, BAR_START).map(|(_, bar, _)| bar), Some(2));
+    vmm.shim.stream_closed(0);
+    assert_eq!(vmm.shim.user_decode(0, 2), Decode::Off);
 }
 
 #[test]
@@ -392,6 +450,7 @@ fn a_vmm_that_answers_to_unseen_commands_is_not_asked_for_more() {
     assert_eq!(vmm.message(), message(77, GET_INFO, YES, &[]));
     vmm.shim.complete(device, 2, 0, &mut [0; 4], false);
     assert_eq!(vmm.shim.status.get(Count::Forwarded), 0);
+    assert_eq!(vmm.shim.status.get(Count::FailOpens), 1);
 }
 
 #[test]
