@@ -13,10 +13,9 @@ use rustix::io::Errno;
 use super::around::Around;
 use super::arrivals::this_thread;
 use super::run_area::{MmioExit, RunArea};
-use super::slots::{Place, Slot};
+use super::slots::Slot;
 use super::stopped::{Stopped, xsave_layout};
 use super::tables::{Handed, Vcpu};
-use super::vm::Vm;
 use super::{Vms, abi};
 use crate::device::{BarAddress, BarMapping, Decode};
 use crate::status::{Count, FailOpen};
@@ -114,53 +113,32 @@ impl Vms {
         let number = vcpu.vm.load(Ordering::Relaxed);
         let Some(vm) = self.vms.get(number) else { return Next::Vmm };
         let address = run.mmio_address();
-        let exit = if vm.may_have_suspended(address) {
-            around.shielded(|| self.suspended_or_window(around, vcpu, (number, vm), run))
-        } else {
-            around.shielded(|| {
+        let answered = around.shielded(|| {
+            let Some((region, bar)) = vm.suspended_at(run.address_space(), address) else {
                 let place = around.window_at(number, address);
-                place.map_or(Next::Vmm, |place| self.window(around, vcpu, place, run))
-            })
-        };
-        exit.unwrap_or(Next::Vmm)
+                return place
+                    .map_or(Next::Vmm, |place| self.answer(around, vcpu, place, run, || {}));
+            };
+            let last = address.saturating_add(run.mmio().len as u64 - 1);
+            if !region.contains(last) {
+                return Next::Vmm;
+            }
+            around.look(bar.device);
+            let restore = || vm.restore(around, number, &region);
+            self.answer(around, vcpu, region.in_bar(&bar, address), run, restore)
+        });
+        answered.unwrap_or(Next::Vmm)
     }
 
-    fn suspended_or_window<A: Around>(
+    /// An exit for a BAR that has no slot there. The VMM gets it if the BAR decodes, after `restore`.
+    fn answer<A: Around>(
         &self,
         around: &A,
         vcpu: &Vcpu,
-        (number, vm): (u32, &Vm),
+        place: BarAddress,
         run: RunArea,
+        restore: impl FnOnce(),
     ) -> Next {
-        let exit = run.mmio();
-        let slot = vm.slots().at(run.address_space(), exit.address).copied();
-        let Some(Slot { region, place: Place::Suspended(bar), .. }) = slot else {
-            let place = around.window_at(number, exit.address);
-            return place.map_or(Next::Vmm, |place| self.window(around, vcpu, place, run));
-        };
-        let last = exit.address.saturating_add(exit.len as u64 - 1);
-        if !region.contains(last) {
-            return Next::Vmm;
-        }
-        around.look(bar.device);
-        let losses = self.losses.of(bar.device);
-        match around.decode(bar.device, bar.bar) {
-            Decode::Off => {
-                complete(around, region.in_bar(&bar, exit.address), run, exit);
-                Next::Enter
-            }
-            // The VMM may have deleted the slot since, and not made another.
-            Decode::On if self.arrivals.has(bar.device, Instant::now()) => not_yet(around, run),
-            Decode::On => {
-                vm.restore(around, number, &region);
-                hand(vcpu, region.in_bar(&bar, exit.address), losses, run)
-            }
-            Decode::Unknown => Next::Vmm,
-        }
-    }
-
-    /// An exit in the window of a BAR that has no slot there.
-    fn window<A: Around>(&self, around: &A, vcpu: &Vcpu, place: BarAddress, run: RunArea) -> Next {
         let losses = self.losses.of(place.device);
         match around.decode(place.device, place.bar) {
             Decode::Off => {
@@ -168,7 +146,10 @@ impl Vms {
                 Next::Enter
             }
             Decode::On if self.arrivals.has(place.device, Instant::now()) => not_yet(around, run),
-            Decode::On => hand(vcpu, place, losses, run),
+            Decode::On => {
+                restore();
+                hand(vcpu, place, losses, run)
+            }
             Decode::Unknown => Next::Vmm,
         }
     }

@@ -90,6 +90,18 @@ impl Vm {
         start <= guest && guest < self.end.load(Ordering::Acquire)
     }
 
+    /// The suspended slot that has an address, and the BAR that it is a part of. Costs no lock where there is
+    /// none nearby.
+    pub(super) fn suspended_at(&self, space: u32, guest: u64) -> Option<(Region, BarMapping)> {
+        if !self.may_have_suspended(guest) {
+            return None;
+        }
+        match *self.slots().at(space, guest)? {
+            Slot { region, place: Place::Suspended(bar), .. } => Some((region, bar)),
+            Slot { place: Place::Installed, .. } => None,
+        }
+    }
+
     /// `KVM_SET_USER_MEMORY_REGION` or its second form, with the structure at `argument`. The kernel
     /// answers what it would have answered without us: what it depends on is given back first.
     pub(super) fn set_region<A: Around>(
