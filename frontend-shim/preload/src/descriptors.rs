@@ -8,6 +8,8 @@ use crate::system::{Answer, Duplicate, System};
 /// Descriptors with higher numbers are not followed: what they stand for passes through.
 const LIMIT: usize = 1 << 16;
 const INDEX_BITS: u32 = 28;
+/// Where descriptors of our own begin: no program counts on such numbers. The usual limit is 1024.
+pub(crate) const HIGH: RawFd = 1000;
 
 /// What a descriptor of the VMM is to us. The number says which one, in the table of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,8 +11,8 @@ use rustix::io::{DupFlags, Errno, dup3, fcntl_dupfd_cloexec};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use rustix::process::{Resource, getrlimit};
 
-/// Where descriptors begin whose numbers no program counts on. The usual limit is 1024.
-const HIGH: RawFd = 1000;
+use crate::descriptors::HIGH;
+
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 /// The words of a page. They are the process's as long as it lives.

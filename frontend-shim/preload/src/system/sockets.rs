@@ -1,15 +1,13 @@
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 
 use rustix::io::fcntl_dupfd_cloexec;
 
 use super::Answer;
+use crate::descriptors::HIGH;
 
 /// A page of memory that others write.
 pub(crate) type PageWords = &'static [AtomicU64];
-
-/// Where descriptors begin whose numbers no program counts on. The usual limit is 1024.
-const HIGH: RawFd = 1000;
 
 /// A duplicate with a high number, if the limit permits one.
 pub(crate) fn duplicate(file: impl AsFd) -> Answer<OwnedFd> {
